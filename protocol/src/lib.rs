@@ -1,0 +1,31 @@
+//! Every format of ours that crosses a wire or reaches a disk.
+//!
+//! **Lives here:** identities and how they are derived ([`ids`]), entries and contents of a conversation
+//! ([`entry`], [`content`]), commands with one request and one reply type each ([`command`]), error and disconnect
+//! codes in one table ([`codes`]), the Centrifuge client protocol in JSON and Protobuf ([`client`]), who is asking
+//! ([`principal`]).
+//!
+//! **Does not live here:** I/O, async code, actors, clocks, random numbers, provider formats (see `connectors/`).
+//!
+//! Invariant: decoding never panics and never allocates more than a small multiple of its input.
+//! Invariant: what one version wrote, the same version reads back unchanged (`tests/`).
+//! Invariant: unknown fields of protocol frames are ignored; unknown fields of our own commands are refused by name.
+
+pub mod client;
+pub mod codes;
+pub mod command;
+pub mod content;
+pub mod entry;
+pub mod ids;
+pub mod inbound;
+pub mod outbound;
+pub mod principal;
+pub mod receipt;
+pub mod summary;
+pub mod timestamp;
+
+pub use codes::{CommandError, Disconnect, ErrorCode};
+pub use content::Content;
+pub use entry::{Actor, ActorType, Body, Entry};
+pub use ids::{AccountId, AgentId, ConversationId, InboxId, TenantId};
+pub use timestamp::Timestamp;
