@@ -1,1 +1,24 @@
-//! Skeleton.
+//! What survives.
+//!
+//! **Lives here:** the [`Engine`] trait in its two halves, stamped rows and documents; the engines behind it
+//! ([`embedded`] on fjall, [`model`] in memory with seeded faults); and, written once above them, the entity
+//! [`log`] (append, adopt, read, snapshot) and the [`tables`] beside it (references, inbox rows, activity and marks,
+//! aliases, sessions, timers, dead letters, documents).
+//!
+//! **Does not live here:** what an entry means, who may write it, when to retry. Storage moves bytes for owners.
+//!
+//! Invariant: no statement on an entity table without a [`Stamp`]; the highest stamp of a row wins.
+//! Invariant: a write is answered `Ok` only when it is durable.
+//! Invariant: `Refused` means not applied; `Unknown` is resolved only by writing the same bytes under the same stamp.
+//! Invariant: reads and syncs never run on an async worker.
+
+pub mod embedded;
+pub mod engine;
+pub mod log;
+pub mod model;
+pub mod stamp;
+pub mod tables;
+mod value;
+
+pub use engine::{Batch, CasOutcome, Cell, Document, DocumentKey, Engine, ReadError, Row, RowWrite, Scan, Table, WriteError};
+pub use stamp::{Stamp, Stamps};

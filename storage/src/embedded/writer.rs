@@ -1,0 +1,148 @@
+//! The writer thread: drains what has gathered into one batch, syncs once, answers everyone.
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use fjall::OwnedWriteBatch;
+use tokio::sync::{mpsc, oneshot};
+
+use super::{Keyspaces, Sync, keys};
+use crate::engine::{Batch, CasOutcome, Cell, Document, DocumentKey, Table, WriteError};
+
+/// The most jobs of one group.
+const GROUP_JOBS_MAX: usize = 1024;
+/// The most bytes of one group, about.
+const GROUP_BYTES_MAX: usize = 4 << 20;
+
+type Answer<T> = oneshot::Sender<Result<T, WriteError>>;
+
+pub(super) enum Job {
+    Write(Batch, Answer<()>),
+    Drop(Table, Bytes, Answer<()>),
+    CompareAndSet { key: DocumentKey, expected: Option<u64>, value: Option<Bytes>, reply: Answer<CasOutcome> },
+}
+
+/// What to answer once the group is synced.
+enum Pending {
+    Done(Answer<()>),
+    Cas(Answer<CasOutcome>, CasOutcome),
+}
+
+pub(super) struct Writer {
+    keyspaces: Arc<Keyspaces>,
+    sync: Box<dyn Sync>,
+    /// The newest epoch seen of each shard: what is older comes from an owner that has been succeeded.
+    epochs: HashMap<u32, u32>,
+}
+
+struct Group {
+    batch: OwnedWriteBatch,
+    bytes: usize,
+    pending: Vec<Pending>,
+    /// Documents changed in this group, which the keyspace does not show yet.
+    documents: HashMap<Vec<u8>, (u64, Option<Document>)>,
+}
+
+impl Writer {
+    pub(super) fn start(keyspaces: Arc<Keyspaces>, mut queue: mpsc::Receiver<Job>, sync: Box<dyn Sync>) -> io::Result<()> {
+        let mut writer = Self { keyspaces, sync, epochs: HashMap::new() };
+        std::thread::Builder::new().name("store-writer".into()).spawn(move || {
+            while let Some(first) = queue.blocking_recv() {
+                writer.group(first, &mut queue);
+            }
+        })?;
+        Ok(())
+    }
+
+    fn group(&mut self, first: Job, queue: &mut mpsc::Receiver<Job>) {
+        let batch = self.keyspaces.database.batch();
+        let mut group = Group { batch, bytes: 0, pending: Vec::new(), documents: HashMap::new() };
+        self.add(&mut group, first);
+        while group.pending.len() < GROUP_JOBS_MAX && group.bytes < GROUP_BYTES_MAX {
+            match queue.try_recv() {
+                Ok(job) => self.add(&mut group, job),
+                Err(_) => break,
+            }
+        }
+        metrics::histogram!("patchbay_storage_group_jobs").record(group.pending.len() as f64);
+        let started = std::time::Instant::now();
+        let done = group.batch.commit().and_then(|()| self.sync.sync(&self.keyspaces.database));
+        metrics::histogram!("patchbay_storage_commit_seconds").record(started.elapsed().as_secs_f64());
+        if let Err(e) = &done {
+            tracing::error!(error = %e, "a group could not be written");
+        }
+        for pending in group.pending {
+            // Whoever has gone away reads it in the store.
+            match (pending, done.is_ok()) {
+                (Pending::Done(reply), true) => drop(reply.send(Ok(()))),
+                (Pending::Done(reply), false) => drop(reply.send(Err(WriteError::Unknown))),
+                (Pending::Cas(reply, outcome), true) => drop(reply.send(Ok(outcome))),
+                (Pending::Cas(reply, _), false) => drop(reply.send(Err(WriteError::Unknown))),
+            }
+        }
+    }
+
+    fn add(&mut self, group: &mut Group, job: Job) {
+        match job {
+            Job::Write(batch, reply) => {
+                self.write(group, &batch);
+                group.pending.push(Pending::Done(reply));
+            }
+            Job::Drop(table, partition, reply) => {
+                let keyspace = self.keyspaces.table(table);
+                let from = keys::prefix(&partition);
+                for guard in keyspace.prefix(&from) {
+                    if let Ok(key) = guard.key() {
+                        group.batch.remove(keyspace, key);
+                    }
+                }
+                group.pending.push(Pending::Done(reply));
+            }
+            Job::CompareAndSet { key, expected, value, reply } => match self.compare_and_set(group, &key, expected, value) {
+                Ok(outcome) => group.pending.push(Pending::Cas(reply, outcome)),
+                Err(()) => drop(reply.send(Err(WriteError::Refused))),
+            },
+        }
+    }
+
+    fn write(&mut self, group: &mut Group, batch: &Batch) {
+        let newest = self.epochs.entry(batch.shard).or_default();
+        let keyspace = self.keyspaces.table(batch.table);
+        for row in &batch.rows {
+            let epoch = row.stamp.epoch();
+            if epoch < *newest {
+                metrics::counter!("patchbay_storage_stale_writes_total").increment(1);
+                continue;
+            }
+            *newest = epoch;
+            let key = keys::row(&batch.partition, &row.clustering);
+            match &row.cell {
+                Cell::Put(value) => {
+                    group.bytes += key.len() + value.len();
+                    group.batch.insert(keyspace, key, keys::encode(row.stamp, value));
+                }
+                Cell::Delete => group.batch.remove(keyspace, key),
+            }
+        }
+    }
+
+    fn compare_and_set(&self, group: &mut Group, key: &DocumentKey, expected: Option<u64>, value: Option<Bytes>) -> Result<CasOutcome, ()> {
+        let key = keys::document(key);
+        let (version, found) = match group.documents.get(&key) {
+            Some((version, document)) => (*version, document.clone()),
+            None => match self.keyspaces.documents.get(&key).map_err(|_| ())? {
+                Some(stored) => keys::decode_document(&stored).ok_or(())?,
+                None => (0, None),
+            },
+        };
+        if found.as_ref().map(|d| d.version) != expected {
+            return Ok(CasOutcome::Refused(found));
+        }
+        let version = version + 1;
+        group.batch.insert(&self.keyspaces.documents, key.clone(), keys::encode_document(version, value.as_ref()));
+        group.documents.insert(key, (version, value.map(|value| Document { version, value })));
+        Ok(CasOutcome::Applied)
+    }
+}
