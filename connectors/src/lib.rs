@@ -1,1 +1,95 @@
-//! Skeleton.
+//! One folder a channel or event source: verify, parse, render, classify.
+//!
+//! **Lives here:** the [`Connector`] trait and its implementations. Pure: bytes in, values out.
+//!
+//! **Does not live here:** I/O, clocks, retries, routing. Who calls a provider, when and how often, is the Account's
+//! business (`actors/`); where a call goes and with which key, the gateway's guarded client's.
+//!
+//! Invariant: verification works on the raw bytes and in constant time.
+//! Invariant: one bad item never costs its neighbours: it becomes [`ItemKind::Broken`], the rest stands.
+//! Invariant: a shape that is not known becomes `unsupported`, never an error to the provider.
+//!
+//! [`ItemKind::Broken`]: patchbay_protocol::inbound::ItemKind::Broken
+
+use patchbay_protocol::command::Channel;
+use patchbay_protocol::entry::ProviderError;
+use patchbay_protocol::inbound::Item;
+use patchbay_protocol::outbound::{Call, CallResult, Outbound, Signal, Verdict};
+use patchbay_protocol::{CommandError, Content};
+use serde_json::Value;
+
+pub mod whatsapp;
+
+/// A webhook that is not the provider's, or not for this account.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("refused")]
+pub struct Refused;
+
+/// A signed body that is not of the provider's outermost shape.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("not a body of this provider")]
+pub struct NotUnderstood;
+
+/// How fast a provider takes messages of one account.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SendLimits {
+    /// Messages a second of the account.
+    pub account_per_second: f64,
+    /// Messages to one recipient that may go at once.
+    pub pair_burst: f64,
+    /// Messages a second to one recipient in the long run.
+    pub pair_per_second: f64,
+}
+
+/// A request's header by its lower-case name.
+pub type Headers<'a> = &'a dyn Fn(&str) -> Option<Vec<u8>>;
+
+/// A channel or event source.
+pub trait Connector: Send + Sync + 'static {
+    /// The name, as in an account's `connector`.
+    fn name(&self) -> &'static str;
+
+    /// What the channel can do.
+    fn channel(&self) -> Channel;
+
+    /// How fast it takes messages.
+    fn limits(&self) -> SendLimits;
+
+    /// Checks an account's credentials when it is written; the message names the field.
+    fn check_credentials(&self, credentials: &Value) -> Result<(), CommandError>;
+
+    /// Answers the provider's handshake from the query's parameters.
+    fn challenge(&self, credentials: &Value, query: &[(String, String)]) -> Result<String, Refused>;
+
+    /// Whether the provider signed these very bytes.
+    fn verify(&self, credentials: &Value, headers: Headers<'_>, body: &[u8]) -> bool;
+
+    /// Every item of a body, in order.
+    fn parse(&self, body: &[u8]) -> Result<Vec<Item>, NotUnderstood>;
+
+    /// Refuses content that the channel cannot carry, before anything is stored.
+    fn check(&self, content: &Content) -> Result<(), CommandError>;
+
+    /// The address of a recipient as the channel writes it, or why `to` is none.
+    fn recipient(&self, to: &str) -> Result<String, CommandError>;
+
+    /// The call that sends a message.
+    fn render(&self, external_id: &str, message: &Outbound) -> Result<Call, ProviderError>;
+
+    /// The call that tells the customer something that is no message; `None` where the channel cannot.
+    fn signal(&self, external_id: &str, signal: &Signal) -> Option<Call>;
+
+    /// What came of a call (G7).
+    fn classify(&self, result: &CallResult) -> Verdict;
+}
+
+/// The connector of that name.
+pub fn by_name(name: &str) -> Option<&'static dyn Connector> {
+    match name {
+        "whatsapp" => Some(&whatsapp::WhatsApp),
+        _ => None,
+    }
+}
+
+/// The names that [`by_name`] knows.
+pub const NAMES: [&str; 1] = ["whatsapp"];

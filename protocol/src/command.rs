@@ -229,6 +229,8 @@ pub enum Request {
     Outcome { message_seq: u64, update: StatusUpdate },
     /// The Account found that another conversation is with the same contact.
     Link { other: ConversationId },
+    /// Somebody is writing to the customer, who may be shown it. Writes nothing.
+    Typing,
     /// A timer of this conversation came due.
     TimerDue,
     /// What the conversation is, in one line. Writes nothing.
@@ -257,6 +259,7 @@ impl Request {
             Self::Receipt { .. } => "item.receipt",
             Self::Outcome { .. } => "send.outcome",
             Self::Link { .. } => "conversation.link",
+            Self::Typing => "typing.set",
             Self::TimerDue => "timer.due",
             Self::Get => "conversation.get",
             Self::Tip => "conversation.tip",

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::content::Content;
-use crate::ids::{AccountId, AgentId, ConversationId, EntryId, InboxId};
+use crate::ids::{AccountId, AgentId, ConversationId, EntryId, InboxId, TenantId};
 use crate::receipt::MessageStatus;
 use crate::summary::Contact;
 use crate::timestamp::Timestamp;
@@ -101,6 +101,8 @@ pub struct Opened {
     pub episode: u64,
     /// What opened it.
     pub cause: Cause,
+    /// The tenant.
+    pub tenant: TenantId,
     /// The channel account.
     pub account: AccountId,
     /// The account's inbox at that time.

@@ -27,6 +27,11 @@ macro_rules! name {
         pub struct $type(Arc<str>);
 
         impl $type {
+            /// A name for what has none: `-`, which nobody can choose.
+            pub fn nobody() -> Self {
+                Self("-".into())
+            }
+
             /// The name as text.
             pub fn as_str(&self) -> &str {
                 &self.0

@@ -71,6 +71,15 @@ pub enum Signal {
         /// The provider's id of the last one.
         provider_id: String,
     },
+    /// The business reacts to a message; an empty emoji takes it back.
+    React {
+        /// To whom.
+        recipient: Recipient,
+        /// The provider's id of the message.
+        provider_id: String,
+        /// The emoji.
+        emoji: String,
+    },
     /// The business is writing; the channel shows it for a while.
     Typing {
         /// The provider's id of the customer's last message.

@@ -22,32 +22,26 @@ pub enum Table {
     Marks,
     /// Summaries: (tenant, account, set, part) / conversation.
     Inbox,
-    /// Addresses of contacts: (account) / hash of the address.
-    Aliases,
     /// Agents' sessions: (agent) / connection.
     Sessions,
     /// What comes due: (shard, hour) / instant, entity.
     Timers,
     /// Items that could not be taken: (tenant) / id.
     DeadLetters,
-    /// Receipts that match nothing yet: (account) / provider id.
-    Receipts,
 }
 
 impl Table {
     /// Every table.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 9] = [
         Self::Entries,
         Self::Snapshots,
         Self::References,
         Self::Activity,
         Self::Marks,
         Self::Inbox,
-        Self::Aliases,
         Self::Sessions,
         Self::Timers,
         Self::DeadLetters,
-        Self::Receipts,
     ];
 
     /// The table's name in the store.
@@ -59,11 +53,9 @@ impl Table {
             Self::Activity => "activity",
             Self::Marks => "marks",
             Self::Inbox => "inbox",
-            Self::Aliases => "aliases",
             Self::Sessions => "sessions",
             Self::Timers => "timers",
             Self::DeadLetters => "dead_letters",
-            Self::Receipts => "receipts",
         }
     }
 }

@@ -3,7 +3,7 @@
 //! **Lives here:** the [`Engine`] trait in its two halves, stamped rows and documents; the engines behind it
 //! ([`embedded`] on fjall, [`model`] in memory with seeded faults); and, written once above them, the entity
 //! [`log`] (append, adopt, read, snapshot) and the [`tables`] beside it (references, inbox rows, activity and marks,
-//! aliases, sessions, timers, dead letters, documents).
+//! sessions, timers, dead letters, documents). An alias of a contact is a reference of its account's log.
 //!
 //! **Does not live here:** what an entry means, who may write it, when to retry. Storage moves bytes for owners.
 //!

@@ -117,15 +117,6 @@ pub struct DeadLetter {
     pub item: serde_json::Value,
 }
 
-/// Where an alias leads. Never re-pointed.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Alias {
-    /// The thread key.
-    pub thread: String,
-    /// When it was learnt: of two conversations of one contact the older one goes on.
-    pub since: Timestamp,
-}
-
 /// An agent's presence on one connection.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Session {
@@ -342,33 +333,6 @@ impl Tables {
     pub async fn summary(&self, tenant: &TenantId, account: &AccountId, id: ConversationId) -> Result<Option<Summary>, ReadError> {
         let partition = inbox_partition(tenant, account, Set::All, id.as_bytes()[0] % INBOX_PARTS);
         self.engine.get(Table::Inbox, &partition, &entity_partition(id.as_bytes())).await?.as_ref().map(parse).transpose()
-    }
-
-    /// The write that lets an address lead to a thread.
-    pub fn alias_write(account: LogKey, stamp: Stamp, address: IdKey, alias: &Alias) -> Batch {
-        Batch::put(account.shard, Table::Aliases, entity_partition(&account.entity), Bytes::copy_from_slice(&address.0), stamp, json(alias))
-    }
-
-    /// Where an address leads.
-    pub async fn alias(&self, account: LogKey, address: IdKey) -> Result<Option<Alias>, ReadError> {
-        let found = self.engine.get(Table::Aliases, &entity_partition(&account.entity), &Bytes::copy_from_slice(&address.0)).await?;
-        found.as_ref().map(parse).transpose()
-    }
-
-    /// The write that keeps something of an account under an id: a receipt that matches nothing yet.
-    pub fn receipt_write<T: Serialize>(account: LogKey, stamp: Stamp, id: &[u8], receipt: &T) -> Batch {
-        Batch::put(account.shard, Table::Receipts, entity_partition(&account.entity), Bytes::copy_from_slice(id), stamp, json(receipt))
-    }
-
-    /// The write that lets go of it.
-    pub fn receipt_delete(account: LogKey, stamp: Stamp, id: &[u8]) -> Batch {
-        Batch::delete(account.shard, Table::Receipts, entity_partition(&account.entity), Bytes::copy_from_slice(id), stamp)
-    }
-
-    /// What is kept of an account, with its ids.
-    pub async fn receipts<T: DeserializeOwned>(&self, account: LogKey) -> Result<Vec<(Bytes, T)>, ReadError> {
-        let rows = self.engine.scan(Scan::all(Table::Receipts, entity_partition(&account.entity), usize::MAX)).await?;
-        rows.iter().map(|r| Ok((r.clustering.clone(), parse(r)?))).collect()
     }
 
     /// The write of an agent's session.

@@ -1,0 +1,137 @@
+//! What an account does: calls the provider, tells conversations, places receipts.
+
+use std::time::Duration;
+
+use patchbay_protocol::command::{Reply, Request};
+use patchbay_protocol::entry::ProviderError;
+use patchbay_protocol::ids::{AccountId, ConversationId, EntryId, TenantId};
+use patchbay_protocol::inbound::StatusUpdate;
+use patchbay_protocol::outbound::{Backoff, CallResult, Outbound, Signal, Verdict};
+use patchbay_storage::tables::DeadLetter;
+
+use super::commands::{AccountCommand, KeptReceipt};
+use super::entity::{Account, Effect};
+use super::state::Kept;
+use crate::router::command_id;
+use crate::shard::log_actor::Handle;
+
+/// The longest pause between two tries to tell a conversation.
+const TELL_PAUSE_MAX: Duration = Duration::from_secs(2);
+
+pub(super) async fn act(shared: &Account, tenant: &TenantId, account: &AccountId, effect: Effect, me: &Handle<Account>) {
+    match effect {
+        Effect::Call(outbound) => {
+            let verdict = call(shared, tenant, account, &outbound).await;
+            me.tell(AccountCommand::Called { entry: outbound.entry, verdict, jitter: rand::random() });
+        }
+        Effect::Tell { entry, update } => {
+            tell(shared, tenant, account, entry, *update).await;
+            me.tell(AccountCommand::Told { entry });
+        }
+        Effect::Learn { entry, addresses } => {
+            if let Some(thread) = thread_of(shared, tenant, account, entry.conversation).await {
+                me.tell(AccountCommand::Learn { thread, addresses });
+            }
+        }
+        Effect::Place { kept, receipt } => {
+            if place(shared, tenant, account, &receipt).await {
+                me.tell(AccountCommand::Placed { kept });
+            }
+        }
+        Effect::Bury { kept } => me.tell(bury(tenant, account, &kept, me)),
+        Effect::Signal(signal) => {
+            // Not worth repeating: the next one tells more.
+            send_signal(shared, tenant, account, &signal).await;
+        }
+        Effect::Again => me.tell(AccountCommand::Loaded),
+    }
+}
+
+fn not_ready(title: &str) -> Verdict {
+    let error = ProviderError { code: super::commands::NOT_SENT.into(), title: title.into(), retryable: true };
+    Verdict::Retry { error, after_ms: Some(1000), scope: Backoff::Account }
+}
+
+async fn call(shared: &Account, tenant: &TenantId, account: &AccountId, outbound: &Outbound) -> Verdict {
+    let document = match shared.directory.account(tenant, account).await {
+        Ok(Some(document)) => document,
+        Ok(None) => {
+            let error = ProviderError { code: "account_deleted".into(), title: "the account is no more".into(), retryable: false };
+            return Verdict::Refused { error, closes_window: false };
+        }
+        Err(_) => return not_ready("the account cannot be read"),
+    };
+    let Some(connector) = patchbay_connectors::by_name(&document.connector) else { return not_ready("the connector is not there") };
+    let call = match connector.render(&document.external_id, outbound) {
+        Ok(call) => call,
+        Err(error) => return Verdict::Refused { error, closes_window: false },
+    };
+    let started = tokio::time::Instant::now();
+    let result = shared.provider.call(&document, call).await;
+    let outcome = match &result {
+        CallResult::Answered { .. } => "answered",
+        CallResult::NotSent => "not_sent",
+        CallResult::Lost => "lost",
+    };
+    metrics::histogram!("patchbay_outbound_call_seconds", "outcome" => outcome).record(started.elapsed().as_secs_f64());
+    connector.classify(&result)
+}
+
+async fn send_signal(shared: &Account, tenant: &TenantId, account: &AccountId, signal: &Signal) {
+    let Ok(Some(document)) = shared.directory.account(tenant, account).await else { return };
+    let call = patchbay_connectors::by_name(&document.connector).and_then(|c| c.signal(&document.external_id, signal));
+    if let Some(call) = call {
+        shared.provider.call(&document, call).await;
+    }
+}
+
+/// A command of the account to one of its conversations.
+async fn ask(shared: &Account, tenant: &TenantId, account: &AccountId, id: ConversationId, request: Request) -> Option<Reply> {
+    let router = shared.router.get()?.upgrade()?;
+    let scope = shared.directory.scope(tenant, account).await.ok()??;
+    let command = patchbay_protocol::command::Command {
+        id: command_id(),
+        scope,
+        actor: patchbay_protocol::Actor::system(),
+        caused_by: None,
+        request,
+    };
+    router.conversation(id, command).ok()?.wait().await.ok()
+}
+
+async fn tell(shared: &Account, tenant: &TenantId, account: &AccountId, entry: EntryId, update: StatusUpdate) {
+    let mut pause = Duration::from_millis(20);
+    loop {
+        let request = Request::Outcome { message_seq: entry.seq, update: update.clone() };
+        if ask(shared, tenant, account, entry.conversation, request).await.is_some() {
+            return;
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(TELL_PAUSE_MAX);
+    }
+}
+
+async fn place(shared: &Account, tenant: &TenantId, account: &AccountId, receipt: &KeptReceipt) -> bool {
+    let Some(id) = receipt.conversation else { return false };
+    let request = Request::Receipt { message_seq: receipt.message_seq, update: receipt.update.clone() };
+    matches!(ask(shared, tenant, account, id, request).await, Some(Reply::Taken))
+}
+
+/// The thread key of a conversation: in the entry that opened it.
+async fn thread_of(shared: &Account, tenant: &TenantId, account: &AccountId, id: ConversationId) -> Option<String> {
+    let Reply::Summary(summary) = ask(shared, tenant, account, id, Request::Get).await? else { return None };
+    let candidates = [Some(summary.contact.address.clone()), summary.contact.user_id.clone()];
+    candidates.into_iter().flatten().find(|key| ConversationId::derive(tenant, account, key) == id)
+}
+
+fn bury(tenant: &TenantId, account: &AccountId, kept: &Kept, me: &Handle<Account>) -> AccountCommand {
+    let now = me.shards().clock.now();
+    let letter = DeadLetter {
+        id: crate::intake::dead_letter_id(now),
+        account: account.to_string(),
+        reason: "a receipt that matched no message for 24 hours".into(),
+        received_at: kept.at,
+        item: serde_json::to_value(&kept.update).unwrap_or_default(),
+    };
+    AccountCommand::DeadLetter { tenant: tenant.clone(), letter: Box::new(letter) }
+}

@@ -1,0 +1,369 @@
+//! What can be asked of an account, and what it decides. Pure.
+
+use std::time::Duration;
+
+use patchbay_protocol::entry::ProviderError;
+use patchbay_protocol::ids::{ConversationId, EntryId, TenantId};
+use patchbay_protocol::inbound::{AccountEvent, Address, StatusUpdate};
+use patchbay_protocol::outbound::{Outbound, Signal, Verdict};
+use patchbay_protocol::receipt::MessageStatus;
+use patchbay_protocol::timestamp::Timestamp;
+use patchbay_protocol::CommandError;
+use patchbay_storage::tables::{DeadLetter, Tables};
+
+use super::entity::{Account, Effect};
+use super::log::{AccountEntry, Record, address_id};
+use super::pacing;
+use super::state::{Phase, State};
+use crate::shard::entity::{Decision, Found, Lookup, Now};
+
+/// Calls in flight of one account.
+pub const IN_FLIGHT_MAX: usize = 64;
+/// Sends that one decision begins.
+const CHOSEN_MAX: usize = 32;
+/// Receipts that one account keeps.
+const KEPT_MAX: usize = 10_000;
+/// How long a receipt is kept.
+const KEPT_FOR: Duration = Duration::from_secs(24 * 3600);
+/// Our code for a call that made no connection.
+pub const NOT_SENT: &str = "not_sent";
+
+/// What can be asked of an account.
+#[derive(Debug)]
+pub enum AccountCommand {
+    /// Whose thread these addresses are; all of them become aliases of it.
+    Resolve {
+        /// The addresses; the first would become the thread key.
+        addresses: Vec<Address>,
+    },
+    /// Whose thread this address is, if anybody's. Writes nothing.
+    Find {
+        /// The addresses.
+        addresses: Vec<Address>,
+    },
+    /// These addresses are the thread's as well.
+    Learn {
+        /// The thread key.
+        thread: String,
+        /// The addresses.
+        addresses: Vec<Address>,
+    },
+    /// A conversation hands over a message.
+    Enqueue(Box<Outbound>),
+    /// A receipt that its conversation does not know.
+    Keep(Box<KeptReceipt>),
+    /// Something about the account as a whole.
+    Event(Box<AccountEvent>),
+    /// An item that could not be taken.
+    DeadLetter {
+        /// Whose.
+        tenant: TenantId,
+        /// The item.
+        letter: Box<DeadLetter>,
+    },
+    /// A signal to the customer; not retried.
+    Signal(Signal),
+    /// Somebody has acted: calls may go on.
+    Resume,
+    /// How it is. Writes nothing.
+    Status,
+    /// A call was answered (or not).
+    Called {
+        /// Which.
+        entry: EntryId,
+        /// What it means.
+        verdict: Verdict,
+        /// 0 to 1.
+        jitter: f64,
+    },
+    /// The conversation has the outcome.
+    Told {
+        /// Which.
+        entry: EntryId,
+    },
+    /// A kept receipt has found its message.
+    Placed {
+        /// The seq that kept it.
+        kept: u64,
+    },
+    /// The account was loaded: what was called and not answered is unknown.
+    Loaded,
+    /// Time has passed.
+    Wake,
+}
+
+/// A receipt to be kept.
+#[derive(Clone, Debug)]
+pub struct KeptReceipt {
+    /// The conversation, where that is known.
+    pub conversation: Option<ConversationId>,
+    /// The message's seq, where that is known.
+    pub message_seq: Option<u64>,
+    /// The receipt.
+    pub update: StatusUpdate,
+}
+
+/// Whose thread addresses are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ThreadReply {
+    /// The thread key.
+    pub thread: String,
+    /// Another thread that the same addresses lead to.
+    pub other: Option<String>,
+}
+
+/// What an account answers.
+#[derive(Clone, Debug, PartialEq)]
+pub enum AccountReply {
+    /// Durable.
+    Taken,
+    /// To [`AccountCommand::Resolve`] and [`AccountCommand::Find`].
+    Thread(Option<ThreadReply>),
+    /// To [`AccountCommand::Status`].
+    Status {
+        /// Why nothing is called, if so.
+        paused: Option<String>,
+        /// Unsettled sends.
+        unsettled: usize,
+    },
+}
+
+type Outcome = Result<Decision<Account>, CommandError>;
+
+pub(super) fn lookups(command: &AccountCommand) -> Vec<Lookup> {
+    match command {
+        AccountCommand::Resolve { addresses } | AccountCommand::Find { addresses } | AccountCommand::Learn { addresses, .. } => {
+            addresses.iter().map(|a| Lookup::Id(address_id(a))).collect()
+        }
+        _ => vec![],
+    }
+}
+
+pub(super) fn decide(state: &State, found: &Found<Record>, command: &AccountCommand, now: &Now) -> Outcome {
+    match command {
+        AccountCommand::Resolve { addresses } => resolve(found, addresses, now),
+        AccountCommand::Find { addresses } => Ok(Decision::reply(AccountReply::Thread(threads(found, addresses)))),
+        AccountCommand::Learn { thread, addresses } => Ok(learn(found, thread, addresses, now)),
+        AccountCommand::Enqueue(outbound) => enqueue(state, outbound, now),
+        AccountCommand::Keep(receipt) => keep(state, receipt, now),
+        AccountCommand::Event(event) => Ok(entries(now, [AccountEntry::Event((**event).clone())])),
+        AccountCommand::DeadLetter { tenant, letter } => Ok(dead_letter(tenant, letter)),
+        AccountCommand::Signal(signal) => Ok(Decision::reply(AccountReply::Taken).effect(Effect::Signal(signal.clone()))),
+        AccountCommand::Resume if state.paused.is_some() => Ok(entries(now, [AccountEntry::Resumed {}])),
+        AccountCommand::Resume => Ok(Decision::reply(AccountReply::Taken)),
+        AccountCommand::Status => Ok(Decision::reply(AccountReply::Status { paused: state.paused.clone(), unsettled: state.sends.len() })),
+        AccountCommand::Called { entry, verdict, jitter } => called(state, *entry, verdict, *jitter, now),
+        AccountCommand::Told { entry } => Ok(told(state, *entry, now)),
+        AccountCommand::Placed { kept } => {
+            let there = state.kept.contains_key(kept);
+            Ok(entries(now, there.then_some(AccountEntry::Released { kept: *kept })))
+        }
+        AccountCommand::Loaded => Ok(loaded(state, now)),
+        AccountCommand::Wake => wake(state, now),
+    }
+}
+
+fn record(now: &Now, body: AccountEntry) -> Record {
+    Record { at: now.at, body }
+}
+
+fn entries(now: &Now, bodies: impl IntoIterator<Item = AccountEntry>) -> Decision<Account> {
+    Decision::entries(bodies.into_iter().map(|b| record(now, b)).collect(), AccountReply::Taken)
+}
+
+/// Where known addresses lead: to the thread that was known first, and to another one if they disagree.
+fn threads(found: &Found<Record>, addresses: &[Address]) -> Option<ThreadReply> {
+    let mut known: Vec<(u64, String)> = Vec::new();
+    for address in addresses {
+        if let Some((seq, Record { body: AccountEntry::AliasAdded { thread, .. }, .. })) = found.id(address_id(address)) {
+            known.push((seq, thread.clone()));
+        }
+    }
+    known.sort();
+    let (_, thread) = known.first()?.clone();
+    let other = known.into_iter().map(|(_, t)| t).find(|t| *t != thread);
+    Some(ThreadReply { thread, other })
+}
+
+fn unknown(found: &Found<Record>, addresses: &[Address]) -> Vec<Address> {
+    addresses.iter().filter(|a| found.id(address_id(a)).is_none()).cloned().collect()
+}
+
+fn resolve(found: &Found<Record>, addresses: &[Address], now: &Now) -> Outcome {
+    let first = addresses.first().ok_or_else(|| CommandError::invalid("no address"))?;
+    let reply = threads(found, addresses).unwrap_or_else(|| ThreadReply { thread: first.value.clone(), other: None });
+    let new = unknown(found, addresses);
+    let added = (!new.is_empty()).then(|| record(now, AccountEntry::AliasAdded { addresses: new, thread: reply.thread.clone() }));
+    Ok(Decision::entries(added.into_iter().collect(), AccountReply::Thread(Some(reply))))
+}
+
+fn learn(found: &Found<Record>, thread: &str, addresses: &[Address], now: &Now) -> Decision<Account> {
+    let new = unknown(found, addresses);
+    entries(now, (!new.is_empty()).then(|| AccountEntry::AliasAdded { addresses: new, thread: thread.to_owned() }))
+}
+
+fn enqueue(state: &State, outbound: &Outbound, now: &Now) -> Outcome {
+    if state.sends.contains_key(&outbound.entry) {
+        return Ok(Decision::reply(AccountReply::Taken));
+    }
+    let attempted = state.may_call_at_once(outbound, now.at, IN_FLIGHT_MAX);
+    let mut decision = entries(now, [AccountEntry::Queued { outbound: Box::new(outbound.clone()), attempted }]);
+    if attempted {
+        decision.effects.push(Effect::Call(Box::new(outbound.clone())));
+    }
+    Ok(decision)
+}
+
+fn wake(state: &State, now: &Now) -> Outcome {
+    let mut bodies = Vec::new();
+    let mut effects = Vec::new();
+    for entry in state.expired(now.at, CHOSEN_MAX / 2) {
+        let mut update = StatusUpdate::bare(MessageStatus::Failed);
+        update.error = Some(ProviderError { code: "expired".into(), title: "pending for too long".into(), retryable: false });
+        bodies.push(AccountEntry::Outcome { entry, update: Box::new(update.clone()) });
+        effects.push(Effect::Tell { entry, update: Box::new(update) });
+    }
+    if bodies.is_empty() {
+        for entry in state.choose(now.at, IN_FLIGHT_MAX, CHOSEN_MAX) {
+            bodies.push(AccountEntry::Attempted { entry });
+            effects.extend(state.sends.get(&entry).map(|s| Effect::Call(Box::new(s.outbound.clone()))));
+        }
+    }
+    let room = CHOSEN_MAX.saturating_sub(bodies.len());
+    let over = state.kept.iter().filter(|(_, k)| now.at.since(k.at) >= KEPT_FOR).take(room);
+    for (seq, kept) in over {
+        bodies.push(AccountEntry::Released { kept: *seq });
+        effects.push(Effect::Bury { kept: Box::new(kept.clone()) });
+    }
+    effects.extend(state.kept.iter().filter(|(_, k)| k.conversation.is_some() && now.at.since(k.at) < KEPT_FOR).take(room).map(place));
+    let mut decision = entries(now, bodies);
+    decision.effects = effects;
+    Ok(decision)
+}
+
+fn place((seq, kept): (&u64, &super::state::Kept)) -> Effect {
+    Effect::Place { kept: *seq, receipt: Box::new(KeptReceipt { conversation: kept.conversation, message_seq: kept.message_seq, update: kept.update.clone() }) }
+}
+
+fn keep(state: &State, receipt: &KeptReceipt, now: &Now) -> Outcome {
+    if state.kept.len() >= KEPT_MAX {
+        return Err(CommandError::overloaded(1000));
+    }
+    let id = receipt.update.provider_id.as_deref().unwrap_or("");
+    let settled = state.conversation_of(id);
+    let in_flight = state.sends.values().find_map(|s| matches!(&s.phase, Phase::Known(u) if u.provider_id.as_deref() == Some(id)).then_some(s.outbound.entry.conversation));
+    let conversation = receipt.conversation.or(settled).or(in_flight);
+    let body = AccountEntry::Kept { conversation, message_seq: receipt.message_seq, update: Box::new(receipt.update.clone()) };
+    let decision = entries(now, [body]);
+    let effect = Effect::Place { kept: now.next_seq, receipt: Box::new(KeptReceipt { conversation, ..receipt.clone() }) };
+    // Its message was told while it was on its way here: it finds it at once.
+    Ok(if settled.is_some() { decision.effect(effect) } else { decision })
+}
+
+fn dead_letter(tenant: &TenantId, letter: &DeadLetter) -> Decision<Account> {
+    let (tenant, letter) = (tenant.clone(), letter.clone());
+    let mut decision = Decision::reply(AccountReply::Taken);
+    decision.writes.push(Box::new(move |key, stamp| Tables::dead_letter_write(key.shard, stamp, &tenant, &letter)));
+    decision
+}
+
+fn called(state: &State, entry: EntryId, verdict: &Verdict, jitter: f64, now: &Now) -> Outcome {
+    let Some(send) = state.sends.get(&entry).filter(|s| s.phase == Phase::Attempted) else {
+        return Ok(late(entry, verdict));
+    };
+    let outcome = |update: StatusUpdate| AccountEntry::Outcome { entry, update: Box::new(update) };
+    let bodies = match verdict {
+        Verdict::Accepted { provider_id, .. } => {
+            let mut update = StatusUpdate::bare(MessageStatus::Sent);
+            update.provider_id = Some(provider_id.clone());
+            vec![outcome(update)]
+        }
+        Verdict::Unknown => vec![outcome(StatusUpdate::bare(MessageStatus::Unknown))],
+        Verdict::Refused { error, closes_window } => {
+            let mut update = StatusUpdate::bare(MessageStatus::Failed);
+            update.error = Some(error.clone());
+            update.closes_window = *closes_window;
+            vec![outcome(update)]
+        }
+        Verdict::Retry { error, after_ms, scope } => {
+            let pause = pacing::backoff(send.attempts, jitter).max(Duration::from_millis(after_ms.unwrap_or(0)));
+            vec![AccountEntry::Retried { entry, error: error.clone(), not_before: now.at.plus(pause), scope: *scope }]
+        }
+        Verdict::Paused { error } => {
+            let back = AccountEntry::Retried { entry, error: error.clone(), not_before: now.at, scope: patchbay_protocol::outbound::Backoff::Message };
+            vec![back, AccountEntry::Paused { reason: format!("error {}", error.code) }]
+        }
+    };
+    let told: Vec<Effect> = bodies
+        .iter()
+        .filter_map(|b| match b {
+            AccountEntry::Outcome { entry, update } => Some(Effect::Tell { entry: *entry, update: update.clone() }),
+            _ => None,
+        })
+        .collect();
+    let learnt = match verdict {
+        Verdict::Accepted { aliases, .. } if !aliases.is_empty() => Some(Effect::Learn { entry, addresses: aliases.clone() }),
+        _ => None,
+    };
+    let mut decision = entries(now, bodies);
+    decision.effects = told;
+    decision.effects.extend(learnt);
+    Ok(decision)
+}
+
+/// An answer that came after the call was given up (the account was loaded anew meanwhile): it can only climb.
+fn late(entry: EntryId, verdict: &Verdict) -> Decision<Account> {
+    let decision = Decision::reply(AccountReply::Taken);
+    let Verdict::Accepted { provider_id, .. } = verdict else { return decision };
+    let mut update = StatusUpdate::bare(MessageStatus::Sent);
+    update.provider_id = Some(provider_id.clone());
+    decision.effect(Effect::Tell { entry, update: Box::new(update) })
+}
+
+fn told(state: &State, entry: EntryId, now: &Now) -> Decision<Account> {
+    let Some(send) = state.sends.get(&entry) else { return Decision::reply(AccountReply::Taken) };
+    let Phase::Known(update) = &send.phase else { return Decision::reply(AccountReply::Taken) };
+    let mut decision = entries(now, [AccountEntry::Settled { entry }]);
+    if let Some(id) = &update.provider_id {
+        let same = state.kept.iter().filter(|(_, k)| k.update.provider_id.as_ref() == Some(id));
+        decision.effects = same
+            .map(|(seq, k)| {
+                let receipt = KeptReceipt { conversation: Some(entry.conversation), message_seq: Some(entry.seq), update: k.update.clone() };
+                Effect::Place { kept: *seq, receipt: Box::new(receipt) }
+            })
+            .collect();
+    }
+    decision
+}
+
+fn loaded(state: &State, now: &Now) -> Decision<Account> {
+    let mut bodies = Vec::new();
+    let mut effects = Vec::new();
+    for send in state.sends.values() {
+        match &send.phase {
+            Phase::Waiting => {}
+            Phase::Attempted if bodies.len() < CHOSEN_MAX => {
+                let update = Box::new(StatusUpdate::bare(MessageStatus::Unknown));
+                bodies.push(AccountEntry::Outcome { entry: send.outbound.entry, update: update.clone() });
+                effects.push(Effect::Tell { entry: send.outbound.entry, update });
+            }
+            Phase::Attempted => {}
+            Phase::Known(update) => effects.push(Effect::Tell { entry: send.outbound.entry, update: update.clone() }),
+        }
+    }
+    if bodies.len() == CHOSEN_MAX {
+        effects.push(Effect::Again);
+    }
+    let mut decision = entries(now, bodies);
+    decision.effects = effects;
+    decision
+}
+
+/// When the durable timer of an account must be armed: while anything is unsettled, within 5 s.
+pub(super) fn timer(state: &State, armed: Option<Timestamp>, now: Timestamp) -> Option<Timestamp> {
+    const WITHIN: Duration = Duration::from_secs(5);
+    if state.sends.is_empty() && state.kept.is_empty() {
+        return None;
+    }
+    Some(armed.filter(|at| *at > now).unwrap_or_else(|| now.plus(WITHIN)))
+}

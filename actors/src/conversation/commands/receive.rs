@@ -1,0 +1,148 @@
+//! What the provider brings: messages, reactions, edits, deletions, echoes, changed contacts. One entry for every
+//! provider id, whenever and to whichever node it is repeated (G5).
+
+use patchbay_protocol::command::{Command, Opening, Reply};
+use patchbay_protocol::entry::{Actor, ActorType, Body, Cause, Opened, Received, Sent, Target};
+use patchbay_protocol::inbound::{InboundMessage, ThreadEvent};
+use patchbay_protocol::summary::{Contact, Status};
+
+use super::{Draft, Known, Outcome};
+use crate::conversation::ids;
+use crate::conversation::state::State;
+use crate::shard::entity::{Decision, Lookup, Now};
+
+pub(super) fn lookups(event: &ThreadEvent) -> Vec<Lookup> {
+    let mut wanted = vec![Lookup::Id(ids::provider(event.provider_id()))];
+    if let Some(target) = target_of(event) {
+        wanted.extend([Lookup::Id(ids::provider(target)), Lookup::Id(ids::wamid(target))]);
+    }
+    if let ThreadEvent::Echo { provider_id, .. } = event {
+        wanted.push(Lookup::Id(ids::wamid(provider_id)));
+    }
+    wanted
+}
+
+fn target_of(event: &ThreadEvent) -> Option<&str> {
+    match event {
+        ThreadEvent::Message(m) => m.reply_to.as_deref(),
+        ThreadEvent::Reaction { target, .. } | ThreadEvent::Edit { target, .. } | ThreadEvent::Delete { target, .. } => Some(target),
+        ThreadEvent::Echo { .. } | ThreadEvent::ContactChanged { .. } => None,
+    }
+}
+
+pub(super) fn decide(state: &State, found: &Known, command: &Command, opening: &Opening, event: &ThreadEvent, now: &Now) -> Outcome {
+    let id = event.provider_id();
+    let echo_of_ours = matches!(event, ThreadEvent::Echo { .. }) && found.id(ids::wamid(id)).is_some();
+    if found.id(ids::provider(id)).is_some() || echo_of_ours {
+        return Ok(Decision::reply(Reply::Taken));
+    }
+    let mut draft = Draft::new(command, now);
+    open(state, command, opening, event, &mut draft);
+    let contact = Actor::new(ActorType::Contact, sender(opening));
+    match event {
+        ThreadEvent::Message(m) => {
+            refresh_contact(state, opening, &mut draft);
+            draft.add_by(contact, received(m, found));
+        }
+        ThreadEvent::Reaction { provider_id, target: t, emoji } => {
+            draft.add_by(contact, Body::Reacted { target: target(t, found), emoji: emoji.clone(), provider_id: Some(provider_id.clone()) });
+        }
+        ThreadEvent::Edit { provider_id, target: t, content } => {
+            draft.add_by(contact, Body::Edited { target: target(t, found), content: content.clone(), provider_id: provider_id.clone() });
+        }
+        ThreadEvent::Delete { provider_id, target: t } => {
+            draft.add_by(contact, Body::Deleted { target: target(t, found), provider_id: provider_id.clone() });
+        }
+        ThreadEvent::Echo { provider_id, content, sent_at } => {
+            let sent = Sent {
+                client_id: provider_id.clone(),
+                content: content.clone(),
+                reply_to: None,
+                provider_id: Some(provider_id.clone()),
+                sent_at: Some(*sent_at),
+            };
+            draft.add_by(Actor::new(ActorType::Provider, "app"), Body::Sent(sent));
+        }
+        ThreadEvent::ContactChanged { provider_id, .. } => {
+            draft.add_by(Actor::new(ActorType::Provider, "system"), Body::ContactUpdated { contact: opening.contact.clone(), provider_id: Some(provider_id.clone()) });
+        }
+    }
+    Ok(Decision::entries(draft.entries, Reply::Taken))
+}
+
+fn sender(opening: &Opening) -> String {
+    let Contact { address, user_id, .. } = &opening.contact;
+    if address.is_empty() { user_id.clone().unwrap_or_default() } else { address.clone() }
+}
+
+/// The first item opens the conversation; a customer's message after resolve opens the next episode, one on a
+/// snoozed or pending thread brings it back.
+fn open(state: &State, command: &Command, opening: &Opening, event: &ThreadEvent, draft: &mut Draft<'_>) {
+    let by_customer = matches!(event, ThreadEvent::Message(_));
+    let cause = match event {
+        ThreadEvent::Echo { .. } => Cause::BusinessMessage,
+        _ => Cause::CustomerMessage,
+    };
+    let opens = state.home.is_none() || (by_customer && state.status == Status::Resolved);
+    if opens {
+        let (thread, contact) = match &state.home {
+            Some(home) => (home.thread.clone(), home.contact.clone()),
+            None => (opening.thread.clone(), opening.contact.clone()),
+        };
+        let scope = &command.scope;
+        draft.add_by(
+            Actor::system(),
+            Body::Opened(Opened {
+                episode: state.episode + 1,
+                cause,
+                tenant: scope.tenant.clone(),
+                account: scope.account.clone(),
+                inbox: scope.inbox.clone(),
+                contact,
+                thread,
+            }),
+        );
+    } else if by_customer && matches!(state.status, Status::Snoozed | Status::Pending) {
+        draft.add_by(Actor::system(), Body::Reopened { episode: state.episode, cause: Cause::CustomerMessage });
+    }
+}
+
+/// The contact gave itself a name or an id that we did not know.
+fn refresh_contact(state: &State, opening: &Opening, draft: &mut Draft<'_>) {
+    let Some(home) = &state.home else { return };
+    let mut contact = home.contact.clone();
+    let new = &opening.contact;
+    if !new.name.is_empty() {
+        contact.name.clone_from(&new.name);
+    }
+    if contact.address.is_empty() {
+        contact.address.clone_from(&new.address);
+    }
+    contact.user_id = new.user_id.clone().or(contact.user_id);
+    contact.username = new.username.clone().or(contact.username);
+    if contact != home.contact {
+        draft.add_by(Actor::new(ActorType::Provider, "profile"), Body::ContactUpdated { contact, provider_id: None });
+    }
+}
+
+fn target(provider_id: &str, found: &Known) -> Target {
+    let by_item = found.id(ids::provider(provider_id)).map(|(seq, _)| seq);
+    let by_receipt = || {
+        let (seq, entry) = found.id(ids::wamid(provider_id))?;
+        Some(if let Body::Status(s) = &entry.body { s.message_seq } else { seq })
+    };
+    Target { seq: by_item.or_else(by_receipt), provider_id: provider_id.to_owned() }
+}
+
+fn received(m: &InboundMessage, found: &Known) -> Body {
+    Body::Received(Received {
+        provider_id: m.provider_id.clone(),
+        content: m.content.clone(),
+        sent_at: m.sent_at,
+        reply_to: m.reply_to.as_deref().map(|t| target(t, found)),
+        referral: m.referral.clone(),
+        forwarded: m.forwarded,
+        participant: m.participant.clone(),
+        errors: m.errors.clone(),
+    })
+}

@@ -1,0 +1,292 @@
+//! The conversation as an entity: how it is stored, shown and handed on.
+
+use std::sync::{Arc, OnceLock, Weak};
+use std::time::Duration;
+
+use bytes::Bytes;
+use patchbay_protocol::command::{Command, Reply, Request};
+use patchbay_protocol::entry::{Body, Entry};
+use patchbay_protocol::ids::{AgentId, CommandId, ConversationId, EntityId, EntryId};
+use patchbay_protocol::outbound::{Lane, Outbound, Recipient, Signal};
+use patchbay_protocol::receipt::MessageStatus;
+use patchbay_protocol::{CommandError, Timestamp};
+use patchbay_storage::log::LogKey;
+use patchbay_storage::tables::{IdKey, Tables};
+use patchbay_storage::{Batch, Stamp};
+use serde_json::json;
+
+use super::{commands, ids, state::State};
+use crate::account::AccountCommand;
+use crate::directory::Directory;
+use crate::inbox::InboxCommand;
+use crate::ports::Publisher;
+use crate::router::Router;
+use crate::shard::entity::{Decision, Found, LogEntity, Lookup, Now};
+use crate::shard::log_actor::Handle;
+
+/// What a conversation does about its entries.
+pub enum Effect {
+    /// Hands a message to the Account, and repeats until the Account answers.
+    HandOn {
+        /// The message.
+        seq: u64,
+        /// How urgent.
+        lane: Lane,
+    },
+    /// Tells the customer that the business has read.
+    MarkRead {
+        /// The provider's id of the last message.
+        provider_id: String,
+    },
+    /// Tells the customer that the business is writing.
+    Typing {
+        /// The provider's id of the last message.
+        provider_id: String,
+    },
+    /// Sends a reaction.
+    React {
+        /// The provider's id of the message.
+        provider_id: String,
+        /// The emoji.
+        emoji: String,
+    },
+    /// Tells an agent that a conversation is now theirs.
+    Assigned {
+        /// Who.
+        agent: AgentId,
+        /// By which entry.
+        seq: u64,
+    },
+}
+
+/// What all conversations of a node share.
+pub struct Conversation {
+    publisher: Arc<dyn Publisher>,
+    directory: Arc<Directory>,
+    router: OnceLock<Weak<dyn Router>>,
+}
+
+impl Conversation {
+    /// Conversations that are shown by `publisher`.
+    pub fn new(publisher: Arc<dyn Publisher>, directory: Arc<Directory>) -> Self {
+        Self { publisher, directory, router: OnceLock::new() }
+    }
+
+    /// Says how to reach other entities; once.
+    pub fn set_router(&self, router: Weak<dyn Router>) {
+        let _ = self.router.set(router);
+    }
+
+    fn router(&self) -> Option<Arc<dyn Router>> {
+        self.router.get()?.upgrade()
+    }
+
+    async fn hand_on(&self, me: &Handle<Self>, id: ConversationId, seq: u64, lane: Lane) {
+        let mut pause = Duration::from_millis(20);
+        loop {
+            if self.try_hand_on(me, id, seq, lane).await.is_some() {
+                return;
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_secs(2));
+        }
+    }
+
+    /// `None`: not answered, to be repeated.
+    async fn try_hand_on(&self, me: &Handle<Self>, id: ConversationId, seq: u64, lane: Lane) -> Option<()> {
+        let logs = &me.shards().logs;
+        let entry: Entry = Self::decode(&logs.row(me.key(), seq).await.ok()??.payload)?;
+        let Body::Sent(sent) = &entry.body else { return Some(()) };
+        let opened = self.home(me).await?;
+        let reply_to = match sent.reply_to {
+            Some(target) => provider_id_of(me, target).await,
+            None => None,
+        };
+        let outbound = Outbound {
+            entry: EntryId { conversation: id, seq },
+            at: entry.at,
+            recipient: Recipient { address: opened.contact.address.clone(), user_id: opened.contact.user_id.clone() },
+            content: sent.content.clone(),
+            reply_to,
+            lane,
+        };
+        let answer = self.router()?.account(&opened.tenant, &opened.account, AccountCommand::Enqueue(Box::new(outbound))).ok()?;
+        answer.wait().await.ok().map(|_| ())
+    }
+
+    /// Where the conversation is at home now: told by itself.
+    async fn home(&self, me: &Handle<Self>) -> Option<super::state::Home> {
+        let (reply, answer) = tokio::sync::oneshot::channel();
+        me.peek(move |state: &State| drop(reply.send(state.home.clone())));
+        answer.await.ok()?
+    }
+
+    async fn signal(&self, me: &Handle<Self>, signal: impl FnOnce(Recipient) -> Signal) {
+        let Some(home) = self.home(me).await else { return };
+        let recipient = Recipient { address: home.contact.address, user_id: home.contact.user_id };
+        let Some(router) = self.router() else { return };
+        // A signal that cannot be handed over now is not worth repeating.
+        if let Ok(answer) = router.account(&home.tenant, &home.account, AccountCommand::Signal(signal(recipient))) {
+            let _ = answer.wait().await;
+        }
+    }
+}
+
+/// The provider's id of a message, by its own entry or by the last word on its status.
+async fn provider_id_of(me: &Handle<Conversation>, seq: u64) -> Option<String> {
+    let (logs, tables) = (&me.shards().logs, &me.shards().tables);
+    match Conversation::decode(&logs.row(me.key(), seq).await.ok()??.payload)?.body {
+        Body::Received(m) => Some(m.provider_id),
+        Body::Sent(m) if m.provider_id.is_some() => m.provider_id,
+        Body::Sent(_) => {
+            let status = tables.reference(me.key(), ids::status(seq, None)).await.ok()??;
+            match Conversation::decode(&logs.row(me.key(), status).await.ok()??.payload)?.body {
+                Body::Status(s) if s.message_seq == seq => s.provider_id,
+                _ => None,
+            }
+        }
+        _ => None,
+    }
+}
+
+impl LogEntity for Conversation {
+    type State = State;
+    type Entry = Entry;
+    type Command = Command;
+    type Reply = Reply;
+    type Effect = Effect;
+
+    fn fresh(&self, id: &EntityId) -> State {
+        State::fresh(ConversationId::from_bytes(id.key()))
+    }
+
+    fn name(command: &Command) -> &'static str {
+        command.request.name()
+    }
+
+    fn command_id(command: &Command) -> CommandId {
+        command.id
+    }
+
+    fn lookups(state: &State, found: &Found<Entry>, command: &Command) -> Vec<Lookup> {
+        commands::lookups(state, found, command)
+    }
+
+    fn decide(state: &State, found: &Found<Entry>, command: &Command, now: &Now) -> Result<Decision<Self>, CommandError> {
+        commands::decide(state, found, command, now)
+    }
+
+    fn apply(state: &mut State, _: u64, entry: &Entry) {
+        state.apply(entry);
+    }
+
+    fn at(entry: &Entry) -> Timestamp {
+        entry.at
+    }
+
+    fn ids(entry: &Entry, _: u64) -> Vec<IdKey> {
+        ids::of(entry)
+    }
+
+    fn encode(entry: &Entry, _: u64) -> Bytes {
+        // An entry is a map with text keys: writing it cannot fail.
+        serde_json::to_vec(entry).unwrap_or_default().into()
+    }
+
+    fn decode(payload: &[u8]) -> Option<Entry> {
+        serde_json::from_slice(payload).ok()
+    }
+
+    fn freeze(state: &State) -> Bytes {
+        serde_json::to_vec(state).unwrap_or_default().into()
+    }
+
+    fn thaw(&self, id: &EntityId, snapshot: &[u8]) -> Option<State> {
+        let state: State = serde_json::from_slice(snapshot).ok()?;
+        (state.id.as_bytes() == &id.key()).then_some(state)
+    }
+
+    fn publish(&self, _: &EntityId, state: &State, entries: &[(u64, Bytes)]) {
+        self.publisher.entries(state.id, entries);
+        let Some(home) = &state.home else { return };
+        let (inbox, window) = self.directory.presentation(home);
+        let Some(summary) = state.summary(inbox.clone(), window, state.updated_at) else { return };
+        if let Some(router) = self.router() {
+            // The row that is derived later tells an inbox that was not there to hear it.
+            let _ = router.inbox(&home.tenant, &inbox, InboxCommand::Changed(Box::new(summary)));
+        }
+    }
+
+    fn derived(&self, state: &State, key: LogKey, stamp: Stamp) -> Vec<Batch> {
+        let Some(home) = &state.home else { return vec![] };
+        let (inbox, window) = self.directory.presentation(home);
+        // Rows keep the end of the window, past or not: whoever reads them knows the time.
+        let mut summary = state.summary(inbox, window, Timestamp::default());
+        if let Some(summary) = &mut summary {
+            summary.window_until = state.window_until(window);
+        }
+        summary.map(|s| Tables::inbox_writes(key, stamp, &home.tenant, &s).to_vec()).unwrap_or_default()
+    }
+
+    fn derived_done(&self, _: &EntityId, state: &State) {
+        let Some(home) = &state.home else { return };
+        let (inbox, _) = self.directory.presentation(home);
+        if let Some(router) = self.router() {
+            let _ = router.inbox(&home.tenant, &inbox, InboxCommand::Stored { id: state.id, last_seq: state.last_seq });
+        }
+    }
+
+    fn replay(state: &State, seq: u64, entry: &Entry) -> Option<Effect> {
+        let Body::Sent(sent) = &entry.body else { return None };
+        let pending = sent.provider_id.is_none() && state.pending.contains(&seq) && state.status_of(seq).is_none_or(|s| s == MessageStatus::Pending);
+        let lane = if entry.actor.kind == patchbay_protocol::ActorType::Agent { Lane::Agent } else { Lane::Automation };
+        pending.then_some(Effect::HandOn { seq, lane })
+    }
+
+    fn on_load(&self, _: &State) -> Option<Command> {
+        None
+    }
+
+    fn timer(state: &State, _: Option<Timestamp>, _: Timestamp) -> Option<Timestamp> {
+        state.snoozed_until
+    }
+
+    fn wake_at(_: &State, _: Timestamp) -> Option<Timestamp> {
+        None
+    }
+
+    fn wake() -> Command {
+        crate::router::system_command(Request::TimerDue)
+    }
+
+    fn may_passivate(_: &State) -> bool {
+        true
+    }
+
+    fn is_handed_on(effect: &Effect) -> bool {
+        matches!(effect, Effect::HandOn { .. })
+    }
+
+    async fn act(&self, id: &EntityId, effect: Effect, me: Handle<Self>) {
+        let conversation = ConversationId::from_bytes(id.key());
+        match effect {
+            Effect::HandOn { seq, lane } => self.hand_on(&me, conversation, seq, lane).await,
+            Effect::MarkRead { provider_id } => {
+                let marks = match self.home(&me).await {
+                    Some(home) => self.directory.account(&home.tenant, &home.account).await.ok().flatten().is_some_and(|a| a.settings.mark_read),
+                    None => false,
+                };
+                if marks {
+                    self.signal(&me, |_| Signal::Read { provider_id }).await;
+                }
+            }
+            Effect::Typing { provider_id } => self.signal(&me, |_| Signal::Typing { provider_id }).await,
+            Effect::React { provider_id, emoji } => self.signal(&me, |recipient| Signal::React { recipient, provider_id, emoji }).await,
+            Effect::Assigned { agent, seq } => {
+                let Some(home) = self.home(&me).await else { return };
+                let push = json!({"type": "assigned", "conversation": conversation, "seq": seq});
+                self.publisher.agent(&home.tenant, &agent, Bytes::from(push.to_string()));
+            }
+        }
+    }
+}

@@ -1,0 +1,306 @@
+//! Configuration documents of tenants, kept at hand: tenants, keys, inboxes, accounts, agents. Written only by
+//! compare-and-set; every write through here is seen here at once.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use patchbay_connectors::Connector;
+use patchbay_protocol::command::Scope;
+use patchbay_protocol::ids::{AccountId, AgentId, InboxId, TenantId};
+use patchbay_protocol::principal::Role;
+use patchbay_protocol::timestamp::Timestamp;
+use patchbay_protocol::{CommandError, ErrorCode};
+use patchbay_storage::tables::Tables;
+use patchbay_storage::{CasOutcome, DocumentKey, Engine};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::sync::Arc;
+
+use crate::conversation::state::Home;
+
+/// A tenant.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Tenant {
+    /// Its display name.
+    pub name: String,
+    /// When it was made.
+    pub created_at: Timestamp,
+}
+
+/// An API key, by a hash of its secret.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Key {
+    /// Whose.
+    pub tenant: TenantId,
+    /// What it is called.
+    pub name: String,
+    /// The start of the secret, to be recognised by.
+    pub prefix: String,
+    /// When it was made.
+    pub created_at: Timestamp,
+}
+
+/// An inbox.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Inbox {
+    /// Its display name.
+    pub name: String,
+}
+
+/// What an account does beside messages, and where its provider is.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, Default)]
+#[serde(deny_unknown_fields, default)]
+pub struct Settings {
+    /// Base address of the provider's API; empty: the connector's own.
+    pub api_base: String,
+    /// The API's version; empty: the connector's own.
+    pub api_version: String,
+    /// Whether `conversation.read` reaches the customer.
+    pub mark_read: bool,
+    /// Whether `typing.set` reaches the customer.
+    pub typing: bool,
+}
+
+/// A channel account.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Account {
+    /// Which connector speaks for it.
+    pub connector: String,
+    /// Where its conversations are shown.
+    pub inbox: InboxId,
+    /// Its display name.
+    pub name: String,
+    /// The provider's id of it.
+    pub external_id: String,
+    /// Its secrets.
+    pub credentials: Value,
+    /// What else it does.
+    pub settings: Settings,
+}
+
+/// An agent.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Agent {
+    /// Its display name.
+    pub name: String,
+    /// What it may do.
+    pub role: Role,
+    /// Where it works.
+    pub inboxes: Vec<InboxId>,
+    /// Tokens issued before this are void.
+    #[serde(default)]
+    pub not_before: Option<Timestamp>,
+}
+
+/// The documents of tenants.
+pub struct Directory {
+    tables: Tables,
+    cache: Mutex<HashMap<DocumentKey, Option<(u64, Arc<[u8]>)>>>,
+    accounts: Mutex<HashMap<(TenantId, AccountId), Option<Arc<Account>>>>,
+}
+
+/// Documents kept at hand; past it all are read again.
+const CACHE_MAX: usize = 100_000;
+
+fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn key(scope: &str, kind: &'static str, id: &str) -> DocumentKey {
+    DocumentKey { scope: scope.to_owned(), kind, id: id.to_owned() }
+}
+
+impl Directory {
+    /// The documents of `engine`.
+    pub fn new(engine: Arc<dyn Engine>) -> Self {
+        Self { tables: Tables::new(engine), cache: Mutex::default(), accounts: Mutex::default() }
+    }
+
+    /// The tables beside them.
+    pub fn tables(&self) -> &Tables {
+        &self.tables
+    }
+
+    async fn read<T: DeserializeOwned>(&self, key: DocumentKey) -> Result<Option<T>, CommandError> {
+        let cached = lock(&self.cache).get(&key).cloned();
+        if let Some(found) = cached {
+            return Ok(found.and_then(|(_, bytes)| serde_json::from_slice(&bytes).ok()));
+        }
+        let found = self.tables.document::<Value>(&key).await.map_err(|_| CommandError::unavailable())?;
+        let stored = found.map(|(version, value)| (version, Arc::<[u8]>::from(value.to_string().into_bytes())));
+        let mut cache = lock(&self.cache);
+        if cache.len() >= CACHE_MAX {
+            cache.clear();
+        }
+        cache.insert(key, stored.clone());
+        Ok(stored.and_then(|(_, bytes)| serde_json::from_slice(&bytes).ok()))
+    }
+
+    /// Writes a document whatever it was before; tells whether it is new.
+    async fn put<T: Serialize>(&self, key: DocumentKey, record: &T) -> Result<bool, CommandError> {
+        loop {
+            let before = self.tables.document::<Value>(&key).await.map_err(|_| CommandError::unavailable())?;
+            let expected = before.map(|(version, _)| version);
+            let outcome = self.tables.put_document(key.clone(), expected, record).await;
+            self.forget(&key);
+            match outcome {
+                Ok(CasOutcome::Applied) => return Ok(expected.is_none()),
+                Ok(CasOutcome::Refused(_)) => {}
+                Err(_) => return Err(CommandError::unavailable()),
+            }
+        }
+    }
+
+    /// Writes a document that must not be there.
+    async fn create<T: Serialize>(&self, key: DocumentKey, record: &T) -> Result<(), CommandError> {
+        let outcome = self.tables.put_document(key.clone(), None, record).await;
+        self.forget(&key);
+        match outcome {
+            Ok(CasOutcome::Applied) => Ok(()),
+            Ok(CasOutcome::Refused(_)) => Err(ErrorCode::Conflict.into()),
+            Err(_) => Err(CommandError::unavailable()),
+        }
+    }
+
+    async fn delete(&self, key: DocumentKey) -> Result<bool, CommandError> {
+        loop {
+            let before = self.tables.document::<Value>(&key).await.map_err(|_| CommandError::unavailable())?;
+            let Some((version, _)) = before else { return Ok(false) };
+            let outcome = self.tables.engine().compare_and_set(key.clone(), Some(version), None).await;
+            self.forget(&key);
+            match outcome {
+                Ok(CasOutcome::Applied) => return Ok(true),
+                Ok(CasOutcome::Refused(_)) => {}
+                Err(_) => return Err(CommandError::unavailable()),
+            }
+        }
+    }
+
+    fn forget(&self, key: &DocumentKey) {
+        lock(&self.cache).remove(key);
+    }
+
+    async fn list<T: DeserializeOwned>(&self, scope: &str, kind: &'static str, after: &str, limit: usize) -> Result<Vec<(String, T)>, CommandError> {
+        self.tables.documents(scope, kind, after, limit).await.map_err(|_| CommandError::unavailable())
+    }
+
+    /// Makes a tenant; `conflict` when it is there.
+    pub async fn create_tenant(&self, id: &TenantId, tenant: &Tenant) -> Result<(), CommandError> {
+        self.create(key("", "tenant", id.as_str()), tenant).await
+    }
+
+    /// A tenant.
+    pub async fn tenant(&self, id: &TenantId) -> Result<Option<Tenant>, CommandError> {
+        self.read(key("", "tenant", id.as_str())).await
+    }
+
+    /// Tenants after `after`.
+    pub async fn tenants(&self, after: &str, limit: usize) -> Result<Vec<(String, Tenant)>, CommandError> {
+        self.list("", "tenant", after, limit).await
+    }
+
+    /// Stores a key under a hash of its secret.
+    pub async fn put_key(&self, hash: &str, record: &Key) -> Result<bool, CommandError> {
+        self.put(key("", "key", hash), record).await
+    }
+
+    /// The key of that hash.
+    pub async fn key(&self, hash: &str) -> Result<Option<Key>, CommandError> {
+        self.read(key("", "key", hash)).await
+    }
+
+    /// Writes an inbox; tells whether it is new.
+    pub async fn put_inbox(&self, tenant: &TenantId, id: &InboxId, inbox: &Inbox) -> Result<bool, CommandError> {
+        self.put(key(tenant.as_str(), "inbox", id.as_str()), inbox).await
+    }
+
+    /// An inbox.
+    pub async fn inbox(&self, tenant: &TenantId, id: &InboxId) -> Result<Option<Inbox>, CommandError> {
+        self.read(key(tenant.as_str(), "inbox", id.as_str())).await
+    }
+
+    /// Inboxes after `after`.
+    pub async fn inboxes(&self, tenant: &TenantId, after: &str, limit: usize) -> Result<Vec<(String, Inbox)>, CommandError> {
+        self.list(tenant.as_str(), "inbox", after, limit).await
+    }
+
+    /// Removes an inbox; tells whether it was there.
+    pub async fn delete_inbox(&self, tenant: &TenantId, id: &InboxId) -> Result<bool, CommandError> {
+        self.delete(key(tenant.as_str(), "inbox", id.as_str())).await
+    }
+
+    /// Writes an account; tells whether it is new.
+    pub async fn put_account(&self, tenant: &TenantId, id: &AccountId, account: &Account) -> Result<bool, CommandError> {
+        let new = self.put(key(tenant.as_str(), "account", id.as_str()), account).await;
+        lock(&self.accounts).remove(&(tenant.clone(), id.clone()));
+        new
+    }
+
+    /// An account.
+    pub async fn account(&self, tenant: &TenantId, id: &AccountId) -> Result<Option<Arc<Account>>, CommandError> {
+        let at = (tenant.clone(), id.clone());
+        let cached = lock(&self.accounts).get(&at).cloned();
+        if let Some(found) = cached {
+            return Ok(found);
+        }
+        let found: Option<Account> = self.read(key(tenant.as_str(), "account", id.as_str())).await?;
+        let found = found.map(Arc::new);
+        let mut accounts = lock(&self.accounts);
+        if accounts.len() >= CACHE_MAX {
+            accounts.clear();
+        }
+        accounts.insert(at, found.clone());
+        Ok(found)
+    }
+
+    /// Accounts after `after`.
+    pub async fn accounts(&self, tenant: &TenantId, after: &str, limit: usize) -> Result<Vec<(String, Account)>, CommandError> {
+        self.list(tenant.as_str(), "account", after, limit).await
+    }
+
+    /// Removes an account; tells whether it was there.
+    pub async fn delete_account(&self, tenant: &TenantId, id: &AccountId) -> Result<bool, CommandError> {
+        let gone = self.delete(key(tenant.as_str(), "account", id.as_str())).await;
+        lock(&self.accounts).remove(&(tenant.clone(), id.clone()));
+        gone
+    }
+
+    /// Writes an agent; tells whether it is new.
+    pub async fn put_agent(&self, tenant: &TenantId, id: &AgentId, agent: &Agent) -> Result<bool, CommandError> {
+        self.put(key(tenant.as_str(), "agent", id.as_str()), agent).await
+    }
+
+    /// An agent.
+    pub async fn agent(&self, tenant: &TenantId, id: &AgentId) -> Result<Option<Agent>, CommandError> {
+        self.read(key(tenant.as_str(), "agent", id.as_str())).await
+    }
+
+    /// Agents after `after`.
+    pub async fn agents(&self, tenant: &TenantId, after: &str, limit: usize) -> Result<Vec<(String, Agent)>, CommandError> {
+        self.list(tenant.as_str(), "agent", after, limit).await
+    }
+
+    /// Removes an agent; tells whether it was there.
+    pub async fn delete_agent(&self, tenant: &TenantId, id: &AgentId) -> Result<bool, CommandError> {
+        self.delete(key(tenant.as_str(), "agent", id.as_str())).await
+    }
+
+    /// The scope of commands to conversations of an account; `None` when there is no such account.
+    pub async fn scope(&self, tenant: &TenantId, id: &AccountId) -> Result<Option<Scope>, CommandError> {
+        let Some(account) = self.account(tenant, id).await? else { return Ok(None) };
+        let Some(connector) = patchbay_connectors::by_name(&account.connector) else { return Ok(None) };
+        Ok(Some(Scope { tenant: tenant.clone(), account: id.clone(), inbox: account.inbox.clone(), channel: connector.channel() }))
+    }
+
+    /// The account's present inbox and its channel's window, as summaries show them: what is at hand, else what the
+    /// conversation was opened with.
+    pub fn presentation(&self, home: &Home) -> (InboxId, Option<Duration>) {
+        let account = lock(&self.accounts).get(&(home.tenant.clone(), home.account.clone())).cloned().flatten();
+        match account {
+            Some(account) => (account.inbox.clone(), patchbay_connectors::by_name(&account.connector).and_then(|c| c.channel().window)),
+            None => (home.inbox.clone(), patchbay_connectors::whatsapp::WhatsApp.channel().window),
+        }
+    }
+}

@@ -1,0 +1,292 @@
+//! What webhooks bring: every item finds its thread, and is durable or dead-lettered with a reason before the
+//! provider is told 200. One bad item never costs its neighbours.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use patchbay_protocol::command::{Command, Opening, Reply, Request, Scope};
+use patchbay_protocol::content::Content;
+use patchbay_protocol::entry::Actor;
+use patchbay_protocol::ids::{AccountId, ConversationId, TenantId};
+use patchbay_protocol::inbound::{Address, Item, ItemKind, StatusItem, ThreadEvent, ThreadItem};
+use patchbay_protocol::{CommandError, ErrorCode, Timestamp};
+use patchbay_storage::tables::DeadLetter;
+use serde_json::Value;
+
+use crate::account::{AccountCommand, AccountReply, KeptReceipt, ThreadReply};
+use crate::directory::Account;
+use crate::node::Node;
+use crate::router::{Answer, Router, command_id};
+
+/// Address-to-thread hits that are remembered: they are final.
+const ALIASES_MAX: usize = 200_000;
+
+/// An id for a dead letter, rising with time.
+pub fn dead_letter_id(now: Timestamp) -> String {
+    let random: u64 = rand::random();
+    format!("{:012x}{random:016x}", now.as_millis().max(0))
+}
+
+/// The intake of a node.
+pub struct Intake {
+    node: Arc<Node>,
+    aliases: Mutex<HashMap<(TenantId, AccountId, Address), String>>,
+}
+
+/// Where an item's account is.
+struct Target {
+    account: AccountId,
+    scope: Scope,
+}
+
+/// An item on its way.
+enum Under<'a> {
+    /// Its conversation has it.
+    Thread(Result<Answer<Reply>, CommandError>),
+    /// Its account has it.
+    Account(Result<Answer<AccountReply>, CommandError>),
+    /// A receipt that waits for its conversation.
+    Status(&'a StatusItem, Option<(ConversationId, Answer<Reply>)>),
+}
+
+impl Intake {
+    /// The intake of `node`.
+    pub fn new(node: Arc<Node>) -> Arc<Self> {
+        Arc::new(Self { node, aliases: Mutex::default() })
+    }
+
+    /// Takes every item of a body that came to `account`. `Ok`: all are durable or dead-lettered; an error is
+    /// temporary, and the provider shall send the body again.
+    pub async fn take(&self, tenant: &TenantId, account: &AccountId, document: &Account, items: Vec<Item>) -> Result<(), CommandError> {
+        let targets = self.targets(tenant, account, document, &items).await?;
+        self.learn_threads(tenant, &targets, &items).await?;
+        let mut under = Vec::with_capacity(items.len());
+        for (item, target) in items.iter().zip(&targets) {
+            let Some(target) = target else {
+                self.bury(tenant, account, "no account has this external id", item).await?;
+                continue;
+            };
+            under.push((item, target, self.hand_over(tenant, target, item).await?));
+        }
+        for (item, target, state) in under {
+            self.finish(tenant, target, item, state).await?;
+        }
+        Ok(())
+    }
+
+    /// The account of each item: the one that the webhook came to, or a sibling with the same connector and secret.
+    async fn targets(&self, tenant: &TenantId, account: &AccountId, document: &Account, items: &[Item]) -> Result<Vec<Option<Target>>, CommandError> {
+        let directory = self.node.directory();
+        let mut known: HashMap<&str, Option<AccountId>> = HashMap::new();
+        let mut targets = Vec::with_capacity(items.len());
+        for item in items {
+            let external = item.external_id.as_str();
+            let own = external.is_empty() || external == document.external_id;
+            let id = if own {
+                Some(account.clone())
+            } else if let Some(found) = known.get(external) {
+                found.clone()
+            } else {
+                let found = self.sibling(tenant, document, external).await?;
+                known.insert(external, found.clone());
+                found
+            };
+            targets.push(match id {
+                Some(id) => directory.scope(tenant, &id).await?.map(|scope| Target { account: id, scope }),
+                None => None,
+            });
+        }
+        Ok(targets)
+    }
+
+    async fn sibling(&self, tenant: &TenantId, document: &Account, external: &str) -> Result<Option<AccountId>, CommandError> {
+        let secret = |a: &Account| a.credentials.get("app_secret").cloned();
+        let mut after = String::new();
+        loop {
+            let page = self.node.directory().accounts(tenant, &after, 1000).await?;
+            let Some((last, _)) = page.last() else { return Ok(None) };
+            let found = page.iter().find(|(_, a)| a.external_id == external && a.connector == document.connector && secret(a) == secret(document));
+            if let Some((id, _)) = found {
+                return Ok(id.parse().ok());
+            }
+            after.clone_from(last);
+        }
+    }
+
+    fn alias(&self, tenant: &TenantId, account: &AccountId, address: &Address) -> Option<String> {
+        let aliases = self.aliases.lock().unwrap_or_else(PoisonError::into_inner);
+        aliases.get(&(tenant.clone(), account.clone(), address.clone())).cloned()
+    }
+
+    fn remember(&self, tenant: &TenantId, account: &AccountId, addresses: &[Address], thread: &str) {
+        let mut aliases = self.aliases.lock().unwrap_or_else(PoisonError::into_inner);
+        if aliases.len() >= ALIASES_MAX {
+            aliases.clear();
+        }
+        for address in addresses {
+            aliases.insert((tenant.clone(), account.clone(), address.clone()), thread.to_owned());
+        }
+    }
+
+    /// Asks the accounts whose threads unknown addresses are: all at once, in the items' order.
+    async fn learn_threads(&self, tenant: &TenantId, targets: &[Option<Target>], items: &[Item]) -> Result<(), CommandError> {
+        let mut asked = Vec::new();
+        for (item, target) in items.iter().zip(targets) {
+            let (ItemKind::Thread(thread), Some(target)) = (&item.kind, target) else { continue };
+            let addresses = all_addresses(thread);
+            if addresses.iter().all(|a| self.alias(tenant, &target.account, a).is_some()) {
+                continue;
+            }
+            let resolve = AccountCommand::Resolve { addresses: addresses.clone() };
+            asked.push((target, addresses, self.node.account(tenant, &target.account, resolve)?));
+        }
+        for (target, addresses, answer) in asked {
+            if let AccountReply::Thread(Some(reply)) = answer.wait().await? {
+                self.link(tenant, target, &reply).await?;
+                if reply.other.is_none() {
+                    self.remember(tenant, &target.account, &addresses, &reply.thread);
+                } else {
+                    self.remember(tenant, &target.account, &addresses[..1], &reply.thread);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Addresses that lead to two conversations: both are told.
+    async fn link(&self, tenant: &TenantId, target: &Target, reply: &ThreadReply) -> Result<(), CommandError> {
+        let Some(other) = &reply.other else { return Ok(()) };
+        let ids = [&reply.thread, other].map(|thread| ConversationId::derive(tenant, &target.account, thread));
+        for (id, other) in [(ids[0], ids[1]), (ids[1], ids[0])] {
+            let request = Request::Link { other };
+            // A thread that has aliases but no entry yet has nobody to be told.
+            match self.node.conversation(id, command(target, request))?.wait().await {
+                Err(e) if e.code.is_temporary() => return Err(e),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Hands an item to whoever it is for, without waiting for its answer.
+    async fn hand_over<'a>(&self, tenant: &TenantId, target: &Target, item: &'a Item) -> Result<Under<'a>, CommandError> {
+        Ok(match &item.kind {
+            ItemKind::Thread(thread) => {
+                let address = thread.addresses.first().ok_or_else(|| CommandError::from(ErrorCode::Internal))?;
+                let key = self.alias(tenant, &target.account, address).ok_or_else(CommandError::unavailable)?;
+                let id = ConversationId::derive(tenant, &target.account, &key);
+                let opening = Opening { thread: key, contact: thread.contact.clone() };
+                let request = Request::Receive { opening, event: thread.event.clone() };
+                Under::Thread(self.node.conversation(id, command(target, request)))
+            }
+            ItemKind::Status(status) => {
+                let id = match status.callback {
+                    Some(entry) => Some(entry.conversation),
+                    None => self.find(tenant, target, &status.recipient).await?,
+                };
+                let asked = match id {
+                    Some(id) => {
+                        let request = Request::Receipt { message_seq: status.callback.map(|e| e.seq), update: status.update.clone() };
+                        Some((id, self.node.conversation(id, command(target, request))?))
+                    }
+                    None => None,
+                };
+                Under::Status(status, asked)
+            }
+            ItemKind::Account(event) => Under::Account(self.node.account(tenant, &target.account, AccountCommand::Event(Box::new(event.clone())))),
+            ItemKind::Broken { reason } => Under::Account(self.dead_letter(tenant, &target.account, reason, item)),
+        })
+    }
+
+    /// The conversation of a known address. Statuses never create aliases.
+    async fn find(&self, tenant: &TenantId, target: &Target, addresses: &[Address]) -> Result<Option<ConversationId>, CommandError> {
+        if addresses.is_empty() {
+            return Ok(None);
+        }
+        let cached = addresses.iter().find_map(|a| self.alias(tenant, &target.account, a));
+        let thread = match cached {
+            Some(thread) => Some(thread),
+            None => {
+                let find = AccountCommand::Find { addresses: addresses.to_vec() };
+                match self.node.account(tenant, &target.account, find)?.wait().await? {
+                    AccountReply::Thread(found) => found.map(|f| f.thread),
+                    _ => None,
+                }
+            }
+        };
+        Ok(thread.map(|t| ConversationId::derive(tenant, &target.account, &t)))
+    }
+
+    async fn finish(&self, tenant: &TenantId, target: &Target, item: &Item, state: Under<'_>) -> Result<(), CommandError> {
+        match state {
+            Under::Thread(handed) => {
+                let outcome = match handed {
+                    Ok(answer) => answer.wait().await,
+                    Err(e) => Err(e),
+                };
+                match outcome {
+                    Ok(_) => self.keep_raw_if_unsupported(tenant, target, item).await,
+                    // `internal` is a parked command: it would fail every time.
+                    Err(e) if e.code.is_temporary() && e.code != ErrorCode::Internal => Err(e),
+                    Err(e) => self.bury(tenant, &target.account, e.code.name(), item).await,
+                }
+            }
+            Under::Account(handed) => handed?.wait().await.map(|_| ()),
+            Under::Status(status, asked) => {
+                let conversation = match asked {
+                    Some((id, answer)) => match answer.wait().await? {
+                        Reply::Unmatched => Some(id),
+                        _ => return Ok(()),
+                    },
+                    None => None,
+                };
+                let kept = KeptReceipt { conversation, message_seq: status.callback.map(|e| e.seq), update: status.update.clone() };
+                self.node.account(tenant, &target.account, AccountCommand::Keep(Box::new(kept)))?.wait().await.map(|_| ())
+            }
+        }
+    }
+
+    async fn keep_raw_if_unsupported(&self, tenant: &TenantId, target: &Target, item: &Item) -> Result<(), CommandError> {
+        let ItemKind::Thread(ThreadItem { event: ThreadEvent::Message(m), .. }) = &item.kind else { return Ok(()) };
+        let Content::Unsupported { reason } = &m.content else { return Ok(()) };
+        self.bury(tenant, &target.account, &format!("unsupported: {reason}"), item).await
+    }
+
+    fn dead_letter(&self, tenant: &TenantId, account: &AccountId, reason: &str, item: &Item) -> Result<Answer<AccountReply>, CommandError> {
+        let now = self.node.shards().clock.now();
+        let letter = DeadLetter {
+            id: stable_id(now, &item.raw),
+            account: account.to_string(),
+            reason: reason.to_owned(),
+            received_at: now,
+            item: item.raw.clone(),
+        };
+        metrics::counter!("patchbay_intake_dead_letters_total").increment(1);
+        self.node.account(tenant, account, AccountCommand::DeadLetter { tenant: tenant.clone(), letter: Box::new(letter) })
+    }
+
+    /// Puts an item into the dead letters.
+    pub async fn bury(&self, tenant: &TenantId, account: &AccountId, reason: &str, item: &Item) -> Result<(), CommandError> {
+        self.dead_letter(tenant, account, reason, item)?.wait().await.map(|_| ())
+    }
+}
+
+/// A body that is sent again within the same hour makes no second letter.
+fn stable_id(now: Timestamp, raw: &Value) -> String {
+    let hour = now.as_millis().max(0) / 3_600_000 * 3_600_000;
+    let hash = blake3::hash(raw.to_string().as_bytes()).to_hex();
+    format!("{hour:012x}{}", &hash[..16])
+}
+
+fn command(target: &Target, request: Request) -> Command {
+    Command { id: command_id(), scope: target.scope.clone(), actor: Actor::system(), caused_by: None, request }
+}
+
+/// The item's addresses, with those that it says are new.
+fn all_addresses(thread: &ThreadItem) -> Vec<Address> {
+    let mut all = thread.addresses.clone();
+    if let ThreadEvent::ContactChanged { new_addresses, .. } = &thread.event {
+        all.extend(new_addresses.iter().filter(|a| !thread.addresses.contains(a)).cloned());
+    }
+    all
+}

@@ -1,0 +1,328 @@
+//! A single node: every entity lives here. The composition of this crate, and its [`Router`].
+
+use std::collections::HashSet;
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use futures_util::StreamExt as _;
+use patchbay_protocol::CommandError;
+use patchbay_protocol::command::{Command, Reply, Request};
+use patchbay_protocol::ids::{AccountId, AgentId, ConversationId, EntityId, InboxId, TenantId};
+use patchbay_storage::tables::{Mark, Tables, hour_of};
+use patchbay_storage::{CasOutcome, DocumentKey, Engine};
+
+use crate::account::{Account, AccountCommand, AccountReply, OutboundConfig};
+use crate::agent::{Agent, AgentCommand, AgentReply};
+use crate::clock::Clock;
+use crate::conversation::Conversation;
+use crate::directory::Directory;
+use crate::inbox::{Inbox, InboxCommand, InboxReply};
+use crate::ports::{Provider, Publisher};
+use crate::router::{Answer, Router, system_command};
+use crate::shard::Shards;
+use crate::shard::slots::Slots;
+use crate::shard::soft::SoftSlots;
+
+/// Entities woken at once by a sweep or by timers.
+const WAKE_AT_ONCE: usize = 64;
+
+/// What a node is made of.
+pub struct NodeConfig {
+    /// The store.
+    pub engine: Arc<dyn Engine>,
+    /// What time it is.
+    pub clock: Clock,
+    /// How many shards: a power of two.
+    pub shards: u32,
+    /// Where confirmed things are shown.
+    pub publisher: Arc<dyn Publisher>,
+    /// Who calls providers.
+    pub provider: Arc<dyn Provider>,
+    /// Bounds of what goes out.
+    pub outbound: OutboundConfig,
+    /// After how long an entity that nobody asks is forgotten.
+    pub idle_after: Duration,
+}
+
+/// Why a node cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The store did not answer.
+    #[error("the store did not answer")]
+    Store,
+    /// The store was made with another number of shards.
+    #[error("the store has {stored} shards, the configuration says {configured}")]
+    Shards {
+        /// In the store.
+        stored: u32,
+        /// Configured.
+        configured: u32,
+    },
+    /// The actors could not be started.
+    #[error("actors: {0}")]
+    Actors(#[from] ractor::SpawnErr),
+}
+
+/// A node.
+pub struct Node {
+    shards: Arc<Shards>,
+    identity: [u8; 16],
+    directory: Arc<Directory>,
+    conversations: Arc<Slots<Conversation>>,
+    accounts: Arc<Slots<Account>>,
+    agents: Arc<SoftSlots<Agent>>,
+    inboxes: Arc<SoftSlots<Inbox>>,
+    idle_after: Duration,
+}
+
+fn cluster_document(id: &str) -> DocumentKey {
+    DocumentKey { scope: String::new(), kind: "cluster", id: id.to_owned() }
+}
+
+/// The document of that id, made with `first` when it is not there.
+async fn document_or(tables: &Tables, id: &str, first: serde_json::Value) -> Result<serde_json::Value, StartError> {
+    loop {
+        if let Some((_, found)) = tables.document(&cluster_document(id)).await.map_err(|_| StartError::Store)? {
+            return Ok(found);
+        }
+        // Whoever wins, the next round reads it.
+        tables.put_document(cluster_document(id), None, &first).await.map_err(|_| StartError::Store)?;
+    }
+}
+
+async fn next_incarnation(tables: &Tables) -> Result<u32, StartError> {
+    loop {
+        let found = tables.document::<u32>(&cluster_document("incarnation")).await.map_err(|_| StartError::Store)?;
+        let (version, last) = found.map_or((None, 0), |(v, n)| (Some(v), n));
+        let outcome = tables.put_document(cluster_document("incarnation"), version, &(last + 1)).await;
+        if matches!(outcome, Ok(CasOutcome::Applied)) {
+            return Ok(last + 1);
+        }
+    }
+}
+
+impl Node {
+    /// Starts a node: a new incarnation, whose epoch is above every earlier one's.
+    pub async fn start(config: NodeConfig) -> Result<Arc<Self>, StartError> {
+        let tables = Tables::new(config.engine.clone());
+        let identity: [u8; 16] = rand::random();
+        let identity = document_or(&tables, "identity", serde_json::json!(identity)).await?;
+        let identity = serde_json::from_value(identity).map_err(|_| StartError::Store)?;
+        let stored = document_or(&tables, "shards", serde_json::json!(config.shards)).await?;
+        let stored = serde_json::from_value(stored).map_err(|_| StartError::Store)?;
+        if stored != config.shards {
+            return Err(StartError::Shards { stored, configured: config.shards });
+        }
+        let epoch = next_incarnation(&tables).await?;
+        let shards = Shards::new(config.shards, epoch, tables, config.clock);
+        let directory = Arc::new(Directory::new(config.engine));
+        let conversation = Conversation::new(config.publisher.clone(), directory.clone());
+        let account = Account::new(config.outbound, directory.clone(), config.provider);
+        let node = Arc::new(Self {
+            conversations: Slots::start(conversation, shards.clone()).await?,
+            accounts: Slots::start(account, shards.clone()).await?,
+            agents: SoftSlots::new(Agent::new(config.publisher.clone(), shards.clone())),
+            inboxes: SoftSlots::new(Inbox::new(config.publisher, directory.clone(), config.clock)),
+            idle_after: config.idle_after,
+            shards,
+            identity,
+            directory,
+        });
+        let router: Weak<dyn Router> = Arc::downgrade(&(node.clone() as Arc<dyn Router>));
+        node.conversations.entity().set_router(router.clone());
+        node.accounts.entity().set_router(router);
+        tokio::spawn(sweep(Arc::downgrade(&node)));
+        tokio::spawn(run_timers(Arc::downgrade(&node)));
+        tokio::spawn(passivate(Arc::downgrade(&node)));
+        Ok(node)
+    }
+
+    /// The documents of tenants.
+    pub fn directory(&self) -> &Arc<Directory> {
+        &self.directory
+    }
+
+    /// What all entities share.
+    pub fn shards(&self) -> &Arc<Shards> {
+        &self.shards
+    }
+
+    /// This start's number.
+    pub fn incarnation(&self) -> u32 {
+        self.shards.epoch
+    }
+
+    /// A log's identity: 8 characters of a hash of the store's identity and the conversation.
+    pub fn epoch_of(&self, id: ConversationId) -> String {
+        let hash = blake3::hash(&[&self.identity[..], id.as_bytes()].concat());
+        hash.to_hex().chars().take(8).collect()
+    }
+
+    /// Entities in memory.
+    pub fn active_count(&self) -> usize {
+        self.conversations.active_count() + self.accounts.active_count()
+    }
+
+    /// Asks everything that was not used for `idle` to be forgotten.
+    pub fn passivate_idle(&self, idle: Duration) {
+        self.conversations.passivate_idle(idle);
+        self.accounts.passivate_idle(idle);
+        self.agents.passivate_idle(idle);
+        self.inboxes.passivate_idle(idle);
+    }
+
+    /// Wakes an entity and waits for its answer.
+    async fn wake(&self, id: &EntityId) {
+        let mut pause = Duration::from_millis(50);
+        for _ in 0..10 {
+            let woken = match id {
+                EntityId::Conversation(_) => match self.conversations.send(id, system_command(Request::TimerDue)) {
+                    Ok(answer) => answer.wait().await.is_ok(),
+                    Err(_) => false,
+                },
+                EntityId::Account(..) => match self.accounts.send(id, AccountCommand::Wake) {
+                    Ok(answer) => answer.wait().await.is_ok(),
+                    Err(_) => false,
+                },
+                EntityId::Agent(..) | EntityId::Inbox(..) => true,
+            };
+            if woken {
+                return;
+            }
+            tokio::time::sleep(pause).await;
+            pause *= 2;
+        }
+        tracing::warn!(kind = id.kind(), "an entity could not be woken");
+    }
+
+    async fn wake_all(&self, entities: impl IntoIterator<Item = EntityId>) {
+        futures_util::stream::iter(entities).for_each_concurrent(WAKE_AT_ONCE, |id| async move { self.wake(&id).await }).await;
+    }
+}
+
+impl Router for Node {
+    fn conversation(&self, id: ConversationId, command: Command) -> Result<Answer<Reply>, CommandError> {
+        self.conversations.send(&EntityId::Conversation(id), command)
+    }
+
+    fn account(&self, tenant: &TenantId, account: &AccountId, command: AccountCommand) -> Result<Answer<AccountReply>, CommandError> {
+        self.accounts.send(&EntityId::Account(tenant.clone(), account.clone()), command)
+    }
+
+    fn agent(&self, tenant: &TenantId, agent: &AgentId, command: AgentCommand) -> Result<Answer<AgentReply>, CommandError> {
+        self.agents.send(&EntityId::Agent(tenant.clone(), agent.clone()), command)
+    }
+
+    fn inbox(&self, tenant: &TenantId, inbox: &InboxId, command: InboxCommand) -> Result<Answer<InboxReply>, CommandError> {
+        self.inboxes.send(&EntityId::Inbox(tenant.clone(), inbox.clone()), command)
+    }
+
+    fn is_full(&self, tenant: &TenantId, account: &AccountId) -> bool {
+        self.accounts.entity().is_full(EntityId::Account(tenant.clone(), account.clone()).key())
+    }
+}
+
+/// Wakes every entity that an earlier incarnation may have left with something to derive or hand on.
+async fn sweep(node: Weak<Node>) {
+    let Some(strong) = node.upgrade() else { return };
+    let (tables, epoch, count) = (strong.shards.tables.clone(), strong.shards.epoch, strong.shards.count);
+    let swept = tables.document::<u32>(&cluster_document("swept")).await.ok().flatten();
+    let (version, done) = swept.map_or((None, 0), |(v, n)| (Some(v), n));
+    let mut found = HashSet::new();
+    for shard in 0..count {
+        let Ok(mark) = tables.mark(shard).await else { return };
+        for past in done + 1..epoch {
+            let first = mark.filter(|m| m.epoch == past).map_or(0, |m| m.bucket);
+            if mark.is_some_and(|m| m.epoch > past) {
+                continue;
+            }
+            for bucket in first.. {
+                let Ok(activity) = tables.activity(shard, Mark { epoch: past, bucket }).await else { return };
+                if activity.is_empty() {
+                    break;
+                }
+                found.extend(activity.into_iter().map(|a| a.entity));
+            }
+        }
+    }
+    if !found.is_empty() {
+        tracing::info!(entities = found.len(), "waking what an earlier incarnation left");
+    }
+    strong.wake_all(found).await;
+    // Woken entities have rows of this epoch's activity, which cover what they have still to do.
+    if epoch > 1 {
+        let _ = tables.put_document(cluster_document("swept"), version, &(epoch - 1)).await;
+    }
+}
+
+/// Fires timers. What fires looks, and does nothing when it has moved.
+async fn run_timers(node: Weak<Node>) {
+    let mut hour = match node.upgrade() {
+        Some(strong) => load_timers(&strong).await,
+        None => return,
+    };
+    loop {
+        let Some(strong) = node.upgrade() else { return };
+        let (shards, timers) = (strong.shards.clone(), strong.shards.timers.clone());
+        let now = shards.clock.now();
+        let due = timers.take_due(now);
+        strong.wake_all(due).await;
+        if hour_of(now) > hour {
+            hour = turn_hour(&strong, hour, hour_of(now)).await;
+        }
+        drop(strong);
+        let next = timers.next_due().map_or(Duration::from_secs(60), |at| at.since(shards.clock.now())).min(Duration::from_secs(60));
+        tokio::select! {
+            () = tokio::time::sleep(next) => {}
+            () = timers.changed() => {}
+        }
+    }
+}
+
+/// Reads the timers of every hour that has not been left, up to the next one.
+async fn load_timers(node: &Node) -> i64 {
+    let (tables, timers) = (&node.shards.tables, &node.shards.timers);
+    let present = hour_of(node.shards.clock.now());
+    for shard in 0..node.shards.count {
+        let Ok(Some(from)) = tables.fired_until(shard).await else { continue };
+        timers.marked(shard);
+        for hour in from..=present + 1 {
+            for timer in tables.timers(shard, hour).await.unwrap_or_default() {
+                timers.arm(timer);
+            }
+        }
+    }
+    present
+}
+
+/// Leaves hours whose timers have all fired, and reads the one that is coming.
+async fn turn_hour(node: &Node, left: i64, present: i64) -> i64 {
+    let (tables, timers) = (&node.shards.tables, &node.shards.timers);
+    for shard in timers.marked_shards() {
+        for timer in tables.timers(shard, present + 1).await.unwrap_or_default() {
+            timers.arm(timer);
+        }
+        let Ok(stamp) = node.shards.stamps[shard as usize].next() else { continue };
+        node.shards.logs.write_until_answered(Tables::fired_write(shard, stamp, present)).await;
+        for hour in left..present {
+            // What a lost drop leaves is never read again.
+            let _ = tables.drop_timers(shard, hour).await;
+        }
+    }
+    present
+}
+
+async fn passivate(node: Weak<Node>) {
+    loop {
+        let idle = match node.upgrade() {
+            Some(strong) => strong.idle_after,
+            None => return,
+        };
+        tokio::time::sleep(idle / 4).await;
+        if let Some(strong) = node.upgrade() {
+            strong.passivate_idle(idle);
+            metrics::gauge!("patchbay_actors_active").set(strong.active_count() as f64);
+        }
+    }
+}
+

@@ -1,0 +1,141 @@
+//! Which entities wrote in which bucket of a shard, so that a successor finds what is not yet derived and handed on.
+//!
+//! Buckets are numbered by the owner, never by a clock; the next one begins after [`BUCKET_ROWS`] rows or
+//! [`BUCKET_AGE`], and no row goes into bucket k+1 before one row of k is answered: a sweep reads each epoch up to its
+//! first empty bucket. A bucket is settled when every append begun in it is.
+
+use std::collections::{BTreeMap, HashSet};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use patchbay_protocol::Timestamp;
+use patchbay_storage::tables::Mark;
+
+use crate::clock::Clock;
+
+/// Rows of one bucket.
+pub const BUCKET_ROWS: usize = 1024;
+/// Age of one bucket.
+pub const BUCKET_AGE: Duration = Duration::from_secs(10);
+
+struct Shard {
+    bucket: u64,
+    opened: Timestamp,
+    /// Entities with an answered row in the present bucket.
+    written: HashSet<[u8; 16]>,
+    /// Rows begun in the present bucket.
+    begun: usize,
+    /// Unsettled appends by bucket.
+    open: BTreeMap<u64, usize>,
+    /// Buckets below are settled.
+    settled: u64,
+}
+
+/// The activity of every shard of this reign.
+pub struct ActivityLog {
+    epoch: u32,
+    clock: Clock,
+    shards: Vec<Arc<Mutex<Shard>>>,
+}
+
+/// An append that is begun and not yet settled.
+pub struct Ticket {
+    shard: Arc<Mutex<Shard>>,
+    /// The bucket that it was begun in.
+    pub bucket: Mark,
+    /// Whether the entity's row of this bucket has to be written first.
+    pub needs_row: bool,
+    entity: [u8; 16],
+}
+
+fn lock(shard: &Mutex<Shard>) -> MutexGuard<'_, Shard> {
+    shard.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+impl ActivityLog {
+    /// A reign without activity.
+    pub fn new(count: u32, epoch: u32, clock: Clock) -> Self {
+        let opened = clock.now();
+        let fresh = || Shard { bucket: 0, opened, written: HashSet::new(), begun: 0, open: BTreeMap::new(), settled: 0 };
+        Self { epoch, clock, shards: (0..count).map(|_| Arc::new(Mutex::new(fresh()))).collect() }
+    }
+
+    /// Begins an append of `entity`.
+    pub fn begin(&self, shard: u32, entity: [u8; 16]) -> Ticket {
+        let cell = self.shards[shard as usize].clone();
+        let mut s = lock(&cell);
+        let now = self.clock.now();
+        let full = s.begun >= BUCKET_ROWS || now.since(s.opened) >= BUCKET_AGE;
+        if full && !s.written.is_empty() {
+            s.bucket += 1;
+            s.opened = now;
+            s.written.clear();
+            s.begun = 0;
+        }
+        let needs_row = !s.written.contains(&entity);
+        s.begun += usize::from(needs_row);
+        let bucket = s.bucket;
+        *s.open.entry(bucket).or_default() += 1;
+        drop(s);
+        Ticket { shard: cell, bucket: Mark { epoch: self.epoch, bucket }, needs_row, entity }
+    }
+
+    /// How far the shard is settled, when that has moved since it was last asked.
+    pub fn newly_settled(&self, shard: u32) -> Option<Mark> {
+        let mut s = lock(&self.shards[shard as usize]);
+        let lowest_open = s.open.keys().next().copied().unwrap_or(s.bucket);
+        let settled = lowest_open.min(s.bucket);
+        if settled <= s.settled {
+            return None;
+        }
+        s.settled = settled;
+        Some(Mark { epoch: self.epoch, bucket: settled })
+    }
+}
+
+impl Ticket {
+    /// The entity's row of this bucket is durable.
+    pub fn row_written(&self) {
+        let mut s = lock(&self.shard);
+        if s.bucket == self.bucket.bucket {
+            s.written.insert(self.entity);
+        }
+    }
+
+    /// Everything that follows from the append is durable and handed on. A ticket that is dropped without this (its
+    /// actor died) keeps the mark where it is.
+    pub fn settle(self) {
+        let mut s = lock(&self.shard);
+        let bucket = self.bucket.bucket;
+        if let Some(n) = s.open.get_mut(&bucket) {
+            *n -= 1;
+            if *n == 0 {
+                s.open.remove(&bucket);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_bucket_is_settled_when_every_append_begun_in_it_is() {
+        let log = ActivityLog::new(1, 1, Clock::from(Timestamp::from_seconds(0)));
+        let first = log.begin(0, [1; 16]);
+        assert!(first.needs_row);
+        tokio::time::advance(BUCKET_AGE).await;
+        let early = log.begin(0, [2; 16]);
+        assert_eq!(early.bucket.bucket, 0, "no row of bucket 0 is answered yet");
+        first.row_written();
+        let next = log.begin(0, [1; 16]);
+        assert_eq!((next.bucket.bucket, next.needs_row), (1, true));
+        assert_eq!(log.newly_settled(0), None);
+        first.settle();
+        assert_eq!(log.newly_settled(0), None, "one is still open");
+        early.settle();
+        assert_eq!(log.newly_settled(0), Some(Mark { epoch: 1, bucket: 1 }));
+        assert_eq!(log.newly_settled(0), None);
+    }
+}

@@ -1,0 +1,238 @@
+//! The actors of one kind of entity: activation, admission, supervision, passivation.
+//!
+//! ractor's mailboxes are unbounded, so admission is ours: at most [`ENTITY_IN_FLIGHT_MAX`] commands per entity and
+//! [`SHARD_IN_FLIGHT_MAX`] per shard; past it the caller gets `overloaded` with `retry_after_ms`.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::time::Duration;
+
+use patchbay_protocol::CommandError;
+use patchbay_protocol::ids::EntityId;
+use ractor::{Actor, ActorCell, ActorId, ActorProcessingErr, ActorRef, ActorRuntime, SupervisionEvent};
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+
+use super::Shards;
+use super::entity::LogEntity;
+use super::log_actor::{LogActor, Msg, Queued};
+
+/// Commands in flight per entity.
+pub const ENTITY_IN_FLIGHT_MAX: u32 = 512;
+/// Commands in flight per shard.
+pub const SHARD_IN_FLIGHT_MAX: u32 = 8192;
+/// What a caller past a bound is told to wait.
+const RETRY_AFTER_MS: u64 = 250;
+/// Failures in a row after which an entity is left alone for [`LONG_PAUSE`].
+const FAILURES_MAX: u32 = 5;
+const LONG_PAUSE: Duration = Duration::from_secs(60);
+/// A caller's patience: past it the outcome is unknown to it, and repeating with the same ids is safe.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// An answer that will come.
+pub struct Answer<T>(oneshot::Receiver<Result<T, CommandError>>);
+
+impl<T> Answer<T> {
+    /// Waits for it. `unavailable` when the actor was lost or 30 s have passed.
+    pub async fn wait(self) -> Result<T, CommandError> {
+        match tokio::time::timeout(ANSWER_TIMEOUT, self.0).await {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(_)) | Err(_) => Err(CommandError::unavailable()),
+        }
+    }
+}
+
+impl<T> From<oneshot::Receiver<Result<T, CommandError>>> for Answer<T> {
+    fn from(answer: oneshot::Receiver<Result<T, CommandError>>) -> Self {
+        Self(answer)
+    }
+}
+
+/// A place among the commands in flight.
+pub struct Permit(Arc<AtomicU32>, Arc<AtomicU32>);
+
+impl Permit {
+    fn take(entity: &Arc<AtomicU32>, shard: &Arc<AtomicU32>) -> Option<Self> {
+        let below = |max: u32| move |n: u32| (n < max).then_some(n + 1);
+        entity.fetch_update(Ordering::Relaxed, Ordering::Relaxed, below(ENTITY_IN_FLIGHT_MAX)).ok()?;
+        if shard.fetch_update(Ordering::Relaxed, Ordering::Relaxed, below(SHARD_IN_FLIGHT_MAX)).is_err() {
+            entity.fetch_sub(1, Ordering::Relaxed);
+            return None;
+        }
+        Some(Self(entity.clone(), shard.clone()))
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+        self.1.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+enum Slot<E: LogEntity> {
+    Active { actor: ActorRef<Msg<E>>, in_flight: Arc<AtomicU32>, used: Instant, failures: u32 },
+    Resting { until: Instant, failures: u32 },
+}
+
+struct Map<E: LogEntity> {
+    slots: HashMap<[u8; 16], Slot<E>>,
+    by_actor: HashMap<ActorId, [u8; 16]>,
+    /// Held by an append under way: an actor that was lost may have left one behind.
+    gates: HashMap<[u8; 16], Weak<tokio::sync::Mutex<()>>>,
+}
+
+/// The actors of one kind of entity.
+pub struct Slots<E: LogEntity> {
+    entity: Arc<E>,
+    shards: Arc<Shards>,
+    map: Mutex<Map<E>>,
+    shard_load: Vec<Arc<AtomicU32>>,
+    supervisor: OnceLock<ActorCell>,
+    me: Weak<Self>,
+}
+
+impl<E: LogEntity> Slots<E> {
+    /// No actors yet, under a supervisor of their own.
+    pub async fn start(entity: E, shards: Arc<Shards>) -> Result<Arc<Self>, ractor::SpawnErr> {
+        let shard_load = (0..shards.count).map(|_| Arc::default()).collect();
+        let map = Map { slots: HashMap::new(), by_actor: HashMap::new(), gates: HashMap::new() };
+        let (entity, map, supervisor) = (Arc::new(entity), Mutex::new(map), OnceLock::new());
+        let slots = Arc::new_cyclic(|me| Self { entity, shards, map, shard_load, supervisor, me: me.clone() });
+        let (supervisor, _) = Actor::spawn(None, Supervisor(Arc::downgrade(&slots)), ()).await?;
+        // Set once, here.
+        let _ = slots.supervisor.set(supervisor.get_cell());
+        Ok(slots)
+    }
+
+    /// The shared part of the entities.
+    pub fn entity(&self) -> &Arc<E> {
+        &self.entity
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Map<E>> {
+        self.map.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Hands a command to an entity, in order with every other command handed to it by the same caller. Returns at
+    /// once; the answer comes when everything that it speaks of is durable.
+    pub fn send(&self, id: &EntityId, command: E::Command) -> Result<Answer<E::Reply>, CommandError> {
+        let key = id.key();
+        let shard = &self.shard_load[id.shard(self.shards.count) as usize];
+        let mut map = self.lock();
+        let (actor, in_flight) = self.active(&mut map, id, key)?;
+        let Some(permit) = Permit::take(&in_flight, shard) else {
+            metrics::counter!("patchbay_actors_overloaded_total", "kind" => id.kind()).increment(1);
+            return Err(CommandError::overloaded(RETRY_AFTER_MS));
+        };
+        let (reply, answer) = oneshot::channel();
+        let queued = Queued { command, reply: Some(reply), permit: Some(permit), failures: 0 };
+        actor.cast(Msg::Command(queued)).map_err(|_| CommandError::overloaded(RETRY_AFTER_MS))?;
+        Ok(Answer(answer))
+    }
+
+    fn active(&self, map: &mut Map<E>, id: &EntityId, key: [u8; 16]) -> Result<(ActorRef<Msg<E>>, Arc<AtomicU32>), CommandError> {
+        let now = Instant::now();
+        let failures = match map.slots.get_mut(&key) {
+            Some(Slot::Active { actor, in_flight, used, .. }) => {
+                *used = now;
+                return Ok((actor.clone(), in_flight.clone()));
+            }
+            Some(Slot::Resting { until, .. }) if now < *until => {
+                let wait = until.duration_since(now).as_millis();
+                return Err(CommandError::overloaded(u64::try_from(wait).unwrap_or(RETRY_AFTER_MS).max(1)));
+            }
+            Some(Slot::Resting { failures, .. }) => *failures,
+            None => 0,
+        };
+        let gate = map.gates.get(&key).and_then(Weak::upgrade).unwrap_or_default();
+        map.gates.insert(key, Arc::downgrade(&gate));
+        let supervisor = self.supervisor.get().ok_or_else(|| CommandError::overloaded(RETRY_AFTER_MS))?;
+        let args = (id.clone(), gate);
+        let actor = LogActor { entity: self.entity.clone(), shards: self.shards.clone(), slots: self.me.clone() };
+        // Without a name nothing can be taken already.
+        let (actor, _) = ActorRuntime::spawn_linked_instant(None, actor, args, supervisor.clone()).map_err(|_| CommandError::overloaded(RETRY_AFTER_MS))?;
+        let in_flight = Arc::default();
+        map.by_actor.insert(actor.get_id(), key);
+        map.slots.insert(key, Slot::Active { actor: actor.clone(), in_flight: Arc::clone(&in_flight), used: now, failures });
+        Ok((actor, in_flight))
+    }
+
+    /// Asks everything that was not used for `idle` to make itself ready to be forgotten.
+    pub fn passivate_idle(&self, idle: Duration) {
+        let now = Instant::now();
+        let map = self.lock();
+        for slot in map.slots.values() {
+            if let Slot::Active { actor, in_flight, used, .. } = slot
+                && now.duration_since(*used) >= idle
+                && in_flight.load(Ordering::Relaxed) == 0
+            {
+                // One that has just ended needs no asking.
+                let _ = actor.cast(Msg::Idle);
+            }
+        }
+    }
+
+    /// Lets go of an entity that is ready, unless a command came in the meantime. What was sent before this under
+    /// the same lock is in the mailbox; so with nothing in flight nothing is lost.
+    pub(super) fn release(&self, key: [u8; 16], actor: ActorId) -> bool {
+        let mut map = self.lock();
+        match map.slots.get(&key) {
+            Some(Slot::Active { actor: a, in_flight, .. }) if a.get_id() == actor && in_flight.load(Ordering::Relaxed) == 0 => {}
+            _ => return false,
+        }
+        map.slots.remove(&key);
+        map.gates.remove(&key);
+        true
+    }
+
+    /// How many are active.
+    pub fn active_count(&self) -> usize {
+        self.lock().slots.values().filter(|s| matches!(s, Slot::Active { .. })).count()
+    }
+
+    fn ended(&self, actor: &ActorCell, failed: bool) {
+        let mut map = self.lock();
+        let Some(key) = map.by_actor.remove(&actor.get_id()) else { return };
+        
+        let Some(Slot::Active { actor: present, failures, .. }) = map.slots.get(&key) else { return };
+        if present.get_id() != actor.get_id() {
+            return;
+        }
+        if failed {
+            let failures = failures + 1;
+            let pause = if failures >= FAILURES_MAX { LONG_PAUSE } else { Duration::from_millis(50 << failures.min(6)) };
+            map.slots.insert(key, Slot::Resting { until: Instant::now() + pause, failures });
+        } else {
+            map.slots.remove(&key);
+        }
+    }
+}
+
+/// Watches the actors of one kind: an actor that failed rests, longer each time, and comes back with its next command.
+struct Supervisor<E: LogEntity>(Weak<Slots<E>>);
+
+impl<E: LogEntity> Actor for Supervisor<E> {
+    type Msg = ();
+    type State = ();
+    type Arguments = ();
+
+    async fn pre_start(&self, _: ActorRef<()>, (): ()) -> Result<(), ActorProcessingErr> {
+        Ok(())
+    }
+
+    async fn handle_supervisor_evt(&self, _: ActorRef<()>, event: SupervisionEvent, (): &mut ()) -> Result<(), ActorProcessingErr> {
+        let Some(slots) = self.0.upgrade() else { return Ok(()) };
+        match event {
+            SupervisionEvent::ActorFailed(cell, error) => {
+                metrics::counter!("patchbay_actors_failures_total").increment(1);
+                tracing::error!(%error, "an actor failed; it rests and comes back with its next command");
+                slots.ended(&cell, true);
+            }
+            SupervisionEvent::ActorTerminated(cell, ..) => slots.ended(&cell, false),
+            SupervisionEvent::ActorStarted(_) | SupervisionEvent::ProcessGroupChanged(_) => {}
+        }
+        Ok(())
+    }
+}
