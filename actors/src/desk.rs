@@ -132,6 +132,13 @@ impl Desk {
         }
     }
 
+    /// The confirmed tip of a conversation that was found to be visible before.
+    pub async fn tip_of(&self, id: ConversationId) -> Result<u64, CommandError> {
+        let known = self.places.lock().unwrap_or_else(PoisonError::into_inner).get(&id).cloned();
+        let (tenant, _) = known.ok_or_else(CommandError::unavailable)?;
+        self.tip(&tenant, id).await.map(|t| t.seq)
+    }
+
     /// Where a conversation is, if this tenant has it and its account is still there.
     pub async fn place(&self, tenant: &TenantId, id: ConversationId) -> Result<Place, CommandError> {
         let known = self.places.lock().unwrap_or_else(PoisonError::into_inner).get(&id).cloned();

@@ -17,6 +17,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::sync::Arc;
+use tokio::sync::watch;
 
 use crate::conversation::state::Home;
 
@@ -99,6 +100,7 @@ pub struct Directory {
     tables: Tables,
     cache: Mutex<HashMap<DocumentKey, Option<(u64, Arc<[u8]>)>>>,
     accounts: Mutex<HashMap<(TenantId, AccountId), Option<Arc<Account>>>>,
+    changes: watch::Sender<u64>,
 }
 
 /// Documents kept at hand; past it all are read again.
@@ -115,7 +117,16 @@ fn key(scope: &str, kind: &'static str, id: &str) -> DocumentKey {
 impl Directory {
     /// The documents of `engine`.
     pub fn new(engine: Arc<dyn Engine>) -> Self {
-        Self { tables: Tables::new(engine), cache: Mutex::default(), accounts: Mutex::default() }
+        Self { tables: Tables::new(engine), cache: Mutex::default(), accounts: Mutex::default(), changes: watch::Sender::new(0) }
+    }
+
+    /// Rises with every change of an account or agent: whoever holds a permission asks again.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.changes.subscribe()
+    }
+
+    fn changed(&self) {
+        self.changes.send_modify(|n| *n += 1);
     }
 
     /// The tables beside them.
@@ -235,6 +246,7 @@ impl Directory {
     pub async fn put_account(&self, tenant: &TenantId, id: &AccountId, account: &Account) -> Result<bool, CommandError> {
         let new = self.put(key(tenant.as_str(), "account", id.as_str()), account).await;
         lock(&self.accounts).remove(&(tenant.clone(), id.clone()));
+        self.changed();
         new
     }
 
@@ -264,12 +276,15 @@ impl Directory {
     pub async fn delete_account(&self, tenant: &TenantId, id: &AccountId) -> Result<bool, CommandError> {
         let gone = self.delete(key(tenant.as_str(), "account", id.as_str())).await;
         lock(&self.accounts).remove(&(tenant.clone(), id.clone()));
+        self.changed();
         gone
     }
 
     /// Writes an agent; tells whether it is new.
     pub async fn put_agent(&self, tenant: &TenantId, id: &AgentId, agent: &Agent) -> Result<bool, CommandError> {
-        self.put(key(tenant.as_str(), "agent", id.as_str()), agent).await
+        let new = self.put(key(tenant.as_str(), "agent", id.as_str()), agent).await;
+        self.changed();
+        new
     }
 
     /// An agent.
@@ -284,7 +299,9 @@ impl Directory {
 
     /// Removes an agent; tells whether it was there.
     pub async fn delete_agent(&self, tenant: &TenantId, id: &AgentId) -> Result<bool, CommandError> {
-        self.delete(key(tenant.as_str(), "agent", id.as_str())).await
+        let gone = self.delete(key(tenant.as_str(), "agent", id.as_str())).await;
+        self.changed();
+        gone
     }
 
     /// The scope of commands to conversations of an account; `None` when there is no such account.

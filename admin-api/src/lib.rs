@@ -1,1 +1,113 @@
-//! Skeleton.
+//! The HTTP API of tenants and operators, under `/api/v1` (contract §3).
+//!
+//! **Lives here:** routes, bodies and answers; the OpenAPI description, generated from them. Errors are RFC 9457
+//! problems with the same codes as on a socket.
+//!
+//! **Does not live here:** how keys and tokens are made or checked ([`Authenticator`], [`TokenIssuer`] are given),
+//! what a command does (`actors/`), limits (`gateway/`).
+//!
+//! Invariant: a tenant's key sees its tenant only; another tenant's id answers like an unknown one.
+//! Invariant: unknown fields of a body are refused, naming the field.
+
+mod accounts;
+mod agents;
+mod conversations;
+mod dead_letters;
+mod extract;
+mod idempotency;
+mod inboxes;
+pub mod openapi;
+mod problem;
+mod tenants;
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use axum::Router;
+use axum::extract::DefaultBodyLimit;
+use axum::middleware;
+use axum::routing::{get, post, put};
+use patchbay_actors::desk::Desk;
+use patchbay_protocol::ids::{AgentId, TenantId};
+use patchbay_protocol::principal::{Principal, Role};
+use patchbay_protocol::{CommandError, Timestamp};
+
+pub use conversations::{cursor, position};
+pub use problem::Problem;
+
+/// The largest body.
+const BODY_BYTES_MAX: usize = 1 << 20;
+
+/// Finds who is behind a bearer secret.
+#[async_trait]
+pub trait Authenticator: Send + Sync + 'static {
+    /// `unauthorized` when nobody is.
+    async fn principal(&self, bearer: &str) -> Result<Principal, CommandError>;
+}
+
+/// Makes tokens and keys.
+#[async_trait]
+pub trait TokenIssuer: Send + Sync + 'static {
+    /// A token of an agent, with its end.
+    fn issue(&self, tenant: &TenantId, agent: &AgentId, role: Role, ttl_s: u64) -> Result<(String, Timestamp), CommandError>;
+
+    /// A new key of a tenant; its secret is told only here.
+    async fn create_key(&self, tenant: &TenantId, name: &str) -> Result<String, CommandError>;
+}
+
+/// What the API stands on.
+pub struct Api {
+    desk: Arc<Desk>,
+    auth: Arc<dyn Authenticator>,
+    issuer: Arc<dyn TokenIssuer>,
+    replies: idempotency::Replies,
+}
+
+impl Api {
+    /// The API of a node.
+    pub fn new(desk: Arc<Desk>, auth: Arc<dyn Authenticator>, issuer: Arc<dyn TokenIssuer>) -> Arc<Self> {
+        Arc::new(Self { desk, auth, issuer, replies: idempotency::Replies::default() })
+    }
+
+    fn directory(&self) -> &Arc<patchbay_actors::directory::Directory> {
+        self.desk.node().directory()
+    }
+
+    fn now(&self) -> Timestamp {
+        self.desk.node().shards().clock.now()
+    }
+}
+
+/// The routes, to be mounted at the root.
+pub fn router(api: Arc<Api>) -> Router {
+    let v1 = Router::new()
+        .route("/tenants", post(tenants::create))
+        .route("/inboxes", get(inboxes::list))
+        .route("/inboxes/{inbox}", put(inboxes::put).get(inboxes::get).delete(inboxes::delete))
+        .route("/accounts", get(accounts::list))
+        .route("/accounts/{account}", put(accounts::put).get(accounts::get).delete(accounts::delete))
+        .route("/accounts/{account}/messages", post(accounts::send))
+        .route("/agents", get(agents::list))
+        .route("/agents/{agent}", put(agents::put).get(agents::get).delete(agents::delete))
+        .route("/agents/{agent}/tokens", post(agents::issue).delete(agents::revoke))
+        .route("/conversations", get(conversations::list))
+        .route("/conversations/{id}", get(conversations::get))
+        .route("/conversations/{id}/entries", get(conversations::entries))
+        .route("/conversations/{id}/messages", post(conversations::send))
+        .route("/conversations/{id}/notes", post(conversations::note))
+        .route("/conversations/{id}/assign", post(conversations::assign))
+        .route("/conversations/{id}/resolve", post(conversations::resolve))
+        .route("/conversations/{id}/reopen", post(conversations::reopen))
+        .route("/conversations/{id}/pending", post(conversations::pending))
+        .route("/conversations/{id}/snooze", post(conversations::snooze))
+        .route("/conversations/{id}/tags", post(conversations::tag))
+        .route("/conversations/{id}/read", post(conversations::read))
+        .route("/dead-letters", get(dead_letters::list))
+        .route_layer(middleware::from_fn_with_state(api.clone(), idempotency::layer))
+        .route("/openapi.json", get(openapi::serve))
+        .fallback(problem::not_found)
+        .method_not_allowed_fallback(problem::method_not_allowed)
+        .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
+        .with_state(api);
+    Router::new().nest("/api/v1", v1)
+}

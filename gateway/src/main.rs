@@ -1,1 +1,7 @@
-#![allow(missing_docs)] fn main() {}
+//! The binary `patchbay`.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    patchbay_gateway::cli::main()
+}

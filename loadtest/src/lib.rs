@@ -1,1 +1,10 @@
-//! Skeleton.
+//! Load tools and the provider simulator, so that the whole loop runs on one machine with no account anywhere.
+//!
+//! **Lives here:** [`simulator`], a server that behaves like WhatsApp's Cloud API (limits, errors, delays, lost
+//! answers, duplicate, reordered and missing receipts, signed and batched webhooks) and keeps its own record of what
+//! it received, for tests to compare.
+//!
+//! **Does not live here:** anything that the product uses to speak to a provider. The simulator was written from the
+//! wire facts alone and shares no type with `connectors/`.
+
+pub mod simulator;

@@ -1,0 +1,46 @@
+//! Items that could not be taken.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State;
+use patchbay_protocol::{CommandError, Timestamp};
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use crate::Api;
+use crate::extract::{Query, Tenant, page};
+use crate::inboxes::Paging;
+use crate::problem::Failure;
+
+/// An item that could not be taken.
+#[derive(Serialize, ToSchema)]
+pub(crate) struct DeadLetter {
+    id: String,
+    account: String,
+    /// Why.
+    reason: String,
+    #[schema(value_type = String, format = DateTime)]
+    received_at: Timestamp,
+    /// The item as it came.
+    #[schema(value_type = Object)]
+    item: serde_json::Value,
+}
+
+/// Dead letters, the oldest first.
+#[derive(Serialize, ToSchema)]
+pub(crate) struct DeadLetters {
+    dead_letters: Vec<DeadLetter>,
+    /// Where the next page begins; null on the last.
+    next: Option<String>,
+}
+
+/// Dead letters, the oldest first.
+#[utoipa::path(get, path = "/api/v1/dead-letters", params(Paging), responses((status = 200, body = DeadLetters)), security(("key" = [])))]
+pub(crate) async fn list(State(api): State<Arc<Api>>, Tenant(tenant): Tenant, Query(q): Query<Paging>) -> Result<Json<DeadLetters>, Failure> {
+    let limit = page(q.limit);
+    let found = api.directory().tables().dead_letters(&tenant, q.after.as_deref().unwrap_or(""), limit).await.map_err(|_| CommandError::unavailable())?;
+    let next = (found.len() == limit).then(|| found.last().map(|l| l.id.clone())).flatten();
+    let shown = |l: patchbay_storage::tables::DeadLetter| DeadLetter { id: l.id, account: l.account, reason: l.reason, received_at: l.received_at, item: l.item };
+    Ok(Json(DeadLetters { dead_letters: found.into_iter().map(shown).collect(), next }))
+}

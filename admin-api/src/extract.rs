@@ -1,0 +1,94 @@
+//! What handlers take: who asks, and strict bodies.
+
+use std::sync::Arc;
+
+use axum::extract::{FromRequest, FromRequestParts, Request};
+use axum::http::header;
+use axum::http::request::Parts;
+use bytes::Bytes;
+use patchbay_protocol::ids::TenantId;
+use patchbay_protocol::principal::Principal;
+use patchbay_protocol::{CommandError, ErrorCode};
+use serde::de::DeserializeOwned;
+
+use crate::Api;
+use crate::problem::Failure;
+
+/// The bearer secret of a request.
+pub(crate) fn bearer(parts: &Parts) -> Option<&str> {
+    let value = parts.headers.get(header::AUTHORIZATION)?.to_str().ok()?;
+    let (scheme, secret) = value.split_once(' ')?;
+    scheme.eq_ignore_ascii_case("bearer").then_some(secret.trim())
+}
+
+async fn principal(parts: &Parts, api: &Api) -> Result<Principal, Failure> {
+    let secret = bearer(parts).ok_or(ErrorCode::Unauthorized)?;
+    Ok(api.auth.principal(secret).await?)
+}
+
+/// The operator.
+pub(crate) struct Operator;
+
+impl FromRequestParts<Arc<Api>> for Operator {
+    type Rejection = Failure;
+    async fn from_request_parts(parts: &mut Parts, api: &Arc<Api>) -> Result<Self, Failure> {
+        match principal(parts, api).await? {
+            Principal::Operator => Ok(Self),
+            Principal::Tenant(_) | Principal::Agent(_) | Principal::Contact(..) => Err(ErrorCode::PermissionDenied.into()),
+        }
+    }
+}
+
+/// A tenant, by its key.
+pub(crate) struct Tenant(pub(crate) TenantId);
+
+impl FromRequestParts<Arc<Api>> for Tenant {
+    type Rejection = Failure;
+    async fn from_request_parts(parts: &mut Parts, api: &Arc<Api>) -> Result<Self, Failure> {
+        match principal(parts, api).await? {
+            Principal::Tenant(tenant) => Ok(Self(tenant)),
+            Principal::Operator | Principal::Agent(_) | Principal::Contact(..) => Err(ErrorCode::PermissionDenied.into()),
+        }
+    }
+}
+
+/// A JSON body, strictly: what is wrong is named. An empty body is `{}`.
+pub(crate) struct Body<T>(pub(crate) T);
+
+impl<T: DeserializeOwned> FromRequest<Arc<Api>> for Body<T> {
+    type Rejection = Failure;
+    async fn from_request(request: Request, api: &Arc<Api>) -> Result<Self, Failure> {
+        let bytes = Bytes::from_request(request, api).await.map_err(|_| ErrorCode::TooLarge)?;
+        let bytes = if bytes.is_empty() { Bytes::from_static(b"{}") } else { bytes };
+        serde_json::from_slice(&bytes).map(Body).map_err(|e| CommandError::invalid(e).into())
+    }
+}
+
+/// A query, strictly.
+pub(crate) struct Query<T>(pub(crate) T);
+
+impl<T: DeserializeOwned> FromRequestParts<Arc<Api>> for Query<T> {
+    type Rejection = Failure;
+    async fn from_request_parts(parts: &mut Parts, _: &Arc<Api>) -> Result<Self, Failure> {
+        let query = axum::extract::Query::<T>::try_from_uri(&parts.uri).map_err(|e| CommandError::invalid(e.body_text()))?;
+        Ok(Self(query.0))
+    }
+}
+
+/// A name in the path; one that cannot be a name is not found.
+pub(crate) fn name<T: std::str::FromStr>(text: &str) -> Result<T, Failure> {
+    text.parse().map_err(|_| ErrorCode::NotFound.into())
+}
+
+/// A name to be given; one that cannot be a name is refused.
+pub(crate) fn new_name<T: std::str::FromStr>(field: &str, text: &str) -> Result<T, Failure>
+where
+    T::Err: std::fmt::Display,
+{
+    text.parse().map_err(|e| CommandError::invalid(format!("{field} {e}")).into())
+}
+
+/// A page's size: larger is clamped.
+pub(crate) fn page(limit: Option<usize>) -> usize {
+    limit.unwrap_or(100).clamp(1, 1000)
+}

@@ -1,0 +1,132 @@
+//! `Idempotency-Key`: the same key of the same caller on the same path gives the first answer again. Kept in memory
+//! for a while; what must hold for ever (messages, notes) holds by `client_id`.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use axum::body::{Body, to_bytes};
+use axum::extract::{Request, State};
+use axum::http::{HeaderMap, Method, StatusCode, header};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
+use patchbay_protocol::{CommandError, ErrorCode};
+use serde_json::json;
+use sha2::{Digest, Sha256};
+use tokio::time::Instant;
+
+use crate::Api;
+use crate::problem::Failure;
+
+/// Answers that are kept, and for how long.
+const KEPT_MAX: usize = 10_000;
+const KEPT_FOR: Duration = Duration::from_secs(24 * 3600);
+/// The longest key.
+const KEY_MAX: usize = 255;
+
+#[derive(Clone)]
+enum Known {
+    /// The first is still under way.
+    Running { body: [u8; 32] },
+    /// It was answered so.
+    Answered { body: [u8; 32], status: StatusCode, content_type: Option<header::HeaderValue>, reply: Bytes },
+}
+
+#[derive(Default)]
+struct Inner {
+    known: HashMap<[u8; 32], Known>,
+    order: VecDeque<([u8; 32], Instant)>,
+}
+
+/// Answers by caller, path and key.
+#[derive(Default)]
+pub(crate) struct Replies(Mutex<Inner>);
+
+impl Replies {
+    /// What is known of `key`; reserves it when nothing is.
+    fn begin(&self, key: [u8; 32], body: [u8; 32]) -> Option<Known> {
+        let mut inner = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        while inner.order.front().is_some_and(|(_, at)| now.duration_since(*at) > KEPT_FOR) || inner.order.len() > KEPT_MAX {
+            if let Some((oldest, _)) = inner.order.pop_front() {
+                inner.known.remove(&oldest);
+            }
+        }
+        if let Some(known) = inner.known.get(&key) {
+            return Some(known.clone());
+        }
+        inner.known.insert(key, Known::Running { body });
+        inner.order.push_back((key, now));
+        None
+    }
+
+    fn end(&self, key: [u8; 32], answer: Option<Known>) {
+        let mut inner = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match answer {
+            Some(answer) => {
+                inner.known.insert(key, answer);
+            }
+            None => {
+                inner.known.remove(&key);
+            }
+        }
+    }
+}
+
+fn digest(parts: &[&[u8]]) -> [u8; 32] {
+    let mut hash = Sha256::new();
+    for part in parts {
+        hash.update((part.len() as u64).to_be_bytes());
+        hash.update(part);
+    }
+    hash.finalize().into()
+}
+
+fn key_of(headers: &HeaderMap) -> Option<Result<String, Failure>> {
+    let value = headers.get("idempotency-key")?;
+    let text = value.to_str().ok().filter(|k| (1..=KEY_MAX).contains(&k.len()));
+    Some(text.map(str::to_owned).ok_or_else(|| CommandError::invalid(format!("Idempotency-Key must have 1 to {KEY_MAX} characters")).into()))
+}
+
+/// Gives the first answer again. Answers that say "try again" are not kept.
+pub(crate) async fn layer(State(api): State<Arc<Api>>, request: Request, next: Next) -> Response {
+    if request.method() != Method::POST {
+        return next.run(request).await;
+    }
+    let key = match key_of(request.headers()) {
+        None => return next.run(request).await,
+        Some(Err(failure)) => return failure.into_response(),
+        Some(Ok(key)) => key,
+    };
+    let (parts, body) = request.into_parts();
+    let Ok(body) = to_bytes(body, crate::BODY_BYTES_MAX).await else { return Failure::from(ErrorCode::TooLarge).into_response() };
+    let caller = parts.headers.get(header::AUTHORIZATION).map_or(&b""[..], |v| v.as_bytes());
+    let key = digest(&[caller, parts.uri.path().as_bytes(), key.as_bytes()]);
+    let body_hash = digest(&[&body]);
+    match api.replies.begin(key, body_hash) {
+        Some(Known::Running { body } | Known::Answered { body, .. }) if body != body_hash => {
+            let detail = json!({"detail": "this Idempotency-Key was used for another body"});
+            return Failure::from(CommandError::with(ErrorCode::Conflict, detail)).into_response();
+        }
+        Some(Known::Running { .. }) => return Failure::from(CommandError::overloaded(500)).into_response(),
+        Some(Known::Answered { status, content_type, reply, .. }) => {
+            let mut response = (status, reply).into_response();
+            if let Some(content_type) = content_type {
+                response.headers_mut().insert(header::CONTENT_TYPE, content_type);
+            }
+            return response;
+        }
+        None => {}
+    }
+    let response = next.run(Request::from_parts(parts, Body::from(body))).await;
+    let (parts, body) = response.into_parts();
+    let Ok(reply) = to_bytes(body, usize::MAX).await else {
+        api.replies.end(key, None);
+        return StatusCode::INTERNAL_SERVER_ERROR.into_response();
+    };
+    let again = parts.status.is_server_error() || matches!(parts.status, StatusCode::TOO_MANY_REQUESTS | StatusCode::UNAUTHORIZED);
+    let content_type = parts.headers.get(header::CONTENT_TYPE).cloned();
+    api.replies.end(key, (!again).then(|| Known::Answered { body: body_hash, status: parts.status, content_type, reply: reply.clone() }));
+    Response::from_parts(parts, Body::from(reply))
+}

@@ -1,0 +1,85 @@
+//! `patchbay run`: a node as configured.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::Args;
+use patchbay_storage::embedded::Embedded;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use super::{ConfigArgs, Failure, runtime, start_logs};
+use crate::config::Config;
+use crate::server::{Mode, Ready, Server};
+
+/// A node as configured.
+#[derive(Args)]
+pub(crate) struct Run {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Written once the node is ready: its addresses, as JSON.
+    #[arg(long)]
+    ready_file: Option<PathBuf>,
+}
+
+impl Run {
+    pub(crate) fn run(self) -> Result<(), Failure> {
+        let config = self.config.load().map_err(Failure::Config)?;
+        start_logs(&config.log);
+        runtime()?.block_on(async {
+            let mut stop = Stop::new()?;
+            let engine = Arc::new(Embedded::open(&config.storage.data_dir)?);
+            let metrics = crate::metrics_table::install()?;
+            let server = Server::start(&config, Mode::Run, engine, metrics).await?;
+            let ready = ready(&server, &config);
+            tracing::info!(public = %server.public, ops = %server.ops, incarnation = ready.incarnation, "ready");
+            if let Some(file) = &self.ready_file {
+                ready.write(file)?;
+            }
+            stop.first().await;
+            stop.drain(server, config.drain.deadline).await;
+            Ok(())
+        })
+    }
+}
+
+/// What a ready node tells.
+pub(super) fn ready(server: &Server, config: &Config) -> Ready {
+    Ready {
+        public: server.public.to_string(),
+        quic: None,
+        ops: server.ops.to_string(),
+        mesh: None,
+        simulator: None,
+        node: format!("{}-{}", config.cluster.name, server.node.incarnation()),
+        incarnation: server.node.incarnation(),
+        operator_key: None,
+    }
+}
+
+/// SIGTERM and SIGINT: the first drains, the second stops now.
+pub(super) struct Stop {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Stop {
+    pub(super) fn new() -> std::io::Result<Self> {
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+
+    pub(super) async fn first(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+
+    pub(super) async fn drain(&mut self, server: Server, deadline: Duration) {
+        tracing::info!("draining");
+        tokio::select! {
+            () = server.drain(deadline) => {}
+            () = self.first() => {}
+        }
+    }
+}

@@ -1,0 +1,417 @@
+//! Options: typed, documented, with their defaults in one place. TOML file < environment < flags; unknown keys are
+//! errors that name the nearest known key.
+
+pub mod load;
+mod text;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+pub use load::{ConfigError, load};
+pub use text::{Secret, Size};
+
+/// A secret that may stand in a file of its own.
+fn secret(value: Option<&Secret>) -> Result<Option<String>, String> {
+    value.map(Secret::read).transpose()
+}
+
+/// Everything that can be configured.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Clients, webhooks, admin API.
+    pub public: Public,
+    /// QUIC clients (a later version).
+    pub quic: Quic,
+    /// Between nodes (a later version).
+    pub mesh: Mesh,
+    /// Metrics and health.
+    pub ops: Ops,
+    /// The cluster.
+    pub cluster: Cluster,
+    /// What survives.
+    pub storage: Storage,
+    /// Events (a later version).
+    pub events: Events,
+    /// Redis (a later version).
+    pub redis: Redis,
+    /// Keys.
+    pub auth: AuthConfig,
+    /// Bounds.
+    pub limits: Limits,
+    /// Where providers are.
+    pub providers: Providers,
+    /// What goes out.
+    pub outbound: Outbound,
+    /// Media (a later version).
+    pub media: Media,
+    /// Live topics (a later version).
+    pub live: Live,
+    /// Draining.
+    pub drain: Drain,
+    /// Logs.
+    pub log: Log,
+}
+
+macro_rules! section {
+    ($(#[$doc:meta])* $name:ident { $(#[doc = $field_doc:literal] $(#[serde($($serde:tt)*)])? $field:ident: $type:ty = $default:expr,)* }) => {
+        $(#[$doc])*
+        #[derive(Clone, Debug, Serialize, Deserialize)]
+        #[serde(default, deny_unknown_fields)]
+        pub struct $name { $(#[doc = $field_doc] $(#[serde($($serde)*)])? pub $field: $type,)* }
+
+        impl Default for $name {
+            fn default() -> Self {
+                Self { $($field: $default,)* }
+            }
+        }
+
+        impl $name {
+            const DOCS: &'static [(&'static str, &'static str)] = &[$((stringify!($field), $field_doc),)*];
+        }
+    };
+}
+
+section! {
+    /// `[public]`
+    Public {
+        /// Where clients, webhooks and the admin API are served.
+        listen: String = "127.0.0.1:8000".into(),
+        /// Origins that browsers may come from, besides the node's own host; empty: every one (`dev`: the own host only).
+        allowed_origins: Vec<String> = Vec::new(),
+    }
+}
+
+section! {
+    /// `[quic]`
+    Quic {
+        /// Where QUIC clients are served; not used in this version.
+        listen: Option<String> = None,
+    }
+}
+
+section! {
+    /// `[mesh]`
+    Mesh {
+        /// Where other nodes connect; not used in this version.
+        listen: Option<String> = None,
+        /// What other nodes are told; not used in this version.
+        advertise: Option<String> = None,
+        /// Certificate file; not used in this version.
+        cert: Option<PathBuf> = None,
+        /// Key file; not used in this version.
+        key: Option<PathBuf> = None,
+        /// Certificate authority file; not used in this version.
+        ca: Option<PathBuf> = None,
+    }
+}
+
+section! {
+    /// `[ops]`
+    Ops {
+        /// Where `/metrics`, `/healthz` and `/readyz` are served.
+        listen: String = "127.0.0.1:9100".into(),
+    }
+}
+
+section! {
+    /// `[cluster]`
+    Cluster {
+        /// The cluster's name.
+        name: String = "patchbay".into(),
+        /// How many shards: a power of two, for ever.
+        shards: u32 = 1024,
+        /// How long a node's lease lasts; not used by a single node.
+        #[serde(with = "text::duration")]
+        lease_ttl: Duration = Duration::from_millis(2500),
+    }
+}
+
+section! {
+    /// `[storage]`
+    Storage {
+        /// `embedded` (or, in a later version, `scylla`).
+        engine: String = "embedded".into(),
+        /// Where the embedded engine keeps its files.
+        data_dir: PathBuf = PathBuf::from("./patchbay-data"),
+        /// Settings of ScyllaDB; not used in this version.
+        scylla: Scylla = Scylla::default(),
+    }
+}
+
+section! {
+    /// `[storage.scylla]`
+    Scylla {
+        /// Addresses; not used in this version.
+        nodes: Vec<String> = Vec::new(),
+        /// Data centre; not used in this version.
+        datacenter: Option<String> = None,
+        /// Keyspace; not used in this version.
+        keyspace: String = "patchbay".into(),
+        /// Replicas; not used in this version.
+        replication: u32 = 3,
+        /// User; not used in this version.
+        username: Option<String> = None,
+        /// Password; not used in this version.
+        password: Option<Secret> = None,
+        /// Whether to use TLS; not used in this version.
+        tls: bool = false,
+    }
+}
+
+section! {
+    /// `[events]`
+    Events {
+        /// `embedded` (or, in a later version, `kafka`).
+        engine: String = "embedded".into(),
+        /// Settings of Kafka; not used in this version.
+        kafka: Kafka = Kafka::default(),
+    }
+}
+
+section! {
+    /// `[events.kafka]`
+    Kafka {
+        /// Addresses; not used in this version.
+        brokers: Vec<String> = Vec::new(),
+        /// Topic; not used in this version.
+        topic: String = "patchbay.events".into(),
+        /// How long to gather; not used in this version.
+        #[serde(with = "text::duration")]
+        linger: Duration = Duration::from_millis(5),
+    }
+}
+
+section! {
+    /// `[redis]`
+    Redis {
+        /// Address; not used in this version.
+        url: Option<String> = None,
+    }
+}
+
+section! {
+    /// `[auth]`
+    AuthConfig {
+        /// The operator's API key; without one nobody is the operator.
+        operator_key: Option<Secret> = None,
+        /// Keys that verify tokens: `id`, `algorithm` (`HS256`, `EdDSA`), `secret` or `public_key` (PEM), `tenants`.
+        keys: Vec<TokenKeyConfig> = Vec::new(),
+        /// The node's own secret (HS256, every tenant), with which it also issues tokens.
+        hmac_secret_key: Option<Secret> = None,
+    }
+}
+
+section! {
+    /// One of `auth.keys`.
+    TokenKeyConfig {
+        /// The header's `kid`.
+        id: Option<String> = None,
+        /// `HS256` or `EdDSA`.
+        algorithm: String = "HS256".into(),
+        /// The shared secret of HS256.
+        secret: Option<Secret> = None,
+        /// The public key of EdDSA, as PEM.
+        public_key: Option<Secret> = None,
+        /// Tenants that it may speak for.
+        tenants: Vec<String> = Vec::new(),
+    }
+}
+
+section! {
+    /// `[limits]`
+    Limits {
+        /// Sockets at once.
+        connections: usize = 100_000,
+        /// Sockets that have not sent `connect` yet, at once.
+        unconnected: usize = 1_000,
+        /// API requests a second of one tenant (not below 1,000 from loopback in `dev`).
+        requests_per_second: u32 = 1_000,
+        /// After how long an entity that nobody asks is forgotten until its next command.
+        #[serde(with = "text::duration")]
+        idle_after: Duration = Duration::from_secs(120),
+    }
+}
+
+section! {
+    /// `[providers]`
+    Providers {
+        /// Hosts that calls may go to, over https.
+        allowed_hosts: Vec<String> = vec!["graph.facebook.com".into()],
+        /// Hosts that media may be fetched from with the account's key.
+        media_hosts: Vec<String> = vec!["lookaside.fbsbx.com".into()],
+        /// How long a call may take.
+        #[serde(with = "text::duration")]
+        timeout: Duration = Duration::from_secs(15),
+    }
+}
+
+section! {
+    /// `[outbound]`
+    Outbound {
+        /// Unsettled messages of one account; past it new ones are refused with `overloaded`.
+        queue_max: usize = 50_000,
+        /// How long a message may stay pending; then it fails with `expired`.
+        #[serde(with = "text::duration")]
+        max_age: Duration = Duration::from_secs(24 * 3600),
+    }
+}
+
+section! {
+    /// `[media]`
+    Media {
+        /// The largest file; not used in this version.
+        size_max: Size = Size(100 << 20),
+    }
+}
+
+section! {
+    /// `[live]`
+    Live {
+        /// Whether sockets need no token; not used in this version.
+        insecure: bool = false,
+        /// Tenant of tokens that name none; not used in this version.
+        default_tenant: Option<String> = None,
+        /// Whether `#<sub>` is subscribed; not used in this version.
+        personal_channel: bool = false,
+        /// Key of the `/api` door; not used in this version.
+        api_key: Option<Secret> = None,
+    }
+}
+
+section! {
+    /// `[drain]`
+    Drain {
+        /// How long a stop may take.
+        #[serde(with = "text::duration")]
+        deadline: Duration = Duration::from_secs(30),
+    }
+}
+
+section! {
+    /// `[log]`
+    Log {
+        /// `error`, `warn`, `info`, `debug`, or directives such as `info,patchbay=debug`.
+        level: String = "info".into(),
+        /// `json`, `text`, or `auto`: text on a terminal.
+        format: String = "auto".into(),
+    }
+}
+
+impl Config {
+    /// The sections with their fields' descriptions.
+    fn docs() -> Vec<(&'static str, &'static [(&'static str, &'static str)])> {
+        vec![
+            ("public", Public::DOCS),
+            ("quic", Quic::DOCS),
+            ("mesh", Mesh::DOCS),
+            ("ops", Ops::DOCS),
+            ("cluster", Cluster::DOCS),
+            ("storage", Storage::DOCS),
+            ("storage.scylla", Scylla::DOCS),
+            ("events", Events::DOCS),
+            ("events.kafka", Kafka::DOCS),
+            ("redis", Redis::DOCS),
+            ("auth", AuthConfig::DOCS),
+            ("auth.keys", TokenKeyConfig::DOCS),
+            ("limits", Limits::DOCS),
+            ("providers", Providers::DOCS),
+            ("outbound", Outbound::DOCS),
+            ("media", Media::DOCS),
+            ("live", Live::DOCS),
+            ("drain", Drain::DOCS),
+            ("log", Log::DOCS),
+        ]
+    }
+
+    /// Every key with its description: what is known, whether set or not.
+    pub(crate) fn known_keys() -> Vec<(String, &'static str)> {
+        let sections = Self::docs();
+        let all = sections.iter().flat_map(|(section, fields)| fields.iter().map(move |(field, doc)| (format!("{section}.{field}"), doc.trim())));
+        all.filter(|(key, _)| !sections.iter().any(|(section, _)| section == key)).collect()
+    }
+
+    /// The page in docs/ that lists every key.
+    pub fn documentation() -> String {
+        let defaults = toml::Table::try_from(Self::default()).unwrap_or_default();
+        let mut page = String::from(
+            "# Configuration\n\nGenerated by `patchbay config doc`; a test fails when this page is stale.\n\nA TOML file, then the environment (`PATCHBAY__SECTION__KEY`), then flags: the later wins. Durations are text\n(`\"300s\"`, `\"2500ms\"`), sizes too (`\"4MiB\"`). A secret may be given as `{ file = \"…\" }`.\n\n| key | default | what |\n|---|---|---|\n",
+        );
+        for (key, doc) in Self::known_keys() {
+            let mut at = Some(&defaults);
+            let mut found = None;
+            for part in key.split('.') {
+                found = at.and_then(|t| t.get(part));
+                at = found.and_then(toml::Value::as_table);
+            }
+            let default = found.map_or_else(|| "–".to_owned(), |v| format!("`{v}`"));
+            page += &format!("| `{key}` | {default} | {doc} |\n");
+        }
+        page
+    }
+
+    /// What is wrong with the values, a line each.
+    pub fn faults(&self) -> Vec<String> {
+        let mut faults = Vec::new();
+        for (key, listen) in [("public.listen", &self.public.listen), ("ops.listen", &self.ops.listen)] {
+            if listen.parse::<std::net::SocketAddr>().is_err() {
+                faults.push(format!("{key}: `{listen}` is no address and port"));
+            }
+        }
+        if !self.cluster.shards.is_power_of_two() || self.cluster.shards > 1 << 16 {
+            faults.push("cluster.shards: must be a power of two, at most 65536".into());
+        }
+        if self.storage.engine != "embedded" {
+            faults.push(format!("storage.engine: `{}` is not available in this version; use `embedded`", self.storage.engine));
+        }
+        if self.events.engine != "embedded" {
+            faults.push(format!("events.engine: `{}` is not available in this version; use `embedded`", self.events.engine));
+        }
+        if !matches!(self.log.format.as_str(), "json" | "text" | "auto") {
+            faults.push("log.format: must be json, text or auto".into());
+        }
+        if self.outbound.queue_max == 0 {
+            faults.push("outbound.queue_max: must be at least 1".into());
+        }
+        faults.extend(self.token_keys().err());
+        faults.extend(self.operator_key().err());
+        faults
+    }
+
+    /// The operator's key.
+    pub fn operator_key(&self) -> Result<Option<String>, String> {
+        secret(self.auth.operator_key.as_ref()).map_err(|e| format!("auth.operator_key: {e}"))
+    }
+
+    /// The keys that tokens are verified with.
+    pub fn token_keys(&self) -> Result<crate::auth::TokenKeys, String> {
+        let own = secret(self.auth.hmac_secret_key.as_ref()).map_err(|e| format!("auth.hmac_secret_key: {e}"))?;
+        let keys = self.auth.keys.iter().enumerate().map(|(n, k)| k.key().map_err(|e| format!("auth.keys[{n}]: {e}")));
+        let keys = keys.collect::<Result<Vec<_>, _>>()?;
+        Ok(crate::auth::TokenKeys::new(keys, own.as_deref().filter(|s| !s.is_empty()).map(str::as_bytes)))
+    }
+}
+
+impl TokenKeyConfig {
+    fn key(&self) -> Result<crate::auth::token::TokenKey, String> {
+        use jsonwebtoken::{Algorithm, DecodingKey};
+        let (algorithm, key) = match self.algorithm.as_str() {
+            "HS256" => {
+                let secret = secret(self.secret.as_ref())?.filter(|s| !s.is_empty()).ok_or("secret is missing")?;
+                (Algorithm::HS256, DecodingKey::from_secret(secret.as_bytes()))
+            }
+            "EdDSA" => {
+                let pem = secret(self.public_key.as_ref())?.ok_or("public_key is missing")?;
+                (Algorithm::EdDSA, DecodingKey::from_ed_pem(pem.as_bytes()).map_err(|e| format!("public_key: {e}"))?)
+            }
+            other => return Err(format!("algorithm `{other}` is not known; use HS256 or EdDSA")),
+        };
+        if self.tenants.is_empty() {
+            return Err("tenants is empty: a key must name the tenants that it may speak for".into());
+        }
+        let speaks = crate::auth::token::Speaks::Tenants(self.tenants.iter().cloned().collect());
+        Ok(crate::auth::token::TokenKey { id: self.id.clone(), algorithm, key, speaks })
+    }
+}

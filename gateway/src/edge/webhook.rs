@@ -1,0 +1,167 @@
+//! Webhooks of providers: `GET|POST /webhooks/{tenant}/{account}` (contract §6).
+//!
+//! Verified on the raw bytes; every item durable or dead-lettered before 200; 503 with `Retry-After` otherwise. An
+//! unknown tenant, account or connector answers like a bad signature, after the same work.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::{Body, to_bytes};
+use axum::extract::{Path, Request, State};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
+use patchbay_actors::directory::{Account, Directory};
+use patchbay_actors::intake::Intake;
+use patchbay_connectors::{Connector, NAMES, by_name};
+use patchbay_protocol::inbound::{Item, ItemKind};
+use patchbay_protocol::{AccountId, TenantId};
+use serde_json::Value;
+use tokio::sync::Semaphore;
+
+/// The largest body.
+pub const BODY_BYTES_MAX: usize = 4 << 20;
+/// Bodies that are read and taken at once; past it the provider is told to come back.
+pub const BODIES_MAX: usize = 64;
+/// How long a body may take to arrive.
+const BODY_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// What the webhook door needs.
+pub struct Webhooks {
+    intake: Arc<Intake>,
+    directory: Arc<Directory>,
+    bodies: Semaphore,
+}
+
+impl Webhooks {
+    /// The door of a node.
+    pub fn new(intake: Arc<Intake>, directory: Arc<Directory>) -> Arc<Self> {
+        Arc::new(Self { intake, directory, bodies: Semaphore::new(BODIES_MAX) })
+    }
+
+    async fn find(&self, tenant: &str, account: &str) -> Result<Option<(TenantId, AccountId, Arc<Account>)>, ()> {
+        let (Ok(tenant), Ok(account)) = (tenant.parse::<TenantId>(), account.parse::<AccountId>()) else { return Ok(None) };
+        let found = self.directory.account(&tenant, &account).await.map_err(|_| ())?;
+        Ok(found.map(|document| (tenant, account, document)))
+    }
+}
+
+fn connector_of(account: Option<&Account>) -> Option<&'static dyn Connector> {
+    // Without an account the same work is done by some connector, whose answer does not matter.
+    by_name(account.map_or(NAMES[0], |a| &a.connector))
+}
+
+/// The provider's handshake.
+pub async fn challenge(State(door): State<Arc<Webhooks>>, Path((tenant, account)): Path<(String, String)>, request: Request) -> Response {
+    let Ok(found) = door.find(&tenant, &account).await else { return try_again() };
+    let query = parse_query(request.uri().query().unwrap_or(""));
+    let document = found.as_ref().map(|(_, _, d)| d.as_ref());
+    let credentials = document.map_or(Value::Null, |d| d.credentials.clone());
+    let answer = connector_of(document).and_then(|c| c.challenge(&credentials, &query).ok()).filter(|_| document.is_some());
+    match answer {
+        Some(text) => {
+            let headers = [(header::CONTENT_TYPE, "text/plain"), (header::X_CONTENT_TYPE_OPTIONS, "nosniff")];
+            (StatusCode::OK, headers, text).into_response()
+        }
+        None => refused(StatusCode::FORBIDDEN),
+    }
+}
+
+/// A body of the provider.
+pub async fn receive(State(door): State<Arc<Webhooks>>, Path((tenant, account)): Path<(String, String)>, headers: HeaderMap, body: Body) -> Response {
+    let Ok(_place) = door.bodies.try_acquire() else { return try_again() };
+    let too_large = headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse::<usize>().ok()).is_some_and(|n| n > BODY_BYTES_MAX);
+    if too_large {
+        return StatusCode::PAYLOAD_TOO_LARGE.into_response();
+    }
+    let body = match tokio::time::timeout(BODY_TIMEOUT, to_bytes(body, BODY_BYTES_MAX)).await {
+        Ok(Ok(body)) => body,
+        Ok(Err(_)) => return StatusCode::PAYLOAD_TOO_LARGE.into_response(),
+        Err(_) => return StatusCode::REQUEST_TIMEOUT.into_response(),
+    };
+    let started = std::time::Instant::now();
+    let response = take(&door, &tenant, &account, &headers, &body).await;
+    let status = response.status().as_u16().to_string();
+    metrics::histogram!("patchbay_webhook_seconds", "status" => status).record(started.elapsed().as_secs_f64());
+    response
+}
+
+async fn take(door: &Webhooks, tenant: &str, account: &str, headers: &HeaderMap, body: &Bytes) -> Response {
+    let Ok(found) = door.find(tenant, account).await else { return try_again() };
+    let document = found.as_ref().map(|(_, _, d)| d.as_ref());
+    let credentials = document.map_or(Value::Null, |d| d.credentials.clone());
+    let get = |name: &str| headers.get(name).map(|v| v.as_bytes().to_vec());
+    let verified = connector_of(document).is_some_and(|c| c.verify(&credentials, &get, body));
+    let (true, Some((tenant, account, document))) = (verified, found) else { return refused(StatusCode::UNAUTHORIZED) };
+    let Some(connector) = by_name(&document.connector) else { return refused(StatusCode::UNAUTHORIZED) };
+    let Ok(items) = connector.parse(body) else {
+        return match door.intake.bury(&tenant, &account, "a signed body that is not understood", &whole(body)).await {
+            Ok(()) => StatusCode::BAD_REQUEST.into_response(),
+            Err(_) => try_again(),
+        };
+    };
+    metrics::counter!("patchbay_webhook_items_total").increment(items.len() as u64);
+    match door.intake.take(&tenant, &account, &document, items).await {
+        Ok(()) => StatusCode::OK.into_response(),
+        Err(error) => {
+            tracing::warn!(code = error.code.name(), "a webhook could not be taken now");
+            try_again()
+        }
+    }
+}
+
+/// A body as one item for the dead letters.
+fn whole(body: &[u8]) -> Item {
+    let raw = Value::String(String::from_utf8_lossy(body).into_owned());
+    Item { external_id: String::new(), kind: ItemKind::Broken { reason: String::new() }, raw }
+}
+
+fn refused(status: StatusCode) -> Response {
+    (status, "refused").into_response()
+}
+
+fn try_again() -> Response {
+    let mut response = StatusCode::SERVICE_UNAVAILABLE.into_response();
+    response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+    response
+}
+
+/// The parameters of a query, decoded.
+fn parse_query(query: &str) -> Vec<(String, String)> {
+    query.split('&').filter(|p| !p.is_empty()).map(|pair| {
+        let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+        (decode(name), decode(value))
+    }).collect()
+}
+
+fn decode(text: &str) -> String {
+    let mut out = Vec::with_capacity(text.len());
+    let mut bytes = text.bytes();
+    while let Some(b) = bytes.next() {
+        match b {
+            b'+' => out.push(b' '),
+            b'%' => {
+                let mut rest = bytes.clone();
+                let digit = |b: Option<u8>| b.and_then(|b| char::from(b).to_digit(16));
+                if let (Some(high), Some(low)) = (digit(rest.next()), digit(rest.next())) {
+                    out.push(u8::try_from(high << 4 | low).unwrap_or(b'?'));
+                    bytes = rest;
+                } else {
+                    out.push(b'%');
+                }
+            }
+            b => out.push(b),
+        }
+    }
+    String::from_utf8_lossy(&out).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn queries_are_decoded() {
+        assert_eq!(parse_query("a.b=1%2B2&c=x+y&d&%zz=%4"), [("a.b", "1+2"), ("c", "x y"), ("d", ""), ("%zz", "%4")].map(|(a, b)| (a.into(), b.into())));
+    }
+}

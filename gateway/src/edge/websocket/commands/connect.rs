@@ -1,0 +1,92 @@
+//! `connect`: who is there. Subscribes its own agent channel.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use patchbay_actors::agent::AgentCommand;
+use patchbay_actors::router::Router as _;
+use patchbay_protocol::client::reply::{ClientInfo, ConnectResult, Reply, SubscribeResult};
+use patchbay_protocol::client::request::ConnectRequest;
+use patchbay_protocol::{CommandError, Disconnect, ErrorCode, Timestamp};
+use serde_json::json;
+
+use super::super::Sockets;
+use super::super::connection::{Change, Connection, Done};
+use super::super::lanes::{Half, Later};
+use super::super::session::{Live, Subscription};
+use crate::auth::{Claims, Peer, Refusal};
+use crate::hub::outbound::Outbound;
+use crate::hub::{ClientId, Topic};
+
+pub(crate) fn run(connection: &Connection, id: u32, request: ConnectRequest) -> Later<Half<Done>> {
+    let (sockets, client, outbound) = (connection.sockets.clone(), connection.client, connection.outbound.clone());
+    Box::pin(async move {
+        let (reply, change) = match connect(&sockets, client, &outbound, &request).await {
+            Ok((result, live)) => (Some(Ok(Reply { connect: Some(result), ..Reply::default() })), Change::Connected(Box::new(live))),
+            Err(Refused::Error(error)) => (Some(Err(error)), Change::Refused),
+            Err(Refused::Close(why)) => (None, Change::Close(why)),
+        };
+        Half::Done(Done { id, reply, change })
+    })
+}
+
+enum Refused {
+    Error(CommandError),
+    Close(Disconnect),
+}
+
+/// What a refused token comes to at the door.
+impl From<Refusal> for Refused {
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::Expired => Self::Error(ErrorCode::TokenExpired.into()),
+            Refusal::Invalid | Refusal::Revoked => Self::Close(Disconnect::InvalidToken),
+            Refusal::NotAvailable => Self::Error(ErrorCode::NotAvailable.into()),
+            Refusal::Unavailable => Self::Error(CommandError::unavailable()),
+        }
+    }
+}
+
+async fn connect(sockets: &Arc<Sockets>, client: ClientId, outbound: &Arc<Outbound>, request: &ConnectRequest) -> Result<(ConnectResult, Live), Refused> {
+    let now = sockets.desk.node().shards().clock.now();
+    let (peer, claims) = sockets.auth.admit(&request.token, now).await?;
+    let mut result = ConnectResult {
+        client: client.to_string(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        ping: u32::try_from(sockets.limits.ping.as_secs()).unwrap_or(u32::MAX).max(1),
+        pong: true,
+        node: sockets.node.clone(),
+        ..ConnectResult::default()
+    };
+    (result.expires, result.ttl) = ttl(&claims, now);
+    let info = Arc::new(info(&peer, client));
+    let mut subscriptions = HashMap::new();
+    if let Peer::Agent(agent) = &peer {
+        let connected = AgentCommand::Connected { connection: client.to_string() };
+        let present = sockets.desk.node().agent(&agent.tenant, &agent.agent, connected).map_err(Refused::Error)?;
+        present.wait().await.map_err(Refused::Error)?;
+        let topic = Topic::Agent(agent.tenant.clone(), agent.agent.clone());
+        sockets.hub.join(&topic, client, outbound, &info, false);
+        outbound.joined(&topic, None, 0);
+        // Its own channel cannot be resumed, and says so.
+        result.subs.insert(topic.channel(), SubscribeResult::default());
+        subscriptions.insert(topic.channel(), Subscription { topic, announced: false });
+    }
+    Ok((result, Live { peer, claims, info, subscriptions }))
+}
+
+/// Whether the connection expires, and in how many whole seconds, rounded up.
+pub(super) fn ttl(claims: &Claims, now: Timestamp) -> (bool, u32) {
+    let Some(exp) = claims.exp else { return (false, 0) };
+    let left = Timestamp::from_seconds(exp).since(now).as_millis().div_ceil(1000);
+    (true, u32::try_from(left).unwrap_or(u32::MAX).max(1))
+}
+
+fn info(peer: &Peer, client: ClientId) -> ClientInfo {
+    let (user, conn_info) = match peer {
+        Peer::Agent(a) => (a.agent.to_string(), json!({"name": a.name, "role": a.role.as_str()}).to_string()),
+        Peer::Operator => ("operator".to_owned(), String::new()),
+        Peer::Plain(sub) => (sub.clone(), String::new()),
+    };
+    ClientInfo { user, client: client.to_string(), conn_info: conn_info.into(), ..ClientInfo::default() }
+}

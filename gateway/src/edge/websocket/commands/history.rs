@@ -1,0 +1,43 @@
+//! `history`: pages the durable log both ways, bounded by the owner's tip.
+
+use patchbay_actors::desk::{PAGE_ENTRIES_MAX, Page};
+use patchbay_protocol::client::reply::{HistoryResult, Publication, Reply};
+use patchbay_protocol::client::request::HistoryRequest;
+use patchbay_protocol::{CommandError, ErrorCode};
+
+use super::super::Sockets;
+use super::super::connection::{Connection, Done};
+use super::super::lanes::{Half, Later};
+use crate::auth::Peer;
+use crate::hub::Topic;
+use std::sync::Arc;
+
+pub(super) fn run(connection: &Connection, id: u32, request: HistoryRequest) -> Later<Half<Done>> {
+    let Some(claims) = super::claims(connection) else { return super::done(id, Err(ErrorCode::BadRequest.into())) };
+    let sockets = connection.sockets.clone();
+    super::replies(id, async move {
+        let peer = super::fresh(&sockets, &claims).await?;
+        let result = history(&sockets, &peer, &request).await?;
+        Ok(Reply { history: Some(result), ..Reply::default() })
+    })
+}
+
+async fn history(sockets: &Arc<Sockets>, peer: &Peer, request: &HistoryRequest) -> Result<HistoryResult, CommandError> {
+    let topic = super::topic(sockets, peer, &request.channel).await?;
+    let (Topic::Conversation(id), Peer::Agent(agent)) = (topic, peer) else { return Err(ErrorCode::NotAvailable.into()) };
+    let epoch = sockets.desk.node().epoch_of(id);
+    let since = request.since.as_ref();
+    if since.is_some_and(|s| !s.epoch.is_empty() && s.epoch != epoch) {
+        return Err(ErrorCode::UnrecoverablePosition.into());
+    }
+    let page = match (since, request.reverse) {
+        (None, false) => Page::After(0),
+        (Some(s), false) => Page::After(s.offset),
+        (None, true) => Page::Before(None),
+        (Some(s), true) => Page::Before(Some(s.offset)),
+    };
+    let limit = usize::try_from(request.limit).unwrap_or(PAGE_ENTRIES_MAX).min(PAGE_ENTRIES_MAX);
+    let found = sockets.desk.entries(&agent.tenant, id, page, limit).await?;
+    let publications = found.entries.into_iter().map(|(offset, data)| Publication { data, offset, ..Publication::default() }).collect();
+    Ok(HistoryResult { publications, epoch, offset: found.tip })
+}

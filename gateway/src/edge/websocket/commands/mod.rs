@@ -1,0 +1,123 @@
+//! One file per client command. The dispatcher is a plain match.
+
+pub mod catch_up;
+pub mod connect;
+mod history;
+mod presence;
+pub mod recheck;
+mod refresh;
+mod rpc;
+mod subscribe;
+mod unsubscribe;
+
+use std::sync::Arc;
+
+use patchbay_protocol::client::reply::Reply;
+use patchbay_protocol::client::request::Command;
+use patchbay_protocol::ids::ConversationId;
+use patchbay_protocol::{CommandError, Disconnect, ErrorCode};
+
+use super::connection::{Change, Connection, Done};
+use super::lanes::{Half, Later};
+use super::session::Session;
+use super::Sockets;
+use crate::auth::Peer;
+use crate::hub::Topic;
+
+/// Starts a command of a connected client in its lane.
+pub(super) fn start(connection: &mut Connection, command: Command) {
+    let id = command.id;
+    let (lane, first) = if let Some(r) = command.subscribe {
+        (Some(r.channel.clone()), subscribe::run(connection, id, r))
+    } else if let Some(r) = command.unsubscribe {
+        (Some(r.channel.clone()), unsubscribe::run(connection, id, r))
+    } else if let Some(r) = command.history {
+        (Some(r.channel.clone()), history::run(connection, id, r))
+    } else if let Some(r) = command.presence {
+        (Some(r.channel.clone()), presence::run(connection, id, r.channel, false))
+    } else if let Some(r) = command.presence_stats {
+        (Some(r.channel.clone()), presence::run(connection, id, r.channel, true))
+    } else if let Some(r) = command.rpc {
+        (rpc::lane(&r), rpc::run(connection, id, r))
+    } else if let Some(r) = command.refresh {
+        (None, refresh::run(connection, id, r))
+    } else if command.ping.is_some() {
+        (None, done(id, Ok(Reply { ping: Some(Default::default()), ..Reply::default() })))
+    } else if command.publish.is_some() || command.sub_refresh.is_some() {
+        (None, done(id, Err(ErrorCode::NotAvailable.into())))
+    } else if command.send.is_some() {
+        // A message without an answer, for which there is no use yet.
+        return;
+    } else {
+        (None, close(id, Disconnect::BadRequest))
+    };
+    connection.lanes.start(lane, first);
+}
+
+/// A command that needs no waiting.
+fn done(id: u32, reply: Result<Reply, CommandError>) -> Later<Half<Done>> {
+    Box::pin(async move { Half::Done(Done { id, reply: Some(reply), change: Change::None }) })
+}
+
+/// A command that ends the connection.
+fn close(id: u32, why: Disconnect) -> Later<Half<Done>> {
+    Box::pin(async move { Half::Done(Done { id, reply: None, change: Change::Close(why) }) })
+}
+
+/// A command that is done when this is.
+fn replies(id: u32, work: impl Future<Output = Result<Reply, CommandError>> + Send + 'static) -> Later<Half<Done>> {
+    Box::pin(async move { Half::Done(Done { id, reply: Some(work.await), change: Change::None }) })
+}
+
+/// Who is on a live connection.
+fn peer(connection: &Connection) -> Option<Peer> {
+    match &connection.session {
+        Session::Live(live) => Some(live.peer.clone()),
+        Session::New | Session::Connecting | Session::Refused => None,
+    }
+}
+
+/// What a channel name stands for, if this peer may have it now. One that does not exist, is another tenant's or is
+/// not allowed: the same `permission_denied`; an unknown namespace says so.
+async fn topic(sockets: &Sockets, peer: &Peer, channel: &str) -> Result<Topic, CommandError> {
+    let denied = || CommandError::from(ErrorCode::PermissionDenied);
+    let (namespace, name) = channel.split_once(':').ok_or(ErrorCode::UnknownChannel)?;
+    if !matches!(namespace, "conversation" | "inbox" | "agent" | "broadcast" | "cluster") {
+        return Err(ErrorCode::UnknownChannel.into());
+    }
+    let Peer::Agent(agent) = peer else { return Err(denied()) };
+    match namespace {
+        "conversation" => {
+            let id: ConversationId = name.parse().map_err(|_| denied())?;
+            let who = patchbay_actors::desk::Who::Agent(agent.clone());
+            match sockets.desk.visible(&who, id).await {
+                Ok(_) => Ok(Topic::Conversation(id)),
+                Err(e) if e.code.is_temporary() => Err(e),
+                Err(_) => Err(denied()),
+            }
+        }
+        "inbox" => {
+            let id = name.parse().map_err(|_| denied())?;
+            let there = sockets.desk.node().directory().inbox(&agent.tenant, &id).await?.is_some();
+            if there && agent.may_see(&id) { Ok(Topic::Inbox(agent.tenant.clone(), id)) } else { Err(denied()) }
+        }
+        "agent" if name == agent.agent.as_str() => Ok(Topic::Agent(agent.tenant.clone(), agent.agent.clone())),
+        _ => Err(denied()),
+    }
+}
+
+/// The peer as the documents say now, for a permission that is asked at every command.
+async fn fresh(sockets: &Arc<Sockets>, connection_claims: &crate::auth::Claims) -> Result<Peer, CommandError> {
+    sockets.auth.peer(connection_claims).await.map_err(|r| match r {
+        crate::auth::Refusal::Unavailable => CommandError::unavailable(),
+        _ => ErrorCode::PermissionDenied.into(),
+    })
+}
+
+/// The claims of a live connection.
+fn claims(connection: &Connection) -> Option<crate::auth::Claims> {
+    match &connection.session {
+        Session::Live(live) => Some(live.claims.clone()),
+        Session::New | Session::Connecting | Session::Refused => None,
+    }
+}

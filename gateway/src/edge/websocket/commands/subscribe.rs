@@ -1,0 +1,115 @@
+//! `subscribe`: registers first, asks the owner for its tip, reads the log after, and joins the two by seq (G3).
+
+use std::sync::Arc;
+
+use patchbay_actors::desk::{PAGE_BYTES_MAX, Page};
+use patchbay_protocol::client::reply::{Publication, Reply, SubscribeResult};
+use patchbay_protocol::client::request::SubscribeRequest;
+use patchbay_protocol::ids::ConversationId;
+use patchbay_protocol::{CommandError, ErrorCode};
+
+use super::super::Sockets;
+use super::super::connection::{Change, Connection, Done};
+use super::super::lanes::{Half, Later};
+use super::super::session::{Session, Subscription};
+use crate::auth::{Claims, Peer};
+use crate::hub::Topic;
+
+/// Subscriptions of one socket.
+const SUBSCRIPTIONS_MAX: usize = 512;
+/// Publications that a recovery brings; past it the client pages by `history`.
+pub(super) const RECOVERY_MAX_PUBLICATIONS: usize = 300;
+/// The flag that asks for an error instead of `recovered: false`.
+const FLAG_ERROR_IF_UNRECOVERED: i64 = 2;
+
+pub(super) fn run(connection: &mut Connection, id: u32, request: SubscribeRequest) -> Later<Half<Done>> {
+    let Session::Live(live) = &mut connection.session else { return super::done(id, Err(ErrorCode::BadRequest.into())) };
+    if request.channel.is_empty() || request.channel.len() > 255 {
+        return super::done(id, Err(ErrorCode::BadRequest.into()));
+    }
+    if live.subscriptions.contains_key(&request.channel) {
+        return super::done(id, Err(ErrorCode::AlreadySubscribed.into()));
+    }
+    if live.subscriptions.len() >= SUBSCRIPTIONS_MAX {
+        return super::done(id, Err(ErrorCode::LimitExceeded.into()));
+    }
+    let claims = live.claims.clone();
+    let (sockets, client, outbound, info) = (connection.sockets.clone(), connection.client, connection.outbound.clone(), live.info.clone());
+    Box::pin(async move {
+        let channel = request.channel.clone();
+        let refused = |error| Half::Done(Done { id, reply: Some(Err(error)), change: Change::Unsubscribed(channel.clone()) });
+        let (peer, topic) = match admitted(&sockets, &claims, &request.channel).await {
+            Ok(found) => found,
+            Err(error) => return refused(error),
+        };
+        sockets.hub.join(&topic, client, &outbound, &info, request.join_leave);
+        let past = match &topic {
+            Topic::Conversation(conversation) => past(&sockets, &peer, *conversation, &request).await,
+            Topic::Inbox(..) | Topic::Agent(..) => Ok((SubscribeResult { was_recovering: request.recover, ..SubscribeResult::default() }, 0)),
+        };
+        match past {
+            Ok((result, read)) => {
+                let reply = Reply { id, subscribe: Some(result), ..Reply::default() };
+                outbound.joined(&topic, Some(&reply), read);
+                let announced = matches!(topic, Topic::Conversation(_));
+                if announced {
+                    sockets.hub.announce(&topic, client, true, &info);
+                }
+                Half::Done(Done { id, reply: None, change: Change::Subscribed(request.channel, Subscription { topic, announced }) })
+            }
+            Err(error) => {
+                sockets.hub.leave(&topic, client);
+                refused(error)
+            }
+        }
+    })
+}
+
+async fn admitted(sockets: &Arc<Sockets>, claims: &Claims, channel: &str) -> Result<(Peer, Topic), CommandError> {
+    let peer = super::fresh(sockets, claims).await?;
+    let topic = super::topic(sockets, &peer, channel).await?;
+    Ok((peer, topic))
+}
+
+/// The subscribe result, and the seq up to which it covers the log.
+async fn past(sockets: &Sockets, peer: &Peer, id: ConversationId, request: &SubscribeRequest) -> Result<(SubscribeResult, u64), CommandError> {
+    let Peer::Agent(agent) = peer else { return Err(ErrorCode::PermissionDenied.into()) };
+    let tip = sockets.desk.tip(&agent.tenant, id).await?.seq;
+    let epoch = sockets.desk.node().epoch_of(id);
+    let mut result = SubscribeResult {
+        recoverable: true,
+        positioned: true,
+        epoch: epoch.clone(),
+        offset: tip,
+        was_recovering: request.recover,
+        ..SubscribeResult::default()
+    };
+    if !request.recover {
+        return Ok((result, tip));
+    }
+    let same_log = request.epoch.is_empty() || request.epoch == epoch;
+    let missed = tip.checked_sub(request.offset);
+    let recovered = match missed {
+        Some(missed) if same_log && missed <= RECOVERY_MAX_PUBLICATIONS as u64 => missed_entries(sockets, id, request.offset, tip).await?,
+        _ => None,
+    };
+    match recovered {
+        Some(publications) => {
+            result.recovered = true;
+            result.offset = request.offset;
+            result.publications = publications;
+            Ok((result, tip))
+        }
+        None if request.flag & FLAG_ERROR_IF_UNRECOVERED != 0 => Err(ErrorCode::UnrecoverablePosition.into()),
+        None => Ok((result, tip)),
+    }
+}
+
+/// Everything after `after` up to the tip; `None` when it is too much for one reply.
+async fn missed_entries(sockets: &Sockets, id: ConversationId, after: u64, tip: u64) -> Result<Option<Vec<Publication>>, CommandError> {
+    // Half of a frame's bound: data grows when it is wrapped.
+    let page = sockets.desk.read(id, Page::After(after), tip, RECOVERY_MAX_PUBLICATIONS, PAGE_BYTES_MAX * 9 / 10).await;
+    let entries = page.map_err(|_| CommandError::unavailable())?.entries;
+    let whole = entries.last().map_or(after, |(seq, _)| *seq) == tip;
+    Ok(whole.then(|| entries.into_iter().map(|(offset, data)| Publication { data, offset, ..Publication::default() }).collect()))
+}

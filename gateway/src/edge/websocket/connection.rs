@@ -1,0 +1,437 @@
+//! One connection: one task that polls its socket both ways, its commands and its clock. Nothing in it waits for
+//! anything else in it.
+
+use std::collections::VecDeque;
+use std::future::{Future, poll_fn};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::{Sink, Stream};
+use hyper::upgrade::Upgraded;
+use hyper_util::rt::TokioIo;
+use patchbay_actors::agent::AgentCommand;
+use patchbay_actors::router::Router as _;
+use patchbay_protocol::client::reply::{Error, Push};
+use patchbay_protocol::client::{Command, DecodeError, Encoding, Reply};
+use patchbay_protocol::{CommandError, Disconnect};
+use tokio::sync::watch;
+use tokio::time::{Instant, Sleep};
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::protocol::CloseFrame;
+use tokio_tungstenite::tungstenite::{self, Message, Utf8Bytes};
+
+use super::commands;
+use super::lanes::Lanes;
+use super::session::Session;
+use super::{Counted, Sockets};
+use crate::auth::Peer;
+use crate::hub::ClientId;
+use crate::hub::outbound::{Next, Outbound};
+
+/// Commands of one connection under way; past it the socket is not read.
+const COMMANDS_MAX: usize = 512;
+/// How long a close may take.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Past `exp` a connection has this long to refresh.
+const REFRESH_GRACE: Duration = Duration::from_secs(25);
+
+type Socket = WebSocketStream<TokioIo<Upgraded>>;
+
+/// What a command comes to: a change of the session, and what to reply.
+pub struct Done {
+    /// The command's id; 0 wants no reply.
+    pub id: u32,
+    /// The reply, or nothing when it was sent already.
+    pub reply: Option<Result<Reply, CommandError>>,
+    /// What becomes of the session.
+    pub change: Change,
+}
+
+/// What becomes of the session.
+pub enum Change {
+    /// Nothing.
+    None,
+    /// `connect` was decided.
+    Connected(Box<super::session::Live>),
+    /// `connect` was refused.
+    Refused,
+    /// A subscription stands; whether others are told.
+    Subscribed(String, super::session::Subscription),
+    /// A subscription was not made.
+    Unsubscribed(String),
+    /// A new token.
+    Refreshed(Box<(Peer, crate::auth::Claims)>),
+    /// The documents were asked again.
+    Rechecked(Box<commands::recheck::Rechecked>),
+    /// The connection ends.
+    Close(Disconnect),
+}
+
+/// A connection.
+pub struct Connection {
+    pub(super) sockets: Arc<Sockets>,
+    pub(super) client: ClientId,
+    pub(super) outbound: Arc<Outbound>,
+    pub(super) session: Session,
+    pub(super) lanes: Lanes<Done>,
+    /// Commands that wait for `connect`, or for room.
+    backlog: VecDeque<Command>,
+    clock: Clock,
+}
+
+/// When something is due on a connection.
+struct Clock {
+    sleep: Pin<Box<Sleep>>,
+    opened: Instant,
+    next_ping: Option<Instant>,
+    pong_due: Option<Instant>,
+    expires: Option<Instant>,
+}
+
+enum Event {
+    Read(Option<Result<Message, tungstenite::Error>>),
+    Done(Box<Done>),
+    Written(Result<(), tungstenite::Error>),
+    Close(Disconnect),
+    Tick,
+    Draining,
+    Changed,
+}
+
+/// Serves a socket until it ends.
+pub async fn run(sockets: Arc<Sockets>, mut socket: Socket, encoding: Encoding) {
+    let shared = sockets.clone();
+    let Some(_open) = Counted::take(&shared.open, shared.limits.connections_max) else {
+        close(&mut socket, Disconnect::ConnectionLimit).await;
+        return;
+    };
+    let Some(mut unconnected) = Counted::take(&shared.unconnected, shared.limits.unconnected_max).map(Some) else {
+        close(&mut socket, Disconnect::TooManyRequests).await;
+        return;
+    };
+    metrics::gauge!("patchbay_edge_connections").increment(1.0);
+    let mut draining = sockets.draining.clone();
+    let mut changes = sockets.desk.node().directory().changes();
+    let mut connection = Connection::new(sockets, encoding);
+    loop {
+        if let Session::Live(_) = connection.session {
+            unconnected = None;
+        }
+        let event = connection.next(&mut socket, &mut draining, &mut changes).await;
+        match connection.on(event) {
+            On::Continue => {}
+            On::Close(why) => {
+                metrics::counter!("patchbay_edge_disconnects_total", "code" => why.code().to_string()).increment(1);
+                close(&mut socket, why).await;
+                break;
+            }
+            On::Gone => break,
+        }
+    }
+    drop(unconnected);
+    connection.end().await;
+    metrics::gauge!("patchbay_edge_connections").decrement(1.0);
+}
+
+async fn close(socket: &mut Socket, why: Disconnect) {
+    let frame = CloseFrame { code: why.code().into(), reason: Utf8Bytes::from_static(why.reason()) };
+    // A peer that does not answer the close is left.
+    let _ = tokio::time::timeout(CLOSE_TIMEOUT, async {
+        if socket.close(Some(frame)).await.is_ok() {
+            while let Some(Ok(_)) = futures_util::StreamExt::next(socket).await {}
+        }
+    })
+    .await;
+}
+
+enum On {
+    Continue,
+    Close(Disconnect),
+    Gone,
+}
+
+impl Connection {
+    fn new(sockets: Arc<Sockets>, encoding: Encoding) -> Self {
+        let opened = Instant::now();
+        let sleep = Box::pin(tokio::time::sleep_until(opened + sockets.limits.connect));
+        Self {
+            client: ClientId(rand::random()),
+            outbound: Outbound::new(encoding),
+            session: Session::New,
+            lanes: Lanes::default(),
+            backlog: VecDeque::new(),
+            clock: Clock { sleep, opened, next_ping: None, pong_due: None, expires: None },
+            sockets,
+        }
+    }
+
+    async fn next(&mut self, socket: &mut Socket, draining: &mut watch::Receiver<bool>, changes: &mut watch::Receiver<u64>) -> Event {
+        let mut drain = std::pin::pin!(draining.changed());
+        let mut change = std::pin::pin!(changes.changed());
+        poll_fn(move |cx| {
+            if let Poll::Ready(event) = self.poll_write(socket, cx) {
+                return Poll::Ready(event);
+            }
+            if let Poll::Ready(done) = self.lanes.poll_next(cx) {
+                return Poll::Ready(Event::Done(Box::new(done)));
+            }
+            if self.may_read()
+                && let Poll::Ready(read) = Pin::new(&mut *socket).poll_next(cx)
+            {
+                return Poll::Ready(Event::Read(read));
+            }
+            if self.clock.sleep.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(Event::Tick);
+            }
+            if drain.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(Event::Draining);
+            }
+            if change.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(Event::Changed);
+            }
+            Poll::Pending
+        })
+        .await
+    }
+
+    fn may_read(&self) -> bool {
+        self.backlog.is_empty() && self.lanes.len() < COMMANDS_MAX
+    }
+
+    /// Writes what is queued and flushes once: frames that are queued together go out in one write.
+    fn poll_write(&mut self, socket: &mut Socket, cx: &mut Context<'_>) -> Poll<Event> {
+        let mut socket = Pin::new(socket);
+        loop {
+            match socket.as_mut().poll_ready(cx) {
+                Poll::Ready(Ok(())) => {}
+                Poll::Ready(Err(e)) => return Poll::Ready(Event::Written(Err(e))),
+                Poll::Pending => return Poll::Pending,
+            }
+            match self.outbound.poll_next(cx.waker()) {
+                Poll::Ready(Next::Frame(frame)) => {
+                    if let Err(e) = socket.as_mut().start_send(message(self.outbound.encoding(), frame)) {
+                        return Poll::Ready(Event::Written(Err(e)));
+                    }
+                }
+                Poll::Ready(Next::Close(why)) => return Poll::Ready(Event::Close(why)),
+                Poll::Pending => break,
+            }
+        }
+        match socket.as_mut().poll_flush(cx) {
+            Poll::Ready(Err(e)) => Poll::Ready(Event::Written(Err(e))),
+            Poll::Ready(Ok(())) => {
+                self.go_on();
+                Poll::Pending
+            }
+            Poll::Pending => Poll::Pending,
+        }
+    }
+
+    /// Subscriptions that were behind go on from the log, now that the socket has drained.
+    fn go_on(&mut self) {
+        for (topic, after) in self.outbound.go_on() {
+            self.lanes.start(Some(topic.channel()), commands::catch_up::run(self.sockets.clone(), self.outbound.clone(), self.client, topic, after));
+        }
+    }
+
+    fn on(&mut self, event: Event) -> On {
+        match event {
+            Event::Read(Some(Ok(message))) => self.received(message),
+            Event::Read(Some(Err(e))) => broken(&e),
+            Event::Read(None) => On::Gone,
+            Event::Written(Ok(())) => On::Continue,
+            Event::Written(Err(_)) => On::Gone,
+            Event::Done(done) => self.done(*done),
+            Event::Close(why) => On::Close(why),
+            Event::Tick => self.tick(),
+            Event::Draining => On::Close(Disconnect::Shutdown),
+            Event::Changed => {
+                self.recheck();
+                On::Continue
+            }
+        }
+    }
+
+    fn received(&mut self, message: Message) -> On {
+        let frame = match (message, self.outbound.encoding()) {
+            (Message::Text(text), Encoding::Json) => Bytes::from(text),
+            (Message::Binary(data), Encoding::Protobuf) => data,
+            (Message::Ping(_) | Message::Pong(_) | Message::Frame(_), _) => return On::Continue,
+            (Message::Close(_), _) => return On::Continue,
+            (Message::Text(_) | Message::Binary(_), _) => return On::Close(Disconnect::BadRequest),
+        };
+        match self.outbound.encoding().decode_commands(&frame) {
+            Ok(commands) => {
+                self.backlog.extend(commands);
+                self.accept()
+            }
+            Err(DecodeError::TooLarge) => On::Close(Disconnect::TooLarge),
+            Err(DecodeError::Malformed | DecodeError::TooMany) => On::Close(Disconnect::BadRequest),
+        }
+    }
+
+    /// Starts what waits, as far as the session and the bound allow.
+    fn accept(&mut self) -> On {
+        while self.lanes.len() < COMMANDS_MAX {
+            let Some(command) = self.backlog.pop_front() else { return On::Continue };
+            match &mut self.session {
+                Session::New if command.is_pong() => {}
+                Session::New => {
+                    let Some(connect) = command.connect else { return On::Close(Disconnect::BadRequest) };
+                    self.session = Session::Connecting;
+                    self.lanes.start(None, commands::connect::run(self, command.id, connect));
+                }
+                Session::Connecting => {
+                    self.backlog.push_front(command);
+                    return On::Continue;
+                }
+                Session::Live(_) if command.is_pong() => self.clock.pong_due = None,
+                Session::Live(_) if command.connect.is_some() => return On::Close(Disconnect::BadRequest),
+                Session::Live(_) => commands::start(self, command),
+                Session::Refused => {}
+            }
+        }
+        On::Continue
+    }
+
+    fn done(&mut self, done: Done) -> On {
+        let closes = match done.change {
+            Change::Close(why) => Some(why),
+            change => {
+                self.change(change);
+                None
+            }
+        };
+        match done.reply {
+            Some(Ok(reply)) if done.id > 0 => self.outbound.reply(&Reply { id: done.id, ..reply }),
+            Some(Err(error)) if done.id > 0 => self.outbound.reply(&refusal(done.id, &error)),
+            _ => {}
+        }
+        if let Some(why) = closes {
+            self.outbound.close(why);
+        }
+        self.accept()
+    }
+
+    fn change(&mut self, change: Change) {
+        match (change, &mut self.session) {
+            (Change::Connected(live), Session::Connecting) => {
+                self.clock.live(&self.sockets, live.expires());
+                self.session = Session::Live(live);
+            }
+            (Change::Refused, Session::Connecting) => self.session = Session::Refused,
+            (Change::Subscribed(channel, subscription), Session::Live(live)) => {
+                live.subscriptions.insert(channel, subscription);
+            }
+            (Change::Unsubscribed(channel), Session::Live(live)) => {
+                live.subscriptions.remove(&channel);
+            }
+            (Change::Refreshed(new), Session::Live(live)) => {
+                (live.peer, live.claims) = *new;
+                let expires = live.expires();
+                self.clock.live(&self.sockets, expires);
+            }
+            (Change::Rechecked(rechecked), Session::Live(_)) => commands::recheck::apply(self, *rechecked),
+            // What was decided for a session that has ended since.
+            (_, Session::New | Session::Connecting | Session::Live(_) | Session::Refused) => {}
+        }
+    }
+
+    fn recheck(&mut self) {
+        if let Session::Live(live) = &self.session {
+            let job = commands::recheck::run(self.sockets.clone(), live.claims.clone(), live.subscriptions.values().map(|s| s.topic.clone()).collect());
+            self.lanes.start(None, job);
+        }
+    }
+
+    fn tick(&mut self) -> On {
+        let now = Instant::now();
+        match &self.session {
+            Session::New | Session::Connecting | Session::Refused => {
+                if now >= self.clock.opened + self.sockets.limits.connect {
+                    return On::Close(Disconnect::Stale);
+                }
+            }
+            Session::Live(_) => {
+                if self.clock.pong_due.is_some_and(|at| now >= at) {
+                    return On::Close(Disconnect::NoPong);
+                }
+                if self.clock.expires.is_some_and(|at| now >= at) {
+                    return On::Close(Disconnect::Expired);
+                }
+                if self.clock.next_ping.is_some_and(|at| now >= at) {
+                    self.outbound.reply(&Reply::default());
+                    self.clock.pong_due = Some(now + self.sockets.limits.pong);
+                    self.clock.next_ping = Some(now + self.sockets.limits.ping);
+                }
+            }
+        }
+        self.clock.arm(self.sockets.limits.connect);
+        On::Continue
+    }
+
+    /// Takes the connection out of everything that it was part of.
+    async fn end(self) {
+        let Session::Live(live) = self.session else { return };
+        for subscription in live.subscriptions.values() {
+            if self.sockets.hub.leave(&subscription.topic, self.client) && subscription.announced {
+                self.sockets.hub.announce(&subscription.topic, self.client, false, &live.info);
+            }
+        }
+        if let Peer::Agent(agent) = &live.peer {
+            let gone = AgentCommand::Disconnected { connection: self.client.to_string() };
+            if let Ok(answer) = self.sockets.desk.node().agent(&agent.tenant, &agent.agent, gone) {
+                // The session row is read again by whoever loads the agent.
+                let _ = answer.wait().await;
+            }
+        }
+    }
+}
+
+impl Clock {
+    fn live(&mut self, sockets: &Sockets, expires: Option<patchbay_protocol::Timestamp>) {
+        let now = Instant::now();
+        self.next_ping.get_or_insert(now + sockets.limits.ping);
+        let wall = sockets.desk.node().shards().clock.now();
+        self.expires = expires.map(|at| now + at.since(wall) + REFRESH_GRACE);
+        self.arm(sockets.limits.connect);
+    }
+
+    fn arm(&mut self, connect: Duration) {
+        let next = [self.next_ping, self.pong_due, self.expires].into_iter().flatten().min();
+        let next = next.unwrap_or(self.opened + connect);
+        self.sleep.as_mut().reset(next);
+    }
+}
+
+fn message(encoding: Encoding, frame: Bytes) -> Message {
+    match encoding {
+        // Frames of ours are JSON, which is UTF-8; what is not would be a fault of ours and is shown as nothing.
+        Encoding::Json => Message::Text(Utf8Bytes::try_from(frame).unwrap_or_default()),
+        Encoding::Protobuf => Message::Binary(frame),
+    }
+}
+
+fn broken(error: &tungstenite::Error) -> On {
+    match error {
+        tungstenite::Error::Capacity(_) => On::Close(Disconnect::TooLarge),
+        tungstenite::Error::Protocol(_) | tungstenite::Error::Utf8(_) | tungstenite::Error::AttackAttempt => On::Close(Disconnect::BadRequest),
+        _ => On::Gone,
+    }
+}
+
+/// An error in place of a result.
+pub(super) fn refusal(id: u32, error: &CommandError) -> Reply {
+    let error = Error { code: error.code.code(), message: error.message(), temporary: error.code.is_temporary() };
+    Reply { id, error: Some(error), ..Reply::default() }
+}
+
+/// The push that ends a subscription.
+pub(super) fn unsubscribe_push(channel: String, code: u32, reason: &str) -> Reply {
+    let unsubscribe = patchbay_protocol::client::reply::Unsubscribe { code, reason: reason.to_owned() };
+    Reply { push: Some(Push { channel, unsubscribe: Some(unsubscribe), ..Push::default() }), ..Reply::default() }
+}
+

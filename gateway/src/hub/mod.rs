@@ -1,0 +1,168 @@
+//! The node's hub: topic -> local connections. A publication is encoded once per wire format, as a finished frame,
+//! and shared; per connection only a reference is queued.
+
+pub mod outbound;
+pub mod seam;
+
+use std::collections::HashMap;
+use std::fmt;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
+use patchbay_actors::ports::Publisher;
+use patchbay_protocol::client::Reply;
+use patchbay_protocol::client::reply::{ClientInfo, JoinLeave, Push};
+use patchbay_protocol::ids::{AgentId, ConversationId, InboxId, TenantId};
+
+use outbound::{Frames, Outbound};
+
+/// Locks over topics, so that publications of different topics do not wait for each other.
+const PARTS: usize = 32;
+
+/// What connections subscribe to. Its channel name is within the tenant.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Topic {
+    /// A conversation's log.
+    Conversation(ConversationId),
+    /// An inbox's changes.
+    Inbox(TenantId, InboxId),
+    /// What is for an agent alone.
+    Agent(TenantId, AgentId),
+}
+
+impl Topic {
+    /// The channel's name, as clients write it.
+    pub fn channel(&self) -> String {
+        match self {
+            Self::Conversation(id) => format!("conversation:{id}"),
+            Self::Inbox(_, id) => format!("inbox:{id}"),
+            Self::Agent(_, id) => format!("agent:{id}"),
+        }
+    }
+}
+
+/// One connection's subscription.
+struct Member {
+    client: ClientId,
+    outbound: Arc<Outbound>,
+    info: Arc<ClientInfo>,
+    join_leave: bool,
+}
+
+/// A connection's id: 128 random bits.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct ClientId(pub u128);
+
+impl fmt::Display for ClientId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", self.0)
+    }
+}
+
+/// The hub.
+pub struct Hub {
+    parts: Vec<Mutex<HashMap<Topic, Vec<Member>>>>,
+}
+
+impl Default for Hub {
+    fn default() -> Self {
+        Self { parts: (0..PARTS).map(|_| Mutex::default()).collect() }
+    }
+}
+
+impl Hub {
+    fn part(&self, topic: &Topic) -> MutexGuard<'_, HashMap<Topic, Vec<Member>>> {
+        let mut hash = DefaultHasher::new();
+        topic.hash(&mut hash);
+        let part = &self.parts[usize::try_from(hash.finish() % PARTS as u64).unwrap_or(0)];
+        part.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Registers a connection with a topic; its seam holds what comes until its past is read.
+    pub fn join(&self, topic: &Topic, client: ClientId, outbound: &Arc<Outbound>, info: &Arc<ClientInfo>, join_leave: bool) {
+        outbound.subscribe(topic);
+        let mut part = self.part(topic);
+        let members = part.entry(topic.clone()).or_default();
+        members.retain(|m| m.client != client);
+        members.push(Member { client, outbound: outbound.clone(), info: info.clone(), join_leave });
+    }
+
+    /// Tells those who asked that somebody came.
+    pub fn announce(&self, topic: &Topic, client: ClientId, came: bool, info: &ClientInfo) {
+        let event = Some(JoinLeave { info: Some(info.clone()) });
+        let mut push = Push { channel: topic.channel(), ..Push::default() };
+        if came {
+            push.join = event;
+        } else {
+            push.leave = event;
+        }
+        let reply = Reply { push: Some(push), ..Reply::default() };
+        let part = self.part(topic);
+        for member in part.get(topic).into_iter().flatten().filter(|m| m.join_leave && m.client != client) {
+            member.outbound.push_for(topic, &reply);
+        }
+    }
+
+    /// Takes a connection out of a topic; tells whether it was there.
+    pub fn leave(&self, topic: &Topic, client: ClientId) -> bool {
+        let mut part = self.part(topic);
+        let Some(members) = part.get_mut(topic) else { return false };
+        let Some(at) = members.iter().position(|m| m.client == client) else { return false };
+        let member = members.swap_remove(at);
+        if members.is_empty() {
+            part.remove(topic);
+        }
+        drop(part);
+        member.outbound.unsubscribe(topic);
+        true
+    }
+
+    /// Who is subscribed to a topic.
+    pub fn presence(&self, topic: &Topic) -> Vec<(ClientId, ClientInfo)> {
+        let part = self.part(topic);
+        part.get(topic).into_iter().flatten().map(|m| (m.client, (*m.info).clone())).collect()
+    }
+
+    /// Shows that somebody is writing: without offset, only the latest matters.
+    pub fn typing(&self, conversation: ConversationId, actor: &str, publication: Bytes) {
+        let topic = Topic::Conversation(conversation);
+        let frames = Frames::new(topic.channel(), publication, 0);
+        let part = self.part(&topic);
+        for member in part.get(&topic).into_iter().flatten() {
+            member.outbound.publish_latest(&topic, actor, &frames);
+        }
+    }
+
+    fn loose(&self, topic: &Topic, publication: Bytes) {
+        let part = self.part(topic);
+        let Some(members) = part.get(topic) else { return };
+        let frames = Frames::new(topic.channel(), publication, 0);
+        for member in members {
+            member.outbound.publish_loose(topic, &frames);
+        }
+    }
+}
+
+impl Publisher for Hub {
+    fn entries(&self, conversation: ConversationId, entries: &[(u64, Bytes)]) {
+        let topic = Topic::Conversation(conversation);
+        let part = self.part(&topic);
+        let Some(members) = part.get(&topic) else { return };
+        for (seq, data) in entries {
+            let frames = Frames::new(topic.channel(), data.clone(), *seq);
+            for member in members {
+                member.outbound.publish(&topic, &frames);
+            }
+            metrics::counter!("patchbay_hub_publications_total").increment(members.len() as u64);
+        }
+    }
+
+    fn inbox(&self, tenant: &TenantId, inbox: &InboxId, publication: Bytes) {
+        self.loose(&Topic::Inbox(tenant.clone(), inbox.clone()), publication);
+    }
+
+    fn agent(&self, tenant: &TenantId, agent: &AgentId, publication: Bytes) {
+        self.loose(&Topic::Agent(tenant.clone(), agent.clone()), publication);
+    }
+}

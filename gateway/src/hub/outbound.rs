@@ -1,0 +1,271 @@
+//! What waits for one socket: one FIFO bounded in bytes, and beside it a slot that keeps only the latest of what does
+//! not matter for long (typing).
+//!
+//! Replies, publications and pushes stand in one line, since SDKs set their position to whatever came last. Past
+//! [`PUBLICATION_BYTES_MAX`] a channel is no longer pushed and goes on from the log when the socket drains; past
+//! [`TOTAL_BYTES_MAX`] (replies and pushes alone) the socket is disconnected as slow.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Poll, Waker};
+
+use bytes::Bytes;
+use patchbay_protocol::Disconnect;
+use patchbay_protocol::client::{Encoding, Reply, json, protobuf};
+
+use super::Topic;
+use super::seam::{Seam, Verdict};
+
+/// Bytes of the queue past which publications wait in the log.
+pub const PUBLICATION_BYTES_MAX: usize = 256 * 1024;
+/// Bytes of the queue past which the socket is slow for good.
+pub const TOTAL_BYTES_MAX: usize = 4 * 1024 * 1024;
+/// Latest-only slots of one socket.
+const SLOTS_MAX: usize = 32;
+/// What a queued frame costs beside its bytes.
+const FRAME_COST: usize = 64;
+
+/// A publication, encoded at most once per wire format and shared by every socket.
+pub struct Frames {
+    channel: String,
+    data: Bytes,
+    seq: u64,
+    json: std::sync::OnceLock<Bytes>,
+    protobuf: std::sync::OnceLock<Bytes>,
+}
+
+impl Frames {
+    /// A publication of `data` (one JSON value on one line) in `channel`; `seq` 0: without offset.
+    pub fn new(channel: String, data: Bytes, seq: u64) -> Self {
+        Self { channel, data, seq, json: Default::default(), protobuf: Default::default() }
+    }
+
+    /// The finished frame.
+    pub fn encoded(&self, encoding: Encoding) -> Bytes {
+        let frame = match encoding {
+            Encoding::Json => self.json.get_or_init(|| json::encode_publication(&self.channel, &self.data, self.seq)),
+            Encoding::Protobuf => self.protobuf.get_or_init(|| protobuf::encode_publication(&self.channel, &self.data, self.seq)),
+        };
+        frame.clone()
+    }
+}
+
+struct Queued {
+    topic: Option<Topic>,
+    frame: Bytes,
+}
+
+#[derive(Default)]
+struct Queue {
+    frames: VecDeque<Queued>,
+    bytes: usize,
+    slots: HashMap<(Topic, String), Bytes>,
+    seams: HashMap<Topic, Seam<Bytes>>,
+    behind: bool,
+    closing: Option<Disconnect>,
+    waker: Option<Waker>,
+}
+
+/// The outbound queue of one socket.
+pub struct Outbound {
+    encoding: Encoding,
+    queue: Mutex<Queue>,
+}
+
+impl Outbound {
+    /// An empty queue.
+    pub fn new(encoding: Encoding) -> Arc<Self> {
+        Arc::new(Self { encoding, queue: Mutex::default() })
+    }
+
+    /// The socket's encoding.
+    pub fn encoding(&self) -> Encoding {
+        self.encoding
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Queues a reply or push. Data that does not fit the socket's encoding ends it.
+    pub fn reply(&self, reply: &Reply) {
+        match self.encoding.encode_reply(reply) {
+            Ok(frame) => self.push(None, frame),
+            Err(_) => self.close(Disconnect::InappropriateProtocol),
+        }
+    }
+
+    /// Queues a push that belongs to a subscription: it goes when the subscription goes.
+    pub fn push_for(&self, topic: &Topic, reply: &Reply) {
+        if let Ok(frame) = self.encoding.encode_reply(reply) {
+            self.push(Some(topic.clone()), frame);
+        }
+    }
+
+    fn push(&self, topic: Option<Topic>, frame: Bytes) {
+        let mut q = self.lock();
+        q.push(topic, frame);
+        if q.bytes > TOTAL_BYTES_MAX {
+            q.closing.get_or_insert(Disconnect::Slow);
+        }
+        q.wake();
+    }
+
+    /// Ends the connection with a code, after what is queued.
+    pub fn close(&self, why: Disconnect) {
+        let mut q = self.lock();
+        q.closing.get_or_insert(why);
+        q.wake();
+    }
+
+    /// Registers a subscription whose past will be read.
+    pub fn subscribe(&self, topic: &Topic) {
+        self.lock().seams.insert(topic.clone(), Seam::reading());
+    }
+
+    /// Ends a subscription: nothing queued for it is sent.
+    pub fn unsubscribe(&self, topic: &Topic) {
+        let mut q = self.lock();
+        q.seams.remove(topic);
+        q.slots.retain(|(t, _), _| t != topic);
+        let mut kept = VecDeque::with_capacity(q.frames.len());
+        let mut bytes = 0;
+        for queued in q.frames.drain(..) {
+            if queued.topic.as_ref() != Some(topic) {
+                bytes += queued.frame.len() + FRAME_COST;
+                kept.push_back(queued);
+            }
+        }
+        q.frames = kept;
+        q.bytes = bytes;
+    }
+
+    /// A confirmed entry of a topic.
+    pub fn publish(&self, topic: &Topic, frames: &Frames) {
+        let mut q = self.lock();
+        let room = q.bytes < PUBLICATION_BYTES_MAX;
+        let Some(seam) = q.seams.get_mut(topic) else { return };
+        let verdict = seam.offer(frames.seq, || frames.encoded(self.encoding), room);
+        let behind = matches!(seam, Seam::Behind { .. });
+        match verdict {
+            Verdict::Push => {
+                q.push(Some(topic.clone()), frames.encoded(self.encoding));
+                q.wake();
+            }
+            Verdict::Keep if behind && !q.behind => {
+                q.behind = true;
+                q.wake();
+            }
+            Verdict::Keep => {}
+        }
+    }
+
+    /// A publication without an order: dropped when there is no room.
+    pub fn publish_loose(&self, topic: &Topic, frames: &Frames) {
+        let mut q = self.lock();
+        if q.seams.contains_key(topic) && q.bytes < PUBLICATION_BYTES_MAX {
+            q.push(Some(topic.clone()), frames.encoded(self.encoding));
+            q.wake();
+        }
+    }
+
+    /// A publication of which only the latest by `key` matters.
+    pub fn publish_latest(&self, topic: &Topic, key: &str, frames: &Frames) {
+        let mut q = self.lock();
+        let at = (topic.clone(), key.to_owned());
+        if q.seams.contains_key(topic) && (q.slots.len() < SLOTS_MAX || q.slots.contains_key(&at)) {
+            q.slots.insert(at, frames.encoded(self.encoding));
+            q.wake();
+        }
+    }
+
+    /// The subscribe reply goes out, and then everything that was held and follows `read`.
+    pub fn joined(&self, topic: &Topic, reply: Option<&Reply>, read: u64) {
+        let frame = reply.map(|r| self.encoding.encode_reply(r));
+        let mut q = self.lock();
+        match frame {
+            Some(Ok(frame)) => q.push(None, frame),
+            Some(Err(_)) => q.closing = Some(Disconnect::InappropriateProtocol),
+            None => {}
+        }
+        let Some(seam) = q.seams.get_mut(topic) else { return };
+        let held = seam.joined(read);
+        if matches!(seam, Seam::Behind { .. }) {
+            q.behind = true;
+        }
+        for frame in held {
+            q.push(Some(topic.clone()), frame);
+        }
+        q.wake();
+    }
+
+    /// Entries read from the log for a subscription that was behind.
+    pub fn caught_up(&self, topic: &Topic, entries: Vec<Bytes>, read: u64) {
+        {
+            let mut q = self.lock();
+            if !q.seams.contains_key(topic) {
+                return;
+            }
+            for frame in entries {
+                q.push(Some(topic.clone()), frame);
+            }
+        }
+        self.joined(topic, None, read);
+    }
+
+    /// Subscriptions that are behind and may go on now, with the place to read after.
+    pub fn go_on(&self) -> Vec<(Topic, u64)> {
+        let mut q = self.lock();
+        if !q.behind || q.bytes >= PUBLICATION_BYTES_MAX / 2 {
+            return Vec::new();
+        }
+        q.behind = false;
+        q.seams.iter_mut().filter_map(|(topic, seam)| seam.go_on().map(|after| (topic.clone(), after))).collect()
+    }
+
+    /// The next frame to be written, or why to close; pending when there is neither.
+    pub fn poll_next(&self, waker: &Waker) -> Poll<Next> {
+        let mut q = self.lock();
+        if q.closing == Some(Disconnect::Slow) {
+            return Poll::Ready(Next::Close(Disconnect::Slow));
+        }
+        if let Some(queued) = q.frames.pop_front() {
+            q.bytes -= queued.frame.len() + FRAME_COST;
+            return Poll::Ready(Next::Frame(queued.frame));
+        }
+        if let Some(why) = q.closing {
+            return Poll::Ready(Next::Close(why));
+        }
+        let key = q.slots.keys().next().cloned();
+        if let Some(frame) = key.and_then(|k| q.slots.remove(&k)) {
+            return Poll::Ready(Next::Frame(frame));
+        }
+        if q.frames.capacity() > 64 {
+            q.frames.shrink_to(0);
+        }
+        q.waker = Some(waker.clone());
+        Poll::Pending
+    }
+}
+
+/// What to do with the socket.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// Write this.
+    Frame(Bytes),
+    /// Close it.
+    Close(Disconnect),
+}
+
+impl Queue {
+    fn push(&mut self, topic: Option<Topic>, frame: Bytes) {
+        self.bytes += frame.len() + FRAME_COST;
+        self.frames.push_back(Queued { topic, frame });
+    }
+
+    fn wake(&mut self) {
+        if let Some(waker) = self.waker.take() {
+            waker.wake();
+        }
+    }
+}

@@ -1,0 +1,73 @@
+//! Every metric in one table, which is also the documentation page. No conversation, contact or agent id in a label.
+
+use metrics::Unit;
+use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
+
+/// What a metric is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Only rises.
+    Counter,
+    /// Goes up and down.
+    Gauge,
+    /// A distribution.
+    Histogram,
+}
+
+/// A metric: name, kind, labels, help.
+pub type Row = (&'static str, Kind, &'static str, &'static str);
+
+/// Every metric.
+pub const METRICS: &[Row] = &[
+    ("patchbay_actors_active", Kind::Gauge, "", "Entities in memory."),
+    ("patchbay_actors_failures_total", Kind::Counter, "", "Actors that failed and rest."),
+    ("patchbay_actors_overloaded_total", Kind::Counter, "kind", "Commands refused since too many were in flight."),
+    ("patchbay_actors_panics_total", Kind::Counter, "command", "Commands that made their entity panic."),
+    ("patchbay_actors_parked_total", Kind::Counter, "kind", "Entities parked since their log is damaged."),
+    ("patchbay_actors_poison_commands_total", Kind::Counter, "command", "Commands parked since they failed every time."),
+    ("patchbay_edge_connections", Kind::Gauge, "", "Open sockets."),
+    ("patchbay_edge_disconnects_total", Kind::Counter, "code", "Sockets closed by the server."),
+    ("patchbay_edge_rpc_seconds", Kind::Histogram, "method", "From an rpc's arrival to its reply."),
+    ("patchbay_hub_publications_total", Kind::Counter, "", "Entries offered to subscribed sockets."),
+    ("patchbay_intake_dead_letters_total", Kind::Counter, "", "Items put into the dead letters."),
+    ("patchbay_outbound_call_seconds", Kind::Histogram, "outcome", "Calls to providers."),
+    ("patchbay_storage_commit_seconds", Kind::Histogram, "", "Writing and syncing one group."),
+    ("patchbay_storage_group_jobs", Kind::Histogram, "", "Writes of one group."),
+    ("patchbay_storage_stale_writes_total", Kind::Counter, "", "Writes dropped since a later epoch had written."),
+    ("patchbay_webhook_items_total", Kind::Counter, "", "Items of verified webhooks."),
+    ("patchbay_webhook_seconds", Kind::Histogram, "status", "From a webhook's body to its answer."),
+];
+
+const SECONDS: &[f64] = &[0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
+const COUNTS: &[f64] = &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0];
+
+/// Installs the recorder of the process.
+pub fn install() -> Result<PrometheusHandle, BuildError> {
+    let handle = PrometheusBuilder::new()
+        .set_buckets_for_metric(Matcher::Suffix("_seconds".into()), SECONDS)?
+        .set_buckets_for_metric(Matcher::Suffix("_jobs".into()), COUNTS)?
+        .install_recorder()?;
+    for (name, kind, _, help) in METRICS {
+        match kind {
+            Kind::Counter => metrics::describe_counter!(*name, *help),
+            Kind::Gauge => metrics::describe_gauge!(*name, *help),
+            Kind::Histogram if name.ends_with("_seconds") => metrics::describe_histogram!(*name, Unit::Seconds, *help),
+            Kind::Histogram => metrics::describe_histogram!(*name, *help),
+        }
+    }
+    Ok(handle)
+}
+
+/// The page in docs/ that lists every metric.
+pub fn documentation() -> String {
+    let mut page = String::from("# Metrics\n\nGenerated from `gateway/src/metrics_table.rs`; a test fails when this page is stale. Served at `/metrics` of `ops.listen`.\n\n| name | kind | labels | what |\n|---|---|---|---|\n");
+    for (name, kind, labels, help) in METRICS {
+        let kind = match kind {
+            Kind::Counter => "counter",
+            Kind::Gauge => "gauge",
+            Kind::Histogram => "histogram",
+        };
+        page += &format!("| `{name}` | {kind} | {labels} | {help} |\n");
+    }
+    page
+}

@@ -1,0 +1,177 @@
+//! The guarded HTTP client: the one way out.
+//!
+//! An account's `api_base` must be https to a host of `providers.allowed_hosts` (in `dev` also plain http to
+//! loopback). Names are resolved here, every address is checked, and the connection is made to a checked address; no
+//! redirect is followed; answers are bounded in size and time.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::{Bytes, BytesMut};
+use patchbay_actors::directory::Account;
+use patchbay_actors::ports::Provider;
+use patchbay_protocol::outbound::{Call, CallResult};
+use reqwest::Url;
+use reqwest::dns::{Addrs, Name, Resolve, Resolving};
+
+/// The largest answer that is read.
+const ANSWER_BYTES_MAX: usize = 256 * 1024;
+/// Where WhatsApp is when an account does not say.
+const GRAPH_BASE: &str = "https://graph.facebook.com";
+const GRAPH_VERSION: &str = "v23.0";
+
+/// Where calls may go.
+#[derive(Clone, Debug)]
+pub struct Guard {
+    /// Hosts that may be called over https.
+    pub allowed_hosts: Vec<String>,
+    /// Whether loopback may be called over plain http (`dev` only).
+    pub loopback: bool,
+}
+
+/// Whether an address is one that the public reaches.
+pub fn is_public(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(v4) => {
+            let [a, b, c, _] = v4.octets();
+            let shared = a == 100 && (64..128).contains(&b);
+            let special = a == 0 || a >= 240 || (a == 192 && b == 0 && c == 0) || (a == 198 && (b & 0xfe) == 18);
+            !(v4.is_loopback() || v4.is_private() || v4.is_link_local() || v4.is_multicast() || v4.is_broadcast() || v4.is_documentation() || shared || special)
+        }
+        IpAddr::V6(v6) => {
+            if let Some(v4) = v6.to_ipv4_mapped() {
+                return is_public(IpAddr::V4(v4));
+            }
+            let head = v6.segments();
+            let nat64 = head[0] == 0x64 && head[1] == 0xff9b;
+            let documentation = head[0] == 0x2001 && head[1] == 0xdb8;
+            let embedded = head[0] == 0x2002 || (head[0] == 0x2001 && head[1] == 0);
+            (head[0] & 0xe000) == 0x2000 && !(nat64 || documentation || embedded)
+        }
+    }
+}
+
+impl Guard {
+    fn allows(&self, ip: IpAddr) -> bool {
+        is_public(ip) || (self.loopback && ip.is_loopback())
+    }
+
+    /// The address of a call, if the account may call there.
+    fn url(&self, account: &Account, path: &str) -> Option<Url> {
+        let settings = &account.settings;
+        let base = if settings.api_base.is_empty() { GRAPH_BASE } else { settings.api_base.trim_end_matches('/') };
+        let version = if settings.api_version.is_empty() { GRAPH_VERSION } else { &settings.api_version };
+        let url = Url::parse(&format!("{base}/{version}/{path}")).ok()?;
+        let host = url.host_str()?;
+        let literal: Option<IpAddr> = host.trim_matches(['[', ']']).parse().ok();
+        let listed = url.scheme() == "https" && self.allowed_hosts.iter().any(|h| h.eq_ignore_ascii_case(host)) && literal.is_none_or(is_public);
+        let local = self.loopback && url.scheme() == "http" && (literal.is_some_and(|ip| ip.is_loopback()) || host == "localhost");
+        (listed || local).then_some(url)
+    }
+}
+
+/// Resolves a name and hands on only addresses that were checked.
+struct CheckedResolver(Guard);
+
+impl Resolve for CheckedResolver {
+    fn resolve(&self, name: Name) -> Resolving {
+        let guard = self.0.clone();
+        Box::pin(async move {
+            let found = tokio::net::lookup_host((name.as_str(), 0)).await?;
+            let checked: Vec<SocketAddr> = found.filter(|a| guard.allows(a.ip())).collect();
+            if checked.is_empty() {
+                return Err("no address that may be called".into());
+            }
+            Ok(Box::new(checked.into_iter()) as Addrs)
+        })
+    }
+}
+
+/// The client.
+pub struct Outgoing {
+    guard: Guard,
+    client: reqwest::Client,
+}
+
+impl Outgoing {
+    /// A client with these bounds.
+    pub fn new(guard: Guard, timeout: Duration) -> Result<Self, reqwest::Error> {
+        let client = reqwest::Client::builder()
+            .dns_resolver(Arc::new(CheckedResolver(guard.clone())))
+            .redirect(reqwest::redirect::Policy::none())
+            .no_proxy()
+            .connect_timeout(timeout.min(Duration::from_secs(5)))
+            .timeout(timeout)
+            .build()?;
+        Ok(Self { guard, client })
+    }
+
+    async fn answer(mut response: reqwest::Response) -> Option<CallResult> {
+        let status = response.status().as_u16();
+        let header = response.headers().get("retry-after").and_then(|v| v.to_str().ok()?.parse::<u64>().ok());
+        let mut body = BytesMut::new();
+        while let Some(chunk) = response.chunk().await.ok()? {
+            if body.len() + chunk.len() > ANSWER_BYTES_MAX {
+                return None;
+            }
+            body.extend_from_slice(&chunk);
+        }
+        Some(CallResult::Answered { status, retry_after: header.map(Duration::from_secs), body: Bytes::from(body) })
+    }
+}
+
+#[async_trait]
+impl Provider for Outgoing {
+    async fn call(&self, account: &Account, call: Call) -> CallResult {
+        let Some(url) = self.guard.url(account, &call.path) else { return CallResult::NotSent };
+        let token = account.credentials.get("access_token").and_then(|t| t.as_str()).unwrap_or("");
+        let request = self.client.post(url).bearer_auth(token).header("content-type", "application/json").body(call.body);
+        match request.send().await {
+            Ok(response) => Self::answer(response).await.unwrap_or(CallResult::Lost),
+            // Only a connection that was never made proves that nothing was written.
+            Err(e) if e.is_connect() || e.is_builder() => CallResult::NotSent,
+            Err(_) => CallResult::Lost,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use patchbay_actors::directory::Settings;
+
+    fn account(base: &str) -> Account {
+        Account {
+            connector: "whatsapp".into(),
+            inbox: "main".parse().unwrap(),
+            name: String::new(),
+            external_id: "1".into(),
+            credentials: serde_json::json!({}),
+            settings: Settings { api_base: base.into(), api_version: "v1".into(), ..Settings::default() },
+        }
+    }
+
+    #[test]
+    fn only_listed_hosts_over_https() {
+        let guard = Guard { allowed_hosts: vec!["graph.facebook.com".into()], loopback: false };
+        assert!(guard.url(&account(""), "1/messages").is_some());
+        for bad in ["http://graph.facebook.com", "https://evil.example", "https://graph.facebook.com.evil.example", "http://127.0.0.1:1", "https://127.0.0.1", "https://2130706433", "https://[::ffff:127.0.0.1]", "ftp://graph.facebook.com", "https://graph.facebook.com@evil.example", "nonsense"] {
+            assert!(guard.url(&account(bad), "1/messages").is_none(), "{bad}");
+        }
+        let dev = Guard { loopback: true, ..guard };
+        assert!(dev.url(&account("http://127.0.0.1:99"), "1/messages").is_some());
+        assert!(dev.url(&account("http://10.0.0.1"), "1/messages").is_none());
+    }
+
+    #[test]
+    fn private_ranges_are_not_public() {
+        for ip in ["127.0.0.1", "10.1.1.1", "172.16.0.1", "192.168.0.1", "169.254.169.254", "0.0.0.0", "100.64.0.1", "::1", "::ffff:10.0.0.1", "fe80::1", "fd00::1", "64:ff9b::a00:1", "2002:a00:1::", "224.0.0.1", "255.255.255.255"] {
+            assert!(!is_public(ip.parse().unwrap()), "{ip}");
+        }
+        for ip in ["1.1.1.1", "157.240.1.1", "2606:4700::1111"] {
+            assert!(is_public(ip.parse().unwrap()), "{ip}");
+        }
+    }
+}

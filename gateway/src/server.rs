@@ -1,0 +1,297 @@
+//! A node with its doors: composes everything, serves, drains.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::State;
+use axum::http::{Request, StatusCode};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use hyper::body::Incoming;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use metrics_exporter_prometheus::PrometheusHandle;
+use patchbay_actors::account::OutboundConfig;
+use patchbay_actors::clock::Clock;
+use patchbay_actors::desk::Desk;
+use patchbay_actors::intake::Intake;
+use patchbay_actors::node::{Node, NodeConfig};
+use patchbay_storage::Engine;
+use serde::Serialize;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+use tokio_util::task::TaskTracker;
+use tower::ServiceExt as _;
+
+use crate::auth::Auth;
+use crate::auth::keys::ApiAuth;
+use crate::config::Config;
+use crate::edge::webhook::{self, Webhooks};
+use crate::edge::websocket::{self, SocketLimits, Sockets};
+use crate::hub::Hub;
+use crate::limits::{self, RequestLimits};
+use crate::outgoing::{Guard, Outgoing};
+
+/// How long a request's head may take.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Why a node cannot run.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The configuration.
+    #[error("{0}")]
+    Config(String),
+    /// The data directory.
+    #[error("{0}")]
+    Storage(#[from] patchbay_storage::embedded::OpenError),
+    /// The actors.
+    #[error("{0}")]
+    Start(#[from] patchbay_actors::node::StartError),
+    /// A listener or file.
+    #[error("{what}: {error}")]
+    Io {
+        /// Which.
+        what: String,
+        /// What happened.
+        error: std::io::Error,
+    },
+    /// The HTTP client.
+    #[error("http client: {0}")]
+    Client(#[from] reqwest::Error),
+}
+
+/// What is different in `dev`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// Everything on loopback.
+    Dev,
+    /// As configured.
+    Run,
+}
+
+/// A node that serves.
+pub struct Server {
+    /// The entities.
+    pub node: Arc<Node>,
+    /// What agents do.
+    pub desk: Arc<Desk>,
+    /// Who they are.
+    pub auth: Arc<Auth>,
+    /// Where sockets meet.
+    pub hub: Arc<Hub>,
+    /// The public door's address.
+    pub public: SocketAddr,
+    /// The operators' door's address.
+    pub ops: SocketAddr,
+    draining: watch::Sender<bool>,
+    tasks: TaskTracker,
+}
+
+/// The addresses of a node that is ready (contract §1).
+#[derive(Debug, Serialize)]
+pub struct Ready {
+    /// Clients, webhooks, admin API.
+    pub public: String,
+    /// Not in this version.
+    pub quic: Option<String>,
+    /// Metrics and health.
+    pub ops: String,
+    /// Not in this version.
+    pub mesh: Option<String>,
+    /// The provider simulator (`dev` only).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub simulator: Option<String>,
+    /// The node's name.
+    pub node: String,
+    /// This start's number.
+    pub incarnation: u32,
+    /// The operator's key (`dev` only).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub operator_key: Option<String>,
+}
+
+impl Ready {
+    /// Writes it, readable by its owner only, whole or not at all.
+    pub fn write(&self, file: &Path) -> std::io::Result<()> {
+        use std::io::Write as _;
+        use std::os::unix::fs::OpenOptionsExt as _;
+        let fresh = file.with_extension("new");
+        // One that a crash left behind may have other permissions.
+        let _ = std::fs::remove_file(&fresh);
+        let mut f = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&fresh)?;
+        f.write_all(&serde_json::to_vec(self)?)?;
+        f.sync_all()?;
+        std::fs::rename(&fresh, file)
+    }
+}
+
+fn io(what: &str) -> impl FnOnce(std::io::Error) -> RunError + '_ {
+    move |error| RunError::Io { what: what.to_owned(), error }
+}
+
+fn loopback(listen: &str) -> bool {
+    listen.parse::<SocketAddr>().is_ok_and(|a| a.ip().is_loopback())
+}
+
+impl Server {
+    /// Opens the store, starts the entities and binds the doors.
+    pub async fn start(config: &Config, mode: Mode, engine: Arc<dyn Engine>, metrics: PrometheusHandle) -> Result<Self, RunError> {
+        if mode == Mode::Dev && !(loopback(&config.public.listen) && loopback(&config.ops.listen)) {
+            return Err(RunError::Config("dev listens on loopback only".into()));
+        }
+        let hub = Arc::new(Hub::default());
+        let guard = Guard { allowed_hosts: config.providers.allowed_hosts.clone(), loopback: mode == Mode::Dev };
+        let node = Node::start(NodeConfig {
+            engine,
+            clock: Clock::System,
+            shards: config.cluster.shards,
+            publisher: hub.clone(),
+            provider: Arc::new(Outgoing::new(guard, config.providers.timeout)?),
+            outbound: OutboundConfig { queue_max: config.outbound.queue_max, max_age: config.outbound.max_age },
+            idle_after: config.limits.idle_after,
+        })
+        .await?;
+        let public_listener = TcpListener::bind(&config.public.listen).await.map_err(io("public.listen"))?;
+        let ops_listener = TcpListener::bind(&config.ops.listen).await.map_err(io("ops.listen"))?;
+        let public = public_listener.local_addr().map_err(io("public.listen"))?;
+        let ops = ops_listener.local_addr().map_err(io("ops.listen"))?;
+        let (draining, watching) = watch::channel(false);
+        let desk = Desk::new(node.clone());
+        let auth = Arc::new(Auth::new(config.token_keys().map_err(RunError::Config)?, node.directory().clone()));
+        let operator_key = config.operator_key().map_err(RunError::Config)?;
+        let doors = Doors { config, mode, desk: &desk, auth: &auth, hub: &hub, draining: watching.clone(), operator_key };
+        let tasks = TaskTracker::new();
+        tasks.spawn(serve(public_listener, doors.public(), watching.clone(), tasks.clone()));
+        tasks.spawn(serve(ops_listener, ops_router(metrics, watching.clone()), watching, tasks.clone()));
+        Ok(Self { node, desk, auth, hub, public, ops, draining, tasks })
+    }
+
+    /// Stops admitting, lets sockets and requests end, at most for `deadline`.
+    pub async fn drain(self, deadline: Duration) {
+        // Whoever still listens hears it.
+        self.draining.send_replace(true);
+        self.tasks.close();
+        if tokio::time::timeout(deadline, self.tasks.wait()).await.is_err() {
+            tracing::warn!("the drain's deadline has passed with work left");
+        }
+        // Ready entities write their snapshots, so that the next start has less to read.
+        self.node.passivate_idle(Duration::ZERO);
+    }
+}
+
+struct Doors<'a> {
+    config: &'a Config,
+    mode: Mode,
+    desk: &'a Arc<Desk>,
+    auth: &'a Arc<Auth>,
+    hub: &'a Arc<Hub>,
+    draining: watch::Receiver<bool>,
+    operator_key: Option<String>,
+}
+
+impl Doors<'_> {
+    fn public(&self) -> Router {
+        let node = self.desk.node();
+        let directory = node.directory().clone();
+        let origins = match self.mode {
+            Mode::Dev => Some(Vec::new()),
+            Mode::Run if self.config.public.allowed_origins.is_empty() => None,
+            Mode::Run => Some(self.config.public.allowed_origins.clone()),
+        };
+        let sockets = Arc::new(Sockets {
+            desk: self.desk.clone(),
+            auth: self.auth.clone(),
+            hub: self.hub.clone(),
+            limits: SocketLimits {
+                connections_max: self.config.limits.connections,
+                unconnected_max: self.config.limits.unconnected,
+                ..SocketLimits::default()
+            },
+            node: format!("{}-{}", self.config.cluster.name, node.incarnation()),
+            draining: self.draining.clone(),
+            open: AtomicUsize::new(0),
+            unconnected: AtomicUsize::new(0),
+            origins,
+        });
+        let api_auth = Arc::new(ApiAuth::new(self.operator_key.as_deref(), directory.clone(), self.auth.clone(), node.shards().clock));
+        let api = patchbay_admin_api::Api::new(self.desk.clone(), api_auth.clone(), api_auth);
+        let limits = RequestLimits::new(self.config.limits.requests_per_second, self.mode == Mode::Dev);
+        let admin = patchbay_admin_api::router(api).layer(axum::middleware::from_fn_with_state(limits, limits::layer));
+        let webhooks = Webhooks::new(Intake::new(node.clone()), directory);
+        let webhooks = Router::new().route("/webhooks/{tenant}/{account}", get(webhook::challenge).post(webhook::receive)).with_state(webhooks);
+        let sockets = Router::new().route("/connection/websocket", get(websocket::upgrade)).with_state(sockets);
+        let router = Router::new().merge(sockets).merge(webhooks).merge(admin);
+        match self.mode {
+            Mode::Dev => router.layer(axum::middleware::from_fn(limits::local_host_only)),
+            Mode::Run => router,
+        }
+    }
+}
+
+#[derive(Clone)]
+struct OpsState {
+    metrics: PrometheusHandle,
+    draining: watch::Receiver<bool>,
+}
+
+fn ops_router(metrics: PrometheusHandle, draining: watch::Receiver<bool>) -> Router {
+    let upkeep = metrics.clone();
+    tokio::spawn(async move {
+        loop {
+            tokio::time::sleep(Duration::from_secs(5)).await;
+            upkeep.run_upkeep();
+        }
+    });
+    Router::new()
+        .route("/metrics", get(|State(s): State<OpsState>| async move { s.metrics.render() }))
+        .route("/healthz", get(|| async { "ok" }))
+        .route("/readyz", get(ready))
+        .with_state(OpsState { metrics, draining })
+}
+
+async fn ready(State(state): State<OpsState>) -> Response {
+    if *state.draining.borrow() { (StatusCode::SERVICE_UNAVAILABLE, "draining").into_response() } else { "ready".into_response() }
+}
+
+/// Accepts connections until the node drains.
+async fn serve(listener: TcpListener, router: Router, mut draining: watch::Receiver<bool>, tasks: TaskTracker) {
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            _ = draining.changed() => return,
+        };
+        match accepted {
+            Ok((stream, _)) => {
+                tasks.spawn(connection(stream, router.clone(), draining.clone()));
+            }
+            Err(error) => {
+                // Out of file descriptors, or a peer that is gone already.
+                tracing::warn!(%error, "a connection could not be accepted");
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        }
+    }
+}
+
+async fn connection(stream: TcpStream, router: Router, mut draining: watch::Receiver<bool>) {
+    // Frames are small and wait for nobody.
+    let _ = stream.set_nodelay(true);
+    let service = TowerToHyperService::new(router.map_request(|r: Request<Incoming>| r.map(Body::new)));
+    let mut builder = hyper::server::conn::http1::Builder::new();
+    builder.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_buf_size(64 * 1024);
+    let connection = builder.serve_connection(TokioIo::new(stream), service).with_upgrades();
+    let mut connection = std::pin::pin!(connection);
+    tokio::select! {
+        // A peer that breaks off is its own affair.
+        _ = connection.as_mut() => {}
+        _ = draining.changed() => {
+            connection.as_mut().graceful_shutdown();
+            let _ = connection.await;
+        }
+    }
+}

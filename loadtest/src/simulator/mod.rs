@@ -1,0 +1,141 @@
+//! A provider on this machine. Its faults follow from a seed; its record says what it received and what it did.
+
+mod faults;
+mod graph;
+mod record;
+mod webhooks;
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use axum::Router;
+use axum::extract::{DefaultBodyLimit, Path, State};
+use axum::routing::{get, post, put};
+use axum::{Json, http::StatusCode};
+use rand::SeedableRng;
+use rand::rngs::SmallRng;
+use serde::{Deserialize, Serialize};
+use tokio::net::TcpListener;
+
+pub use faults::Faults;
+pub use record::{Inbound, Record, SendCall};
+
+/// A number of a business: where its webhooks go and what signs them.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Number {
+    /// Where webhooks are posted.
+    pub webhook_url: String,
+    /// What signs them.
+    pub app_secret: String,
+}
+
+pub(crate) struct Sim {
+    pub(crate) numbers: Mutex<HashMap<String, Number>>,
+    pub(crate) faults: Mutex<Faults>,
+    pub(crate) random: Mutex<SmallRng>,
+    pub(crate) record: Mutex<Record>,
+    pub(crate) outbox: webhooks::Outbox,
+    pub(crate) client: reqwest::Client,
+}
+
+pub(crate) fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A running simulator. It ends with its process or when dropped.
+pub struct Simulator {
+    sim: Arc<Sim>,
+    address: SocketAddr,
+    server: tokio::task::JoinHandle<()>,
+}
+
+impl Drop for Simulator {
+    fn drop(&mut self) {
+        self.server.abort();
+    }
+}
+
+impl Simulator {
+    /// Starts on `listen` (port 0: any free one).
+    pub async fn start(listen: SocketAddr, seed: u64, faults: Faults) -> std::io::Result<Self> {
+        let sim = Arc::new(Sim {
+            numbers: Mutex::default(),
+            faults: Mutex::new(faults),
+            random: Mutex::new(SmallRng::seed_from_u64(seed)),
+            record: Mutex::default(),
+            outbox: webhooks::Outbox::default(),
+            client: reqwest::Client::new(),
+        });
+        let listener = TcpListener::bind(listen).await?;
+        let address = listener.local_addr()?;
+        let router = router(sim.clone());
+        let server = tokio::spawn(async move {
+            if let Err(error) = axum::serve(listener, router).await {
+                tracing::error!(%error, "the simulator ended");
+            }
+        });
+        Ok(Self { sim, address, server })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Gives a number its webhook.
+    pub fn add_number(&self, phone_number_id: &str, number: Number) {
+        lock(&self.sim.numbers).insert(phone_number_id.to_owned(), number);
+    }
+
+    /// A customer writes to a number; returns the message's id. Its webhook is repeated until it is taken.
+    pub fn customer_writes(&self, phone_number_id: &str, customer: &Customer) -> String {
+        webhooks::customer_writes(&self.sim, phone_number_id, customer)
+    }
+
+    /// What it has received and done so far.
+    pub fn record(&self) -> Record {
+        lock(&self.sim.record).clone()
+    }
+}
+
+/// A customer who writes.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Customer {
+    /// The phone number, digits only.
+    pub from: String,
+    /// The name of the profile.
+    #[serde(default)]
+    pub name: String,
+    /// What the customer writes.
+    pub text: String,
+}
+
+fn router(sim: Arc<Sim>) -> Router {
+    Router::new()
+        .route("/{version}/{phone_number_id}/messages", post(graph::messages))
+        .route("/sim/record", get(record))
+        .route("/sim/faults", put(set_faults))
+        .route("/sim/numbers/{phone_number_id}", put(set_number))
+        .route("/sim/numbers/{phone_number_id}/customers", post(writes))
+        .layer(DefaultBodyLimit::max(1 << 20))
+        .with_state(sim)
+}
+
+async fn record(State(sim): State<Arc<Sim>>) -> Json<Record> {
+    Json(lock(&sim.record).clone())
+}
+
+async fn set_faults(State(sim): State<Arc<Sim>>, Json(faults): Json<Faults>) -> StatusCode {
+    *lock(&sim.faults) = faults;
+    StatusCode::NO_CONTENT
+}
+
+async fn set_number(State(sim): State<Arc<Sim>>, Path(id): Path<String>, Json(number): Json<Number>) -> StatusCode {
+    lock(&sim.numbers).insert(id, number);
+    StatusCode::NO_CONTENT
+}
+
+async fn writes(State(sim): State<Arc<Sim>>, Path(id): Path<String>, Json(customer): Json<Customer>) -> Json<serde_json::Value> {
+    Json(serde_json::json!({"id": webhooks::customer_writes(&sim, &id, &customer)}))
+}
