@@ -235,9 +235,13 @@ impl Desk {
 
     /// A page of a log, bounded by the owner's word.
     pub async fn entries(&self, tenant: &TenantId, id: ConversationId, page: Page, limit: usize) -> Result<Entries, CommandError> {
+        self.entries_within(tenant, id, page, limit, PAGE_BYTES_MAX).await
+    }
+
+    /// A page of a log of at most about `bytes_max`.
+    pub async fn entries_within(&self, tenant: &TenantId, id: ConversationId, page: Page, limit: usize, bytes_max: usize) -> Result<Entries, CommandError> {
         let tip = self.tip(tenant, id).await?.seq;
-        let limit = limit.min(PAGE_ENTRIES_MAX);
-        self.read(id, page, tip, limit, PAGE_BYTES_MAX).await.map_err(|_| CommandError::unavailable())
+        self.read(id, page, tip, limit.min(PAGE_ENTRIES_MAX), bytes_max).await.map_err(|_| CommandError::unavailable())
     }
 
     /// Reads up to a tip that the owner has said.

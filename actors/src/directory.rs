@@ -2,6 +2,7 @@
 //! compare-and-set; every write through here is seen here at once.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -101,6 +102,8 @@ pub struct Directory {
     cache: Mutex<HashMap<DocumentKey, Option<(u64, Arc<[u8]>)>>>,
     accounts: Mutex<HashMap<(TenantId, AccountId), Option<Arc<Account>>>>,
     changes: watch::Sender<u64>,
+    /// Rises with every write: what was read before one is not kept after it.
+    writes: AtomicU64,
 }
 
 /// Documents kept at hand; past it all are read again.
@@ -117,7 +120,7 @@ fn key(scope: &str, kind: &'static str, id: &str) -> DocumentKey {
 impl Directory {
     /// The documents of `engine`.
     pub fn new(engine: Arc<dyn Engine>) -> Self {
-        Self { tables: Tables::new(engine), cache: Mutex::default(), accounts: Mutex::default(), changes: watch::Sender::new(0) }
+        Self { tables: Tables::new(engine), cache: Mutex::default(), accounts: Mutex::default(), changes: watch::Sender::new(0), writes: AtomicU64::new(0) }
     }
 
     /// Rises with every change of an account or agent: whoever holds a permission asks again.
@@ -139,13 +142,16 @@ impl Directory {
         if let Some(found) = cached {
             return Ok(found.and_then(|(_, bytes)| serde_json::from_slice(&bytes).ok()));
         }
+        let writes = self.writes.load(Ordering::Acquire);
         let found = self.tables.document::<Value>(&key).await.map_err(|_| CommandError::unavailable())?;
         let stored = found.map(|(version, value)| (version, Arc::<[u8]>::from(value.to_string().into_bytes())));
         let mut cache = lock(&self.cache);
         if cache.len() >= CACHE_MAX {
             cache.clear();
         }
-        cache.insert(key, stored.clone());
+        if self.writes.load(Ordering::Acquire) == writes {
+            cache.insert(key, stored.clone());
+        }
         Ok(stored.and_then(|(_, bytes)| serde_json::from_slice(&bytes).ok()))
     }
 
@@ -190,7 +196,15 @@ impl Directory {
     }
 
     fn forget(&self, key: &DocumentKey) {
-        lock(&self.cache).remove(key);
+        let mut cache = lock(&self.cache);
+        self.writes.fetch_add(1, Ordering::AcqRel);
+        cache.remove(key);
+    }
+
+    fn forget_account(&self, tenant: &TenantId, id: &AccountId) {
+        let mut accounts = lock(&self.accounts);
+        self.writes.fetch_add(1, Ordering::AcqRel);
+        accounts.remove(&(tenant.clone(), id.clone()));
     }
 
     async fn list<T: DeserializeOwned>(&self, scope: &str, kind: &'static str, after: &str, limit: usize) -> Result<Vec<(String, T)>, CommandError> {
@@ -245,7 +259,7 @@ impl Directory {
     /// Writes an account; tells whether it is new.
     pub async fn put_account(&self, tenant: &TenantId, id: &AccountId, account: &Account) -> Result<bool, CommandError> {
         let new = self.put(key(tenant.as_str(), "account", id.as_str()), account).await;
-        lock(&self.accounts).remove(&(tenant.clone(), id.clone()));
+        self.forget_account(tenant, id);
         self.changed();
         new
     }
@@ -257,13 +271,16 @@ impl Directory {
         if let Some(found) = cached {
             return Ok(found);
         }
+        let writes = self.writes.load(Ordering::Acquire);
         let found: Option<Account> = self.read(key(tenant.as_str(), "account", id.as_str())).await?;
         let found = found.map(Arc::new);
         let mut accounts = lock(&self.accounts);
         if accounts.len() >= CACHE_MAX {
             accounts.clear();
         }
-        accounts.insert(at, found.clone());
+        if self.writes.load(Ordering::Acquire) == writes {
+            accounts.insert(at, found.clone());
+        }
         Ok(found)
     }
 
@@ -275,7 +292,7 @@ impl Directory {
     /// Removes an account; tells whether it was there.
     pub async fn delete_account(&self, tenant: &TenantId, id: &AccountId) -> Result<bool, CommandError> {
         let gone = self.delete(key(tenant.as_str(), "account", id.as_str())).await;
-        lock(&self.accounts).remove(&(tenant.clone(), id.clone()));
+        self.forget_account(tenant, id);
         self.changed();
         gone
     }
@@ -297,8 +314,17 @@ impl Directory {
         self.list(tenant.as_str(), "agent", after, limit).await
     }
 
+    /// From when on tokens of a removed agent's name are good again.
+    pub async fn removed_agent(&self, tenant: &TenantId, id: &AgentId) -> Result<Option<Timestamp>, CommandError> {
+        self.read(key(tenant.as_str(), "removed_agent", id.as_str())).await
+    }
+
     /// Removes an agent; tells whether it was there.
-    pub async fn delete_agent(&self, tenant: &TenantId, id: &AgentId) -> Result<bool, CommandError> {
+    /// Tokens issued before `void_from` stay void if the name is given again.
+    pub async fn delete_agent(&self, tenant: &TenantId, id: &AgentId, void_from: Timestamp) -> Result<bool, CommandError> {
+        if self.agent(tenant, id).await?.is_some() {
+            self.put(key(tenant.as_str(), "removed_agent", id.as_str()), &void_from).await?;
+        }
         let gone = self.delete(key(tenant.as_str(), "agent", id.as_str())).await;
         self.changed();
         gone

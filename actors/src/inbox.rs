@@ -42,13 +42,8 @@ pub struct Position(pub Reverse<Timestamp>, pub ConversationId);
 pub enum InboxCommand {
     /// A conversation's summary is new.
     Changed(Box<Summary>),
-    /// A conversation's row is durable up to this entry.
-    Stored {
-        /// Which.
-        id: ConversationId,
-        /// The entry.
-        last_seq: u64,
-    },
+    /// A conversation's row is durable, with this in it.
+    Stored(Box<Summary>),
     /// A page of the list.
     List {
         /// Which conversations.
@@ -216,9 +211,14 @@ impl SoftEntity for Inbox {
                     self.show(tenant, inbox, &recent.summary);
                 }
             }
-            InboxCommand::Stored { id: conversation, last_seq } => {
-                if let Some(brief) = state.briefs.get_mut(&conversation) {
-                    let done = brief.recent.as_ref().is_some_and(|r| !r.waits && r.summary.last_seq <= last_seq);
+            InboxCommand::Stored(summary) => {
+                if state.briefs.get(&summary.id).is_none_or(|b| b.last_seq < summary.last_seq) {
+                    // It was loaded before this row was there.
+                    state.insert(&summary);
+                    self.show(tenant, inbox, &summary);
+                }
+                if let Some(brief) = state.briefs.get_mut(&summary.id) {
+                    let done = brief.recent.as_ref().is_some_and(|r| r.summary.last_seq <= summary.last_seq);
                     if done {
                         brief.recent = None;
                     }
@@ -227,7 +227,17 @@ impl SoftEntity for Inbox {
             InboxCommand::List { filter, after, limit } => {
                 return Ok(InboxReply::List(self.list(tenant, inbox, state, &filter, after, limit).await?));
             }
-            InboxCommand::Reload => *state = self.load(id).await?,
+            InboxCommand::Reload => {
+                let recent: Vec<Brief> = state.briefs.drain().map(|(_, b)| b).filter(|b| b.recent.is_some()).collect();
+                *state = self.load(id).await?;
+                for brief in recent {
+                    let Some(recent) = brief.recent else { continue };
+                    state.insert(&recent.summary);
+                    if let Some(brief) = state.briefs.get_mut(&recent.summary.id) {
+                        brief.recent = Some(recent);
+                    }
+                }
+            }
         }
         Ok(InboxReply::Taken)
     }

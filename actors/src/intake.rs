@@ -21,12 +21,6 @@ use crate::router::{Answer, Router, command_id};
 /// Address-to-thread hits that are remembered: they are final.
 const ALIASES_MAX: usize = 200_000;
 
-/// An id for a dead letter, rising with time.
-pub fn dead_letter_id(now: Timestamp) -> String {
-    let random: u64 = rand::random();
-    format!("{:012x}{random:016x}", now.as_millis().max(0))
-}
-
 /// The intake of a node.
 pub struct Intake {
     node: Arc<Node>,
@@ -59,14 +53,14 @@ impl Intake {
     /// temporary, and the provider shall send the body again.
     pub async fn take(&self, tenant: &TenantId, account: &AccountId, document: &Account, items: Vec<Item>) -> Result<(), CommandError> {
         let targets = self.targets(tenant, account, document, &items).await?;
-        self.learn_threads(tenant, &targets, &items).await?;
+        let threads = self.threads(tenant, &targets, &items).await?;
         let mut under = Vec::with_capacity(items.len());
-        for (item, target) in items.iter().zip(&targets) {
+        for ((item, target), thread) in items.iter().zip(&targets).zip(threads) {
             let Some(target) = target else {
                 self.bury(tenant, account, "no account has this external id", item).await?;
                 continue;
             };
-            under.push((item, target, self.hand_over(tenant, target, item).await?));
+            under.push((item, target, self.hand_over(tenant, target, item, thread).await?));
         }
         for (item, target, state) in under {
             self.finish(tenant, target, item, state).await?;
@@ -128,29 +122,33 @@ impl Intake {
         }
     }
 
-    /// Asks the accounts whose threads unknown addresses are: all at once, in the items' order.
-    async fn learn_threads(&self, tenant: &TenantId, targets: &[Option<Target>], items: &[Item]) -> Result<(), CommandError> {
+    /// Whose thread each item is: asks the accounts where addresses are unknown or disagree, all at once, in the
+    /// items' order.
+    async fn threads(&self, tenant: &TenantId, targets: &[Option<Target>], items: &[Item]) -> Result<Vec<Option<String>>, CommandError> {
+        let mut threads: Vec<Option<String>> = vec![None; items.len()];
         let mut asked = Vec::new();
-        for (item, target) in items.iter().zip(targets) {
+        for (at, (item, target)) in items.iter().zip(targets).enumerate() {
             let (ItemKind::Thread(thread), Some(target)) = (&item.kind, target) else { continue };
             let addresses = all_addresses(thread);
-            if addresses.iter().all(|a| self.alias(tenant, &target.account, a).is_some()) {
+            let known: Vec<Option<String>> = addresses.iter().map(|a| self.alias(tenant, &target.account, a)).collect();
+            if let Some(Some(first)) = known.first()
+                && known.iter().all(|k| k.as_ref() == Some(first))
+            {
+                threads[at] = Some(first.clone());
                 continue;
             }
             let resolve = AccountCommand::Resolve { addresses: addresses.clone() };
-            asked.push((target, addresses, self.node.account(tenant, &target.account, resolve)?));
+            asked.push((at, target, addresses, self.node.account(tenant, &target.account, resolve)?));
         }
-        for (target, addresses, answer) in asked {
-            if let AccountReply::Thread(Some(reply)) = answer.wait().await? {
-                self.link(tenant, target, &reply).await?;
-                if reply.other.is_none() {
-                    self.remember(tenant, &target.account, &addresses, &reply.thread);
-                } else {
-                    self.remember(tenant, &target.account, &addresses[..1], &reply.thread);
-                }
+        for (at, target, addresses, answer) in asked {
+            let AccountReply::Thread(Some(reply)) = answer.wait().await? else { continue };
+            self.link(tenant, target, &reply).await?;
+            if reply.other.is_none() {
+                self.remember(tenant, &target.account, &addresses, &reply.thread);
             }
+            threads[at] = Some(reply.thread);
         }
-        Ok(())
+        Ok(threads)
     }
 
     /// Addresses that lead to two conversations: both are told.
@@ -169,11 +167,10 @@ impl Intake {
     }
 
     /// Hands an item to whoever it is for, without waiting for its answer.
-    async fn hand_over<'a>(&self, tenant: &TenantId, target: &Target, item: &'a Item) -> Result<Under<'a>, CommandError> {
+    async fn hand_over<'a>(&self, tenant: &TenantId, target: &Target, item: &'a Item, key: Option<String>) -> Result<Under<'a>, CommandError> {
         Ok(match &item.kind {
             ItemKind::Thread(thread) => {
-                let address = thread.addresses.first().ok_or_else(|| CommandError::from(ErrorCode::Internal))?;
-                let key = self.alias(tenant, &target.account, address).ok_or_else(CommandError::unavailable)?;
+                let key = key.ok_or_else(CommandError::unavailable)?;
                 let id = ConversationId::derive(tenant, &target.account, &key);
                 let opening = Opening { thread: key, contact: thread.contact.clone() };
                 let request = Request::Receive { opening, event: thread.event.clone() };
@@ -231,12 +228,17 @@ impl Intake {
                     Err(e) => self.bury(tenant, &target.account, e.code.name(), item).await,
                 }
             }
-            Under::Account(handed) => handed?.wait().await.map(|_| ()),
+            Under::Account(handed) => match handed?.wait().await {
+                Err(e) if e.code == ErrorCode::Internal => self.bury(tenant, &target.account, e.code.name(), item).await,
+                outcome => outcome.map(|_| ()),
+            },
             Under::Status(status, asked) => {
                 let conversation = match asked {
-                    Some((id, answer)) => match answer.wait().await? {
-                        Reply::Unmatched => Some(id),
-                        _ => return Ok(()),
+                    Some((id, answer)) => match answer.wait().await {
+                        Ok(Reply::Unmatched) => Some(id),
+                        Ok(_) => return Ok(()),
+                        Err(e) if e.code.is_temporary() && e.code != ErrorCode::Internal => return Err(e),
+                        Err(e) => return self.bury(tenant, &target.account, e.code.name(), item).await,
                     },
                     None => None,
                 };
@@ -247,8 +249,13 @@ impl Intake {
     }
 
     async fn keep_raw_if_unsupported(&self, tenant: &TenantId, target: &Target, item: &Item) -> Result<(), CommandError> {
-        let ItemKind::Thread(ThreadItem { event: ThreadEvent::Message(m), .. }) = &item.kind else { return Ok(()) };
-        let Content::Unsupported { reason } = &m.content else { return Ok(()) };
+        let ItemKind::Thread(ThreadItem { event, .. }) = &item.kind else { return Ok(()) };
+        let content = match event {
+            ThreadEvent::Message(m) => &m.content,
+            ThreadEvent::Edit { content, .. } | ThreadEvent::Echo { content, .. } => content,
+            ThreadEvent::Reaction { .. } | ThreadEvent::Delete { .. } | ThreadEvent::ContactChanged { .. } => return Ok(()),
+        };
+        let Content::Unsupported { reason } = content else { return Ok(()) };
         self.bury(tenant, &target.account, &format!("unsupported: {reason}"), item).await
     }
 
@@ -262,7 +269,7 @@ impl Intake {
             item: item.raw.clone(),
         };
         metrics::counter!("patchbay_intake_dead_letters_total").increment(1);
-        self.node.account(tenant, account, AccountCommand::DeadLetter { tenant: tenant.clone(), letter: Box::new(letter) })
+        self.node.account(tenant, account, AccountCommand::DeadLetter { tenant: tenant.clone(), letter: Box::new(letter), kept: None })
     }
 
     /// Puts an item into the dead letters.

@@ -1,6 +1,7 @@
 //! A single node: every entity lives here. The composition of this crate, and its [`Router`].
 
 use std::collections::HashSet;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -8,8 +9,8 @@ use futures_util::StreamExt as _;
 use patchbay_protocol::CommandError;
 use patchbay_protocol::command::{Command, Reply, Request};
 use patchbay_protocol::ids::{AccountId, AgentId, ConversationId, EntityId, InboxId, TenantId};
-use patchbay_storage::tables::{Mark, Tables, hour_of};
-use patchbay_storage::{CasOutcome, DocumentKey, Engine};
+use patchbay_storage::tables::{Mark, Tables, Timer, hour_of};
+use patchbay_storage::{CasOutcome, DocumentKey, Engine, ReadError};
 
 use crate::account::{Account, AccountCommand, AccountReply, OutboundConfig};
 use crate::agent::{Agent, AgentCommand, AgentReply};
@@ -25,6 +26,11 @@ use crate::shard::soft::SoftSlots;
 
 /// Entities woken at once by a sweep or by timers.
 const WAKE_AT_ONCE: usize = 64;
+
+/// Between two tries of what the store or an entity did not answer.
+const RETRY_PAUSE: Duration = Duration::from_secs(5);
+/// Timers are looked at least this often.
+const TIMER_LOOK: Duration = Duration::from_secs(60);
 
 /// What a node is made of.
 pub struct NodeConfig {
@@ -131,8 +137,9 @@ impl Node {
         let router: Weak<dyn Router> = Arc::downgrade(&(node.clone() as Arc<dyn Router>));
         node.conversations.entity().set_router(router.clone());
         node.accounts.entity().set_router(router);
+        let hour = load_timers(&node).await.map_err(|_| StartError::Store)?;
         tokio::spawn(sweep(Arc::downgrade(&node)));
-        tokio::spawn(run_timers(Arc::downgrade(&node)));
+        tokio::spawn(run_timers(Arc::downgrade(&node), hour));
         tokio::spawn(passivate(Arc::downgrade(&node)));
         Ok(node)
     }
@@ -172,7 +179,7 @@ impl Node {
     }
 
     /// Wakes an entity and waits for its answer.
-    async fn wake(&self, id: &EntityId) {
+    async fn wake(&self, id: &EntityId) -> bool {
         let mut pause = Duration::from_millis(50);
         for _ in 0..10 {
             let woken = match id {
@@ -187,16 +194,19 @@ impl Node {
                 EntityId::Agent(..) | EntityId::Inbox(..) => true,
             };
             if woken {
-                return;
+                return true;
             }
             tokio::time::sleep(pause).await;
             pause *= 2;
         }
         tracing::warn!(kind = id.kind(), "an entity could not be woken");
+        false
     }
 
-    async fn wake_all(&self, entities: impl IntoIterator<Item = EntityId>) {
-        futures_util::stream::iter(entities).for_each_concurrent(WAKE_AT_ONCE, |id| async move { self.wake(&id).await }).await;
+    /// Wakes entities; returns those that did not answer.
+    async fn wake_all(&self, entities: impl IntoIterator<Item = EntityId>) -> Vec<EntityId> {
+        let woken = futures_util::stream::iter(entities).map(|id| async move { (self.wake(&id).await, id) });
+        woken.buffer_unordered(WAKE_AT_ONCE).filter_map(|(done, id)| async move { (!done).then_some(id) }).collect().await
     }
 }
 
@@ -222,22 +232,39 @@ impl Router for Node {
     }
 }
 
-/// Wakes every entity that an earlier incarnation may have left with something to derive or hand on.
+/// Wakes every entity that an earlier incarnation may have left with something to derive or hand on, until all have
+/// answered; only then may marks of this reign be written.
 async fn sweep(node: Weak<Node>) {
-    let Some(strong) = node.upgrade() else { return };
-    let (tables, epoch, count) = (strong.shards.tables.clone(), strong.shards.epoch, strong.shards.count);
-    let swept = tables.document::<u32>(&cluster_document("swept")).await.ok().flatten();
-    let (version, done) = swept.map_or((None, 0), |(v, n)| (Some(v), n));
+    let mut left: Option<HashSet<EntityId>> = None;
+    loop {
+        let Some(strong) = node.upgrade() else { return };
+        if left.is_none() {
+            left = unfinished(&strong).await.ok();
+        }
+        if let Some(entities) = left.take() {
+            let remaining: HashSet<EntityId> = strong.wake_all(entities).await.into_iter().collect();
+            if remaining.is_empty() && swept(&strong).await.is_some() {
+                strong.shards.swept.store(true, Ordering::Relaxed);
+                return;
+            }
+            left = Some(remaining);
+        }
+        drop(strong);
+        tokio::time::sleep(RETRY_PAUSE).await;
+    }
+}
+
+/// Every entity with activity of earlier incarnations that is not settled.
+async fn unfinished(node: &Node) -> Result<HashSet<EntityId>, ReadError> {
+    let (tables, epoch) = (&node.shards.tables, node.shards.epoch);
+    let done = tables.document::<u32>(&cluster_document("swept")).await?.map_or(0, |(_, n)| n);
     let mut found = HashSet::new();
-    for shard in 0..count {
-        let Ok(mark) = tables.mark(shard).await else { return };
+    for shard in 0..node.shards.count {
+        let mark = tables.mark(shard).await?;
         for past in done + 1..epoch {
             let first = mark.filter(|m| m.epoch == past).map_or(0, |m| m.bucket);
-            if mark.is_some_and(|m| m.epoch > past) {
-                continue;
-            }
             for bucket in first.. {
-                let Ok(activity) = tables.activity(shard, Mark { epoch: past, bucket }).await else { return };
+                let activity = tables.activity(shard, Mark { epoch: past, bucket }).await?;
                 if activity.is_empty() {
                     break;
                 }
@@ -248,30 +275,43 @@ async fn sweep(node: Weak<Node>) {
     if !found.is_empty() {
         tracing::info!(entities = found.len(), "waking what an earlier incarnation left");
     }
-    strong.wake_all(found).await;
-    // Woken entities have rows of this epoch's activity, which cover what they have still to do.
-    if epoch > 1 {
-        let _ = tables.put_document(cluster_document("swept"), version, &(epoch - 1)).await;
+    Ok(found)
+}
+
+/// Notes that everything before this incarnation is in hand: woken entities have activity of this epoch, which covers
+/// what they have still to do.
+async fn swept(node: &Node) -> Option<()> {
+    let (tables, epoch) = (&node.shards.tables, node.shards.epoch);
+    let version = tables.document::<u32>(&cluster_document("swept")).await.ok()?.map(|(v, _)| v);
+    match tables.put_document(cluster_document("swept"), version, &(epoch - 1)).await.ok()? {
+        CasOutcome::Applied => Some(()),
+        CasOutcome::Refused(_) => None,
     }
 }
 
-/// Fires timers. What fires looks, and does nothing when it has moved.
-async fn run_timers(node: Weak<Node>) {
-    let mut hour = match node.upgrade() {
-        Some(strong) => load_timers(&strong).await,
-        None => return,
-    };
+/// Fires timers. What fires looks, and does nothing when it has moved. One that is not answered fires again.
+async fn run_timers(node: Weak<Node>, mut hour: i64) {
     loop {
         let Some(strong) = node.upgrade() else { return };
         let (shards, timers) = (strong.shards.clone(), strong.shards.timers.clone());
         let now = shards.clock.now();
-        let due = timers.take_due(now);
-        strong.wake_all(due).await;
+        for entity in timers.take_due(now) {
+            let strong = strong.clone();
+            tokio::spawn(async move {
+                if !strong.wake(&entity).await {
+                    let due = strong.shards.clock.now().plus(RETRY_PAUSE);
+                    strong.shards.timers.arm(Timer { entity, due });
+                }
+            });
+        }
         if hour_of(now) > hour {
-            hour = turn_hour(&strong, hour, hour_of(now)).await;
+            match turn_hour(&strong, hour, hour_of(now)).await {
+                Ok(()) => hour = hour_of(now),
+                Err(_) => tracing::warn!("timers of the next hour cannot be read yet"),
+            }
         }
         drop(strong);
-        let next = timers.next_due().map_or(Duration::from_secs(60), |at| at.since(shards.clock.now())).min(Duration::from_secs(60));
+        let next = timers.next_due().map_or(TIMER_LOOK, |at| at.since(shards.clock.now())).min(TIMER_LOOK);
         tokio::select! {
             () = tokio::time::sleep(next) => {}
             () = timers.changed() => {}
@@ -279,37 +319,40 @@ async fn run_timers(node: Weak<Node>) {
     }
 }
 
-/// Reads the timers of every hour that has not been left, up to the next one.
-async fn load_timers(node: &Node) -> i64 {
+/// Reads the timers of every hour that has not been left, up to the next one. Before any entity can arm another.
+async fn load_timers(node: &Node) -> Result<i64, ReadError> {
     let (tables, timers) = (&node.shards.tables, &node.shards.timers);
     let present = hour_of(node.shards.clock.now());
     for shard in 0..node.shards.count {
-        let Ok(Some(from)) = tables.fired_until(shard).await else { continue };
+        let Some(from) = tables.fired_until(shard).await? else { continue };
         timers.marked(shard);
         for hour in from..=present + 1 {
-            for timer in tables.timers(shard, hour).await.unwrap_or_default() {
+            for timer in tables.timers(shard, hour).await? {
                 timers.arm(timer);
             }
         }
     }
-    present
+    Ok(present)
 }
 
-/// Leaves hours whose timers have all fired, and reads the one that is coming.
-async fn turn_hour(node: &Node, left: i64, present: i64) -> i64 {
+/// Reads the hours that have come, and leaves those whose timers have fired an hour ago at least: what was not
+/// answered or not acked by then is still in a row that is read.
+async fn turn_hour(node: &Node, left: i64, present: i64) -> Result<(), ReadError> {
     let (tables, timers) = (&node.shards.tables, &node.shards.timers);
     for shard in timers.marked_shards() {
-        for timer in tables.timers(shard, present + 1).await.unwrap_or_default() {
-            timers.arm(timer);
+        for hour in left + 2..=present + 1 {
+            for timer in tables.timers(shard, hour).await? {
+                timers.arm(timer);
+            }
         }
         let Ok(stamp) = node.shards.stamps[shard as usize].next() else { continue };
-        node.shards.logs.write_until_answered(Tables::fired_write(shard, stamp, present)).await;
-        for hour in left..present {
+        node.shards.logs.write_until_answered(Tables::fired_write(shard, stamp, present - 1)).await;
+        for hour in left - 1..present - 1 {
             // What a lost drop leaves is never read again.
             let _ = tables.drop_timers(shard, hour).await;
         }
     }
-    present
+    Ok(())
 }
 
 async fn passivate(node: Weak<Node>) {

@@ -40,6 +40,7 @@ pub fn system_command(request: Request) -> Command {
     Command { id: command_id(), scope, actor: Actor::system(), caused_by: None, request }
 }
 
-fn no_channel() -> Channel {
+/// Of an account that is no more.
+pub(crate) fn no_channel() -> Channel {
     Channel { window: None, can_edit: false, can_delete: false, can_react: false }
 }

@@ -71,7 +71,11 @@ pub(crate) async fn put(State(api): State<Arc<Api>>, Tenant(tenant): Tenant, Pat
         }
         inboxes.push(inbox);
     }
-    let not_before = api.directory().agent(&tenant, &id).await?.and_then(|a| a.not_before);
+    let not_before = match api.directory().agent(&tenant, &id).await? {
+        Some(before) => before.not_before,
+        // Tokens of one of that name who was removed stay void.
+        None => api.directory().removed_agent(&tenant, &id).await?,
+    };
     let document = directory::Agent { name: new.name, role: new.role, inboxes, not_before };
     let was = api.directory().put_agent(&tenant, &id, &document).await?;
     Ok((created(was), Json(shown(agent, document))))
@@ -96,7 +100,12 @@ pub(crate) async fn list(State(api): State<Arc<Api>>, Tenant(tenant): Tenant, Qu
 /// Removes an agent; its open sockets close.
 #[utoipa::path(delete, path = "/api/v1/agents/{agent}", responses((status = 204), (status = 404, body = Problem)), security(("key" = [])))]
 pub(crate) async fn delete(State(api): State<Arc<Api>>, Tenant(tenant): Tenant, Path(agent): Path<String>) -> Result<StatusCode, Failure> {
-    if api.directory().delete_agent(&tenant, &name(&agent)?).await? { Ok(StatusCode::NO_CONTENT) } else { Err(ErrorCode::NotFound.into()) }
+    if api.directory().delete_agent(&tenant, &name(&agent)?, void_from(&api)).await? { Ok(StatusCode::NO_CONTENT) } else { Err(ErrorCode::NotFound.into()) }
+}
+
+/// Tokens issued before this are void. They say when in whole seconds: those of this second are void as well.
+fn void_from(api: &Api) -> Timestamp {
+    Timestamp::from_seconds(api.now().as_millis().div_euclid(1000) + 1)
 }
 
 /// A token to be issued.
@@ -126,7 +135,7 @@ pub(crate) async fn issue(State(api): State<Arc<Api>>, Tenant(tenant): Tenant, P
     if !(1..=TTL_MAX_S).contains(&ttl) {
         return Err(CommandError::invalid(format!("ttl_s must be 1 to {TTL_MAX_S}")).into());
     }
-    let (token, expires_at) = api.issuer.issue(&tenant, &id, found.role, ttl)?;
+    let (token, expires_at) = api.issuer.issue(&tenant, &id, found.role, ttl, found.not_before)?;
     Ok(Json(Token { token, expires_at }))
 }
 
@@ -135,8 +144,7 @@ pub(crate) async fn issue(State(api): State<Arc<Api>>, Tenant(tenant): Tenant, P
 pub(crate) async fn revoke(State(api): State<Arc<Api>>, Tenant(tenant): Tenant, Path(agent): Path<String>) -> Result<StatusCode, Failure> {
     let id: AgentId = name(&agent)?;
     let mut found = api.directory().agent(&tenant, &id).await?.ok_or(ErrorCode::NotFound)?;
-    // Tokens say when they were issued in whole seconds: those of this second are void as well.
-    found.not_before = Some(Timestamp::from_seconds(api.now().as_millis().div_euclid(1000) + 1));
+    found.not_before = Some(void_from(&api));
     api.directory().put_agent(&tenant, &id, &found).await?;
     Ok(StatusCode::NO_CONTENT)
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use axum::extract::{FromRequest, FromRequestParts, Request};
-use axum::http::header;
+use axum::http::{HeaderMap, header};
 use axum::http::request::Parts;
 use bytes::Bytes;
 use patchbay_protocol::ids::TenantId;
@@ -15,14 +15,14 @@ use crate::Api;
 use crate::problem::Failure;
 
 /// The bearer secret of a request.
-pub(crate) fn bearer(parts: &Parts) -> Option<&str> {
-    let value = parts.headers.get(header::AUTHORIZATION)?.to_str().ok()?;
+pub(crate) fn bearer(headers: &HeaderMap) -> Option<&str> {
+    let value = headers.get(header::AUTHORIZATION)?.to_str().ok()?;
     let (scheme, secret) = value.split_once(' ')?;
     scheme.eq_ignore_ascii_case("bearer").then_some(secret.trim())
 }
 
 async fn principal(parts: &Parts, api: &Api) -> Result<Principal, Failure> {
-    let secret = bearer(parts).ok_or(ErrorCode::Unauthorized)?;
+    let secret = bearer(&parts.headers).ok_or(ErrorCode::Unauthorized)?;
     Ok(api.auth.principal(secret).await?)
 }
 

@@ -35,8 +35,9 @@ enum Known {
 
 #[derive(Default)]
 struct Inner {
-    known: HashMap<[u8; 32], Known>,
-    order: VecDeque<([u8; 32], Instant)>,
+    known: HashMap<[u8; 32], (u64, Known)>,
+    order: VecDeque<([u8; 32], u64, Instant)>,
+    count: u64,
 }
 
 /// Answers by caller, path and key.
@@ -48,16 +49,20 @@ impl Replies {
     fn begin(&self, key: [u8; 32], body: [u8; 32]) -> Option<Known> {
         let mut inner = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();
-        while inner.order.front().is_some_and(|(_, at)| now.duration_since(*at) > KEPT_FOR) || inner.order.len() > KEPT_MAX {
-            if let Some((oldest, _)) = inner.order.pop_front() {
+        while inner.order.front().is_some_and(|(_, _, at)| now.duration_since(*at) > KEPT_FOR) || inner.order.len() > KEPT_MAX {
+            if let Some((oldest, count, _)) = inner.order.pop_front()
+                && inner.known.get(&oldest).is_some_and(|(c, _)| *c == count)
+            {
                 inner.known.remove(&oldest);
             }
         }
-        if let Some(known) = inner.known.get(&key) {
+        if let Some((_, known)) = inner.known.get(&key) {
             return Some(known.clone());
         }
-        inner.known.insert(key, Known::Running { body });
-        inner.order.push_back((key, now));
+        inner.count += 1;
+        let count = inner.count;
+        inner.known.insert(key, (count, Known::Running { body }));
+        inner.order.push_back((key, count, now));
         None
     }
 
@@ -65,7 +70,9 @@ impl Replies {
         let mut inner = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         match answer {
             Some(answer) => {
-                inner.known.insert(key, answer);
+                if let Some((_, known)) = inner.known.get_mut(&key) {
+                    *known = answer;
+                }
             }
             None => {
                 inner.known.remove(&key);
@@ -99,6 +106,15 @@ pub(crate) async fn layer(State(api): State<Arc<Api>>, request: Request, next: N
         Some(Err(failure)) => return failure.into_response(),
         Some(Ok(key)) => key,
     };
+    // Nobody without a key takes a place among the answers.
+    let secret = crate::extract::bearer(request.headers());
+    let known = match secret {
+        Some(secret) => api.auth.principal(secret).await,
+        None => Err(ErrorCode::Unauthorized.into()),
+    };
+    if let Err(e) = known {
+        return Failure::from(e).into_response();
+    }
     let (parts, body) = request.into_parts();
     let Ok(body) = to_bytes(body, crate::BODY_BYTES_MAX).await else { return Failure::from(ErrorCode::TooLarge).into_response() };
     let caller = parts.headers.get(header::AUTHORIZATION).map_or(&b""[..], |v| v.as_bytes());
@@ -119,7 +135,13 @@ pub(crate) async fn layer(State(api): State<Arc<Api>>, request: Request, next: N
         }
         None => {}
     }
-    let response = next.run(Request::from_parts(parts, Body::from(body))).await;
+    // A caller that hangs up leaves the work to its end: a repeat finds the answer.
+    let work = tokio::spawn(async move { run(&api, key, body_hash, next, Request::from_parts(parts, Body::from(body))).await });
+    work.await.unwrap_or_else(|_| StatusCode::INTERNAL_SERVER_ERROR.into_response())
+}
+
+async fn run(api: &Api, key: [u8; 32], body_hash: [u8; 32], next: Next, request: Request) -> Response {
+    let response = next.run(request).await;
     let (parts, body) = response.into_parts();
     let Ok(reply) = to_bytes(body, usize::MAX).await else {
         api.replies.end(key, None);

@@ -66,11 +66,18 @@ pub async fn layer(State(limits): State<Arc<RequestLimits>>, request: Request, n
     (StatusCode::TOO_MANY_REQUESTS, headers, problem.to_string()).into_response()
 }
 
-/// `dev` answers only to loopback's own names: a page elsewhere that points a name of its own here is refused.
-pub async fn local_host_only(request: Request, next: Next) -> Response {
-    let host = request.headers().get(header::HOST).and_then(|h| h.to_str().ok()).unwrap_or("");
+/// Whether a `Host` (or what stands in an `Origin` behind the scheme) is one of loopback's own names.
+fn is_local(host: &str) -> bool {
     let name = host.rsplit_once(':').map_or(host, |(name, port)| if port.bytes().all(|b| b.is_ascii_digit()) { name } else { host });
     let name = name.trim_matches(['[', ']']);
-    let local = name == "localhost" || name.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback());
-    if local { next.run(request).await } else { (StatusCode::FORBIDDEN, "dev answers to loopback only").into_response() }
+    name == "localhost" || name.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
+}
+
+/// `dev` answers only to loopback's own names, and to pages from there: a page elsewhere that points a name of its own
+/// here is refused.
+pub async fn local_host_only(request: Request, next: Next) -> Response {
+    let header = |name| request.headers().get(name).map(|h: &HeaderValue| h.to_str().unwrap_or("?"));
+    let host = header(header::HOST).is_some_and(is_local);
+    let origin = header(header::ORIGIN).is_none_or(|o| o.split_once("://").is_some_and(|(_, host)| is_local(host)));
+    if host && origin { next.run(request).await } else { (StatusCode::FORBIDDEN, "dev answers to loopback only").into_response() }
 }

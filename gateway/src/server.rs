@@ -164,10 +164,14 @@ impl Server {
         let desk = Desk::new(node.clone());
         let auth = Arc::new(Auth::new(config.token_keys().map_err(RunError::Config)?, node.directory().clone()));
         let operator_key = config.operator_key().map_err(RunError::Config)?;
-        let doors = Doors { config, mode, desk: &desk, auth: &auth, hub: &hub, draining: watching.clone(), operator_key };
         let tasks = TaskTracker::new();
+        let doors = Doors { config, mode, desk: &desk, auth: &auth, hub: &hub, draining: watching.clone(), operator_key, tasks: tasks.clone() };
         tasks.spawn(serve(public_listener, doors.public(), watching.clone(), tasks.clone()));
-        tasks.spawn(serve(ops_listener, ops_router(metrics, watching.clone()), watching, tasks.clone()));
+        let ops_router = match mode {
+            Mode::Dev => ops_router(metrics, watching.clone()).layer(axum::middleware::from_fn(limits::local_host_only)),
+            Mode::Run => ops_router(metrics, watching.clone()),
+        };
+        tasks.spawn(serve(ops_listener, ops_router, watching, tasks.clone()));
         Ok(Self { node, desk, auth, hub, public, ops, draining, tasks })
     }
 
@@ -192,6 +196,7 @@ struct Doors<'a> {
     hub: &'a Arc<Hub>,
     draining: watch::Receiver<bool>,
     operator_key: Option<String>,
+    tasks: TaskTracker,
 }
 
 impl Doors<'_> {
@@ -199,7 +204,8 @@ impl Doors<'_> {
         let node = self.desk.node();
         let directory = node.directory().clone();
         let origins = match self.mode {
-            Mode::Dev => Some(Vec::new()),
+            // Looked at by `local_host_only`.
+            Mode::Dev => None,
             Mode::Run if self.config.public.allowed_origins.is_empty() => None,
             Mode::Run => Some(self.config.public.allowed_origins.clone()),
         };
@@ -214,6 +220,7 @@ impl Doors<'_> {
             },
             node: format!("{}-{}", self.config.cluster.name, node.incarnation()),
             draining: self.draining.clone(),
+            tasks: self.tasks.clone(),
             open: AtomicUsize::new(0),
             unconnected: AtomicUsize::new(0),
             origins,

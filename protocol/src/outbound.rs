@@ -52,6 +52,9 @@ pub struct Outbound {
     pub entry: EntryId,
     /// When it was accepted.
     pub at: Timestamp,
+    /// The key of the thread that it is in.
+    #[serde(default)]
+    pub thread: String,
     /// To whom.
     pub recipient: Recipient,
     /// What.

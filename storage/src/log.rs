@@ -40,6 +40,8 @@ pub struct LogRow {
     pub first: u64,
     /// The length of its append.
     pub length: u8,
+    /// The stamp that its append was first written under; an adoption keeps it.
+    pub origin: Stamp,
     /// What its owner had confirmed when it wrote it.
     pub confirmed: u64,
     /// The command that made it.
@@ -63,7 +65,7 @@ impl Append {
         let length = u8::try_from(payloads.len()).unwrap_or(u8::MAX);
         debug_assert!(!payloads.is_empty() && payloads.len() <= APPEND_ROWS_MAX);
         let rows = (first..).zip(payloads).map(|(seq, (command, payload))| {
-            (seq, LogRow { seq, stamp, first, length, confirmed, command: *command, payload: payload.clone() })
+            (seq, LogRow { seq, stamp, first, length, origin: stamp, confirmed, command: *command, payload: payload.clone() })
         });
         Self { batches: by_bucket(key, stamp, rows), last: first + u64::from(length) - 1 }
     }
@@ -93,12 +95,13 @@ fn clustering(seq: u64) -> Bytes {
     Bytes::copy_from_slice(&seq.to_be_bytes())
 }
 
-const HEADER: usize = 8 + 1 + 8 + 16;
+const HEADER: usize = 8 + 1 + 8 + 8 + 16;
 
 fn encode(row: &LogRow) -> Bytes {
     value::seal(HEADER + row.payload.len(), |out| {
         out.put_u64(row.first);
         out.put_u8(row.length);
+        out.put_u64(row.origin.as_u64());
         out.put_u64(row.confirmed);
         out.put_slice(&row.command.0);
         out.put_slice(&row.payload);
@@ -111,10 +114,10 @@ fn decode(row: &Row) -> Result<LogRow, ReadError> {
     if rest.len() < HEADER {
         return Err(ReadError::Damaged);
     }
-    let (first, length, confirmed) = (rest.get_u64(), rest.get_u8(), rest.get_u64());
+    let (first, length, origin, confirmed) = (rest.get_u64(), rest.get_u8(), Stamp::from_u64(rest.get_u64()), rest.get_u64());
     let mut command = [0; 16];
     rest.copy_to_slice(&mut command);
-    Ok(LogRow { seq: u64::from_be_bytes(seq), stamp: row.stamp, first, length, confirmed, command: CommandId(command), payload: rest })
+    Ok(LogRow { seq: u64::from_be_bytes(seq), stamp: row.stamp, first, length, origin, confirmed, command: CommandId(command), payload: rest })
 }
 
 /// A fold of the log up to a seq.
@@ -373,7 +376,8 @@ impl Logs {
     }
 }
 
-/// Whether every row of `row`'s append is there, under one stamp.
+/// Whether every row of `row`'s append is there: the rows that were first written under one stamp. An adoption that
+/// crashed between two buckets leaves them under two, which rise.
 fn is_complete(rows: &[LogRow], row: &LogRow) -> bool {
     let last = row.first + u64::from(row.length) - 1;
     let mut expected = row.first;
@@ -382,7 +386,7 @@ fn is_complete(rows: &[LogRow], row: &LogRow) -> bool {
         expected = expected.max(lowest.seq);
     }
     for r in rows.iter().filter(|r| (row.first..=last).contains(&r.seq)) {
-        if r.seq != expected || r.stamp != row.stamp || r.first != row.first || r.length != row.length {
+        if r.seq != expected || r.origin != row.origin || r.first != row.first || r.length != row.length {
             return false;
         }
         expected += 1;

@@ -1,10 +1,12 @@
 //! What an account does: calls the provider, tells conversations, places receipts.
 
+use std::panic::AssertUnwindSafe;
 use std::time::Duration;
 
-use patchbay_protocol::command::{Reply, Request};
+use futures_util::FutureExt as _;
+use patchbay_protocol::command::{Reply, Request, Scope};
 use patchbay_protocol::entry::ProviderError;
-use patchbay_protocol::ids::{AccountId, ConversationId, EntryId, TenantId};
+use patchbay_protocol::ids::{AccountId, ConversationId, EntryId, InboxId, TenantId};
 use patchbay_protocol::inbound::StatusUpdate;
 use patchbay_protocol::outbound::{Backoff, CallResult, Outbound, Signal, Verdict};
 use patchbay_storage::tables::DeadLetter;
@@ -21,29 +23,24 @@ const TELL_PAUSE_MAX: Duration = Duration::from_secs(2);
 pub(super) async fn act(shared: &Account, tenant: &TenantId, account: &AccountId, effect: Effect, me: &Handle<Account>) {
     match effect {
         Effect::Call(outbound) => {
-            let verdict = call(shared, tenant, account, &outbound).await;
+            // Whatever fails on our side after this point, nobody knows whether the provider has seen it.
+            let verdict = AssertUnwindSafe(call(shared, tenant, account, &outbound)).catch_unwind().await.unwrap_or(Verdict::Unknown);
             me.tell(AccountCommand::Called { entry: outbound.entry, verdict, jitter: rand::random() });
         }
         Effect::Tell { entry, update } => {
             tell(shared, tenant, account, entry, *update).await;
             me.tell(AccountCommand::Told { entry });
         }
-        Effect::Learn { entry, addresses } => {
-            if let Some(thread) = thread_of(shared, tenant, account, entry.conversation).await {
-                me.tell(AccountCommand::Learn { thread, addresses });
-            }
-        }
         Effect::Place { kept, receipt } => {
             if place(shared, tenant, account, &receipt).await {
                 me.tell(AccountCommand::Placed { kept });
             }
         }
-        Effect::Bury { kept } => me.tell(bury(tenant, account, &kept, me)),
+        Effect::Bury { seq, kept } => me.tell(bury(tenant, account, seq, &kept)),
         Effect::Signal(signal) => {
             // Not worth repeating: the next one tells more.
             send_signal(shared, tenant, account, &signal).await;
         }
-        Effect::Again => me.tell(AccountCommand::Loaded),
     }
 }
 
@@ -88,7 +85,11 @@ async fn send_signal(shared: &Account, tenant: &TenantId, account: &AccountId, s
 /// A command of the account to one of its conversations.
 async fn ask(shared: &Account, tenant: &TenantId, account: &AccountId, id: ConversationId, request: Request) -> Option<Reply> {
     let router = shared.router.get()?.upgrade()?;
-    let scope = shared.directory.scope(tenant, account).await.ok()??;
+    let scope = match shared.directory.scope(tenant, account).await.ok()? {
+        Some(scope) => scope,
+        // The account is gone; its conversations are still told.
+        None => Scope { tenant: tenant.clone(), account: account.clone(), inbox: InboxId::nobody(), channel: crate::router::no_channel() },
+    };
     let command = patchbay_protocol::command::Command {
         id: command_id(),
         scope,
@@ -117,21 +118,13 @@ async fn place(shared: &Account, tenant: &TenantId, account: &AccountId, receipt
     matches!(ask(shared, tenant, account, id, request).await, Some(Reply::Taken))
 }
 
-/// The thread key of a conversation: in the entry that opened it.
-async fn thread_of(shared: &Account, tenant: &TenantId, account: &AccountId, id: ConversationId) -> Option<String> {
-    let Reply::Summary(summary) = ask(shared, tenant, account, id, Request::Get).await? else { return None };
-    let candidates = [Some(summary.contact.address.clone()), summary.contact.user_id.clone()];
-    candidates.into_iter().flatten().find(|key| ConversationId::derive(tenant, account, key) == id)
-}
-
-fn bury(tenant: &TenantId, account: &AccountId, kept: &Kept, me: &Handle<Account>) -> AccountCommand {
-    let now = me.shards().clock.now();
+fn bury(tenant: &TenantId, account: &AccountId, seq: u64, kept: &Kept) -> AccountCommand {
     let letter = DeadLetter {
-        id: crate::intake::dead_letter_id(now),
+        id: format!("{:012x}{account}-{seq}", kept.at.as_millis().max(0)),
         account: account.to_string(),
         reason: "a receipt that matched no message for 24 hours".into(),
         received_at: kept.at,
         item: serde_json::to_value(&kept.update).unwrap_or_default(),
     };
-    AccountCommand::DeadLetter { tenant: tenant.clone(), letter: Box::new(letter) }
+    AccountCommand::DeadLetter { tenant: tenant.clone(), letter: Box::new(letter), kept: Some(seq) }
 }

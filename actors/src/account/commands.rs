@@ -12,7 +12,7 @@ use patchbay_protocol::CommandError;
 use patchbay_storage::tables::{DeadLetter, Tables};
 
 use super::entity::{Account, Effect};
-use super::log::{AccountEntry, Record, address_id};
+use super::log::{AccountEntry, Record, address_id, send_id};
 use super::pacing;
 use super::state::{Phase, State};
 use crate::shard::entity::{Decision, Found, Lookup, Now};
@@ -41,13 +41,6 @@ pub enum AccountCommand {
         /// The addresses.
         addresses: Vec<Address>,
     },
-    /// These addresses are the thread's as well.
-    Learn {
-        /// The thread key.
-        thread: String,
-        /// The addresses.
-        addresses: Vec<Address>,
-    },
     /// A conversation hands over a message.
     Enqueue(Box<Outbound>),
     /// A receipt that its conversation does not know.
@@ -60,6 +53,8 @@ pub enum AccountCommand {
         tenant: TenantId,
         /// The item.
         letter: Box<DeadLetter>,
+        /// The seq that kept it, when it is a receipt whose day is over.
+        kept: Option<u64>,
     },
     /// A signal to the customer; not retried.
     Signal(Signal),
@@ -132,9 +127,9 @@ type Outcome = Result<Decision<Account>, CommandError>;
 
 pub(super) fn lookups(command: &AccountCommand) -> Vec<Lookup> {
     match command {
-        AccountCommand::Resolve { addresses } | AccountCommand::Find { addresses } | AccountCommand::Learn { addresses, .. } => {
-            addresses.iter().map(|a| Lookup::Id(address_id(a))).collect()
-        }
+        AccountCommand::Resolve { addresses } | AccountCommand::Find { addresses } => addresses.iter().map(|a| Lookup::Id(address_id(a))).collect(),
+        AccountCommand::Called { verdict: Verdict::Accepted { aliases, .. }, .. } => aliases.iter().map(|a| Lookup::Id(address_id(a))).collect(),
+        AccountCommand::Enqueue(outbound) => vec![Lookup::Id(send_id(outbound.entry))],
         _ => vec![],
     }
 }
@@ -143,16 +138,15 @@ pub(super) fn decide(state: &State, found: &Found<Record>, command: &AccountComm
     match command {
         AccountCommand::Resolve { addresses } => resolve(found, addresses, now),
         AccountCommand::Find { addresses } => Ok(Decision::reply(AccountReply::Thread(threads(found, addresses)))),
-        AccountCommand::Learn { thread, addresses } => Ok(learn(found, thread, addresses, now)),
-        AccountCommand::Enqueue(outbound) => enqueue(state, outbound, now),
+        AccountCommand::Enqueue(outbound) => enqueue(state, found, outbound, now),
         AccountCommand::Keep(receipt) => keep(state, receipt, now),
         AccountCommand::Event(event) => Ok(entries(now, [AccountEntry::Event((**event).clone())])),
-        AccountCommand::DeadLetter { tenant, letter } => Ok(dead_letter(tenant, letter)),
+        AccountCommand::DeadLetter { tenant, letter, kept } => Ok(dead_letter(state, tenant, letter, *kept, now)),
         AccountCommand::Signal(signal) => Ok(Decision::reply(AccountReply::Taken).effect(Effect::Signal(signal.clone()))),
         AccountCommand::Resume if state.paused.is_some() => Ok(entries(now, [AccountEntry::Resumed {}])),
         AccountCommand::Resume => Ok(Decision::reply(AccountReply::Taken)),
         AccountCommand::Status => Ok(Decision::reply(AccountReply::Status { paused: state.paused.clone(), unsettled: state.sends.len() })),
-        AccountCommand::Called { entry, verdict, jitter } => called(state, *entry, verdict, *jitter, now),
+        AccountCommand::Called { entry, verdict, jitter } => called(state, found, *entry, verdict, *jitter, now),
         AccountCommand::Told { entry } => Ok(told(state, *entry, now)),
         AccountCommand::Placed { kept } => {
             let there = state.kept.contains_key(kept);
@@ -197,13 +191,9 @@ fn resolve(found: &Found<Record>, addresses: &[Address], now: &Now) -> Outcome {
     Ok(Decision::entries(added.into_iter().collect(), AccountReply::Thread(Some(reply))))
 }
 
-fn learn(found: &Found<Record>, thread: &str, addresses: &[Address], now: &Now) -> Decision<Account> {
-    let new = unknown(found, addresses);
-    entries(now, (!new.is_empty()).then(|| AccountEntry::AliasAdded { addresses: new, thread: thread.to_owned() }))
-}
-
-fn enqueue(state: &State, outbound: &Outbound, now: &Now) -> Outcome {
-    if state.sends.contains_key(&outbound.entry) {
+/// A message is queued once, for ever: a hand-on that is late or repeated finds it.
+fn enqueue(state: &State, found: &Found<Record>, outbound: &Outbound, now: &Now) -> Outcome {
+    if state.sends.contains_key(&outbound.entry) || found.id(send_id(outbound.entry)).is_some() {
         return Ok(Decision::reply(AccountReply::Taken));
     }
     let attempted = state.may_call_at_once(outbound, now.at, IN_FLIGHT_MAX);
@@ -231,18 +221,10 @@ fn wake(state: &State, now: &Now) -> Outcome {
     }
     let room = CHOSEN_MAX.saturating_sub(bodies.len());
     let over = state.kept.iter().filter(|(_, k)| now.at.since(k.at) >= KEPT_FOR).take(room);
-    for (seq, kept) in over {
-        bodies.push(AccountEntry::Released { kept: *seq });
-        effects.push(Effect::Bury { kept: Box::new(kept.clone()) });
-    }
-    effects.extend(state.kept.iter().filter(|(_, k)| k.conversation.is_some() && now.at.since(k.at) < KEPT_FOR).take(room).map(place));
+    effects.extend(over.map(|(seq, kept)| Effect::Bury { seq: *seq, kept: Box::new(kept.clone()) }));
     let mut decision = entries(now, bodies);
     decision.effects = effects;
     Ok(decision)
-}
-
-fn place((seq, kept): (&u64, &super::state::Kept)) -> Effect {
-    Effect::Place { kept: *seq, receipt: Box::new(KeptReceipt { conversation: kept.conversation, message_seq: kept.message_seq, update: kept.update.clone() }) }
 }
 
 fn keep(state: &State, receipt: &KeptReceipt, now: &Now) -> Outcome {
@@ -260,23 +242,27 @@ fn keep(state: &State, receipt: &KeptReceipt, now: &Now) -> Outcome {
     Ok(if settled.is_some() { decision.effect(effect) } else { decision })
 }
 
-fn dead_letter(tenant: &TenantId, letter: &DeadLetter) -> Decision<Account> {
+fn dead_letter(state: &State, tenant: &TenantId, letter: &DeadLetter, kept: Option<u64>, now: &Now) -> Decision<Account> {
     let (tenant, letter) = (tenant.clone(), letter.clone());
-    let mut decision = Decision::reply(AccountReply::Taken);
+    let released = kept.filter(|seq| state.kept.contains_key(seq)).map(|kept| AccountEntry::Released { kept });
+    let mut decision = entries(now, released);
     decision.writes.push(Box::new(move |key, stamp| Tables::dead_letter_write(key.shard, stamp, &tenant, &letter)));
     decision
 }
 
-fn called(state: &State, entry: EntryId, verdict: &Verdict, jitter: f64, now: &Now) -> Outcome {
+fn called(state: &State, found: &Found<Record>, entry: EntryId, verdict: &Verdict, jitter: f64, now: &Now) -> Outcome {
     let Some(send) = state.sends.get(&entry).filter(|s| s.phase == Phase::Attempted) else {
         return Ok(late(entry, verdict));
     };
     let outcome = |update: StatusUpdate| AccountEntry::Outcome { entry, update: Box::new(update) };
     let bodies = match verdict {
-        Verdict::Accepted { provider_id, .. } => {
+        Verdict::Accepted { provider_id, aliases } => {
             let mut update = StatusUpdate::bare(MessageStatus::Sent);
             update.provider_id = Some(provider_id.clone());
-            vec![outcome(update)]
+            // The customer writes from the address that the answer names: it leads to the same thread from now on.
+            let new = unknown(found, aliases);
+            let learnt = (!new.is_empty() && !send.outbound.thread.is_empty()).then(|| AccountEntry::AliasAdded { addresses: new, thread: send.outbound.thread.clone() });
+            learnt.into_iter().chain([outcome(update)]).collect()
         }
         Verdict::Unknown => vec![outcome(StatusUpdate::bare(MessageStatus::Unknown))],
         Verdict::Refused { error, closes_window } => {
@@ -301,22 +287,28 @@ fn called(state: &State, entry: EntryId, verdict: &Verdict, jitter: f64, now: &N
             _ => None,
         })
         .collect();
-    let learnt = match verdict {
-        Verdict::Accepted { aliases, .. } if !aliases.is_empty() => Some(Effect::Learn { entry, addresses: aliases.clone() }),
-        _ => None,
-    };
     let mut decision = entries(now, bodies);
     decision.effects = told;
-    decision.effects.extend(learnt);
     Ok(decision)
 }
 
 /// An answer that came after the call was given up (the account was loaded anew meanwhile): it can only climb.
 fn late(entry: EntryId, verdict: &Verdict) -> Decision<Account> {
     let decision = Decision::reply(AccountReply::Taken);
-    let Verdict::Accepted { provider_id, .. } = verdict else { return decision };
-    let mut update = StatusUpdate::bare(MessageStatus::Sent);
-    update.provider_id = Some(provider_id.clone());
+    let update = match verdict {
+        Verdict::Accepted { provider_id, .. } => {
+            let mut update = StatusUpdate::bare(MessageStatus::Sent);
+            update.provider_id = Some(provider_id.clone());
+            update
+        }
+        // It was not taken, and it is `unknown` by now: it is not sent again, and no longer unknown.
+        Verdict::Refused { error, .. } | Verdict::Retry { error, .. } | Verdict::Paused { error } => {
+            let mut update = StatusUpdate::bare(MessageStatus::Failed);
+            update.error = Some(error.clone());
+            update
+        }
+        Verdict::Unknown => return decision,
+    };
     decision.effect(Effect::Tell { entry, update: Box::new(update) })
 }
 
@@ -342,17 +334,13 @@ fn loaded(state: &State, now: &Now) -> Decision<Account> {
     for send in state.sends.values() {
         match &send.phase {
             Phase::Waiting => {}
-            Phase::Attempted if bodies.len() < CHOSEN_MAX => {
+            Phase::Attempted => {
                 let update = Box::new(StatusUpdate::bare(MessageStatus::Unknown));
                 bodies.push(AccountEntry::Outcome { entry: send.outbound.entry, update: update.clone() });
                 effects.push(Effect::Tell { entry: send.outbound.entry, update });
             }
-            Phase::Attempted => {}
             Phase::Known(update) => effects.push(Effect::Tell { entry: send.outbound.entry, update: update.clone() }),
         }
-    }
-    if bodies.len() == CHOSEN_MAX {
-        effects.push(Effect::Again);
     }
     let mut decision = entries(now, bodies);
     decision.effects = effects;

@@ -7,20 +7,20 @@ use std::time::Duration;
 use bytes::Bytes;
 use patchbay_connectors::SendLimits;
 use patchbay_protocol::ids::{CommandId, EntityId, EntryId};
-use patchbay_protocol::inbound::{Address, StatusUpdate};
+use patchbay_protocol::inbound::StatusUpdate;
 use patchbay_protocol::outbound::{Outbound, Signal};
 use patchbay_protocol::{CommandError, Timestamp};
 use patchbay_storage::log::LogKey;
 use patchbay_storage::tables::IdKey;
-use patchbay_storage::{Batch, Stamp};
+use patchbay_storage::Stamp;
 
 use super::commands::{self, AccountCommand, AccountReply, IN_FLIGHT_MAX, KeptReceipt};
-use super::log::{AccountEntry, Record, address_id};
+use super::log::{AccountEntry, Record, address_id, send_id};
 use super::state::{Frozen, Kept, State};
 use crate::directory::Directory;
 use crate::ports::Provider;
 use crate::router::{Router, command_id};
-use crate::shard::entity::{Decision, Found, LogEntity, Lookup, Now};
+use crate::shard::entity::{Decision, Derived, Found, LogEntity, Lookup, Now};
 use crate::shard::log_actor::Handle;
 
 /// Bounds of what goes out.
@@ -49,13 +49,6 @@ pub enum Effect {
         /// What.
         update: Box<StatusUpdate>,
     },
-    /// The recipient has other addresses as well.
-    Learn {
-        /// Whose send it was.
-        entry: EntryId,
-        /// The addresses.
-        addresses: Vec<Address>,
-    },
     /// Tries whether a kept receipt finds its message now.
     Place {
         /// The seq that kept it.
@@ -65,13 +58,13 @@ pub enum Effect {
     },
     /// A kept receipt whose day is over goes to the dead letters.
     Bury {
+        /// The seq that kept it.
+        seq: u64,
         /// The receipt.
         kept: Box<Kept>,
     },
     /// A signal to the customer.
     Signal(Signal),
-    /// There was more to put in order.
-    Again,
 }
 
 /// What all accounts of a node share.
@@ -121,7 +114,6 @@ impl LogEntity for Account {
         match command {
             AccountCommand::Resolve { .. } => "account.resolve",
             AccountCommand::Find { .. } => "account.find",
-            AccountCommand::Learn { .. } => "account.learn",
             AccountCommand::Enqueue(_) => "account.enqueue",
             AccountCommand::Keep(_) => "account.keep",
             AccountCommand::Event(_) => "account.event",
@@ -160,6 +152,7 @@ impl LogEntity for Account {
     fn ids(entry: &Record, _: u64) -> Vec<IdKey> {
         match &entry.body {
             AccountEntry::AliasAdded { addresses, .. } => addresses.iter().map(address_id).collect(),
+            AccountEntry::Queued { outbound, .. } => vec![send_id(outbound.entry)],
             _ => vec![],
         }
     }
@@ -191,11 +184,9 @@ impl LogEntity for Account {
         }
     }
 
-    fn derived(&self, _: &State, _: LogKey, _: Stamp) -> Vec<Batch> {
-        vec![]
+    fn derived(&self, _: &State, _: LogKey, _: Stamp) -> Derived {
+        Derived::default()
     }
-
-    fn derived_done(&self, _: &EntityId, _: &State) {}
 
     fn replay(_: &State, _: u64, _: &Record) -> Option<Effect> {
         None

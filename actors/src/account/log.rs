@@ -100,6 +100,11 @@ pub enum AccountEntry {
     Resumed {},
 }
 
+/// The id by which a send is found, also long after it was settled.
+pub fn send_id(entry: EntryId) -> IdKey {
+    IdKey::of(["send", &entry.to_string()])
+}
+
 /// The id by which an address is found.
 pub fn address_id(address: &Address) -> IdKey {
     let kind = match address.kind {

@@ -63,6 +63,10 @@ impl Breaker {
 
     /// A call was not answered by the provider.
     pub fn failed(&mut self, now: Timestamp) {
+        if self.failures >= FAILURES_MAX && now < self.open_until {
+            // One of those that were under way when it opened.
+            return;
+        }
         self.failures = self.failures.saturating_add(1);
         if self.failures >= FAILURES_MAX {
             let doubled = OPEN_MIN * 2u32.pow((self.failures - FAILURES_MAX).min(6));
@@ -114,8 +118,13 @@ mod tests {
         breaker.failed(t);
         assert_eq!(breaker.open_until(), t.plus(OPEN_MIN));
         assert_eq!(breaker.in_flight_max(64), 1);
-        (0..20).for_each(|_| breaker.failed(t));
-        assert_eq!(breaker.open_until(), t.plus(OPEN_MAX));
+        breaker.failed(t);
+        assert_eq!(breaker.open_until(), t.plus(OPEN_MIN), "those under way do not count");
+        for _ in 0..20 {
+            let then = breaker.open_until();
+            breaker.failed(then);
+            assert!(breaker.open_until().since(then) <= OPEN_MAX);
+        }
         breaker.worked();
         assert_eq!((breaker.open_until(), breaker.in_flight_max(64)), (Timestamp::default(), 64));
     }

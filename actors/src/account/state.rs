@@ -76,6 +76,11 @@ pub struct Frozen {
     paused: Option<String>,
     kept: BTreeMap<u64, Kept>,
     recent: VecDeque<(String, ConversationId)>,
+    /// Until when the provider holds back the account, and recipients.
+    #[serde(default)]
+    not_before: Timestamp,
+    #[serde(default)]
+    held: Vec<(String, Timestamp)>,
 }
 
 /// What an account is.
@@ -129,7 +134,16 @@ impl State {
     pub fn freeze(&self) -> Frozen {
         let mut sends: Vec<Send> = self.sends.values().cloned().collect();
         sends.sort_by_key(|s| s.arrival);
-        Frozen { sends, arrivals: self.arrivals, paused: self.paused.clone(), kept: self.kept.clone(), recent: self.recent.clone() }
+        let held = self.lines.iter().filter(|(_, l)| l.not_before > Timestamp::default()).map(|(r, l)| (r.clone(), l.not_before)).collect();
+        Frozen {
+            sends,
+            arrivals: self.arrivals,
+            paused: self.paused.clone(),
+            kept: self.kept.clone(),
+            recent: self.recent.clone(),
+            not_before: self.not_before,
+            held,
+        }
     }
 
     /// The state of a snapshot. Buckets begin full and the breaker closed.
@@ -138,6 +152,10 @@ impl State {
         state.arrivals = frozen.arrivals;
         state.paused = frozen.paused;
         state.kept = frozen.kept;
+        state.not_before = frozen.not_before;
+        for (recipient, not_before) in frozen.held {
+            state.line(&recipient, Timestamp::default()).not_before = not_before;
+        }
         for (id, conversation) in frozen.recent {
             state.remember_id(id, conversation);
         }
@@ -192,7 +210,7 @@ impl State {
     pub fn expired(&self, now: Timestamp, at_most: usize) -> Vec<EntryId> {
         // Whoever came first is the oldest.
         let in_order = self.by_arrival.values().filter_map(|e| self.sends.get(e));
-        let old = in_order.take_while(|s| now.since(s.outbound.at) >= self.max_age).filter(|s| s.phase == Phase::Waiting);
+        let old = in_order.filter(|s| s.phase == Phase::Waiting).take_while(|s| now.since(s.outbound.at) >= self.max_age);
         old.take(at_most).map(|s| s.outbound.entry).collect()
     }
 

@@ -12,7 +12,7 @@ use patchbay_protocol::receipt::MessageStatus;
 use patchbay_protocol::{CommandError, Timestamp};
 use patchbay_storage::log::LogKey;
 use patchbay_storage::tables::{IdKey, Tables};
-use patchbay_storage::{Batch, Stamp};
+use patchbay_storage::Stamp;
 use serde_json::json;
 
 use super::{commands, ids, state::State};
@@ -21,7 +21,7 @@ use crate::directory::Directory;
 use crate::inbox::InboxCommand;
 use crate::ports::Publisher;
 use crate::router::Router;
-use crate::shard::entity::{Decision, Found, LogEntity, Lookup, Now};
+use crate::shard::entity::{Decision, Derived, Found, LogEntity, Lookup, Now, Then};
 use crate::shard::log_actor::Handle;
 
 /// What a conversation does about its entries.
@@ -97,7 +97,11 @@ impl Conversation {
         let logs = &me.shards().logs;
         let entry: Entry = Self::decode(&logs.row(me.key(), seq).await.ok()??.payload)?;
         let Body::Sent(sent) = &entry.body else { return Some(()) };
-        let opened = self.home(me).await?;
+        let (opened, pending) = self.home(me, seq).await?;
+        if !pending {
+            // Its outcome is known by now.
+            return Some(());
+        }
         let reply_to = match sent.reply_to {
             Some(target) => provider_id_of(me, target).await,
             None => None,
@@ -105,6 +109,7 @@ impl Conversation {
         let outbound = Outbound {
             entry: EntryId { conversation: id, seq },
             at: entry.at,
+            thread: opened.thread.clone(),
             recipient: Recipient { address: opened.contact.address.clone(), user_id: opened.contact.user_id.clone() },
             content: sent.content.clone(),
             reply_to,
@@ -114,15 +119,15 @@ impl Conversation {
         answer.wait().await.ok().map(|_| ())
     }
 
-    /// Where the conversation is at home now: told by itself.
-    async fn home(&self, me: &Handle<Self>) -> Option<super::state::Home> {
+    /// Where the conversation is at home now, and whether message `seq` is still pending: told by itself.
+    async fn home(&self, me: &Handle<Self>, seq: u64) -> Option<(super::state::Home, bool)> {
         let (reply, answer) = tokio::sync::oneshot::channel();
-        me.peek(move |state: &State| drop(reply.send(state.home.clone())));
+        me.peek(move |state: &State| drop(reply.send(state.home.clone().map(|h| (h, state.pending.contains(&seq))))));
         answer.await.ok()?
     }
 
     async fn signal(&self, me: &Handle<Self>, signal: impl FnOnce(Recipient) -> Signal) {
-        let Some(home) = self.home(me).await else { return };
+        let Some((home, _)) = self.home(me, 0).await else { return };
         let recipient = Recipient { address: home.contact.address, user_id: home.contact.user_id };
         let Some(router) = self.router() else { return };
         // A signal that cannot be handed over now is not worth repeating.
@@ -217,23 +222,21 @@ impl LogEntity for Conversation {
         }
     }
 
-    fn derived(&self, state: &State, key: LogKey, stamp: Stamp) -> Vec<Batch> {
-        let Some(home) = &state.home else { return vec![] };
+    fn derived(&self, state: &State, key: LogKey, stamp: Stamp) -> Derived {
+        let Some(home) = &state.home else { return Derived::default() };
         let (inbox, window) = self.directory.presentation(home);
+        let Some(mut summary) = state.summary(inbox.clone(), window, Timestamp::default()) else { return Derived::default() };
         // Rows keep the end of the window, past or not: whoever reads them knows the time.
-        let mut summary = state.summary(inbox, window, Timestamp::default());
-        if let Some(summary) = &mut summary {
-            summary.window_until = state.window_until(window);
-        }
-        summary.map(|s| Tables::inbox_writes(key, stamp, &home.tenant, &s).to_vec()).unwrap_or_default()
-    }
-
-    fn derived_done(&self, _: &EntityId, state: &State) {
-        let Some(home) = &state.home else { return };
-        let (inbox, _) = self.directory.presentation(home);
-        if let Some(router) = self.router() {
-            let _ = router.inbox(&home.tenant, &inbox, InboxCommand::Stored { id: state.id, last_seq: state.last_seq });
-        }
+        summary.window_until = state.window_until(window);
+        let rows = Tables::inbox_writes(key, stamp, &home.tenant, &summary).to_vec();
+        let (router, tenant) = (self.router.get().cloned(), home.tenant.clone());
+        let then: Then = Box::new(move || {
+            if let Some(router) = router.as_ref().and_then(Weak::upgrade) {
+                // An inbox that was loaded before the row was there learns of it now.
+                let _ = router.inbox(&tenant, &inbox, InboxCommand::Stored(Box::new(summary.clone())));
+            }
+        });
+        Derived { rows, then: Some(then) }
     }
 
     fn replay(state: &State, seq: u64, entry: &Entry) -> Option<Effect> {
@@ -272,8 +275,8 @@ impl LogEntity for Conversation {
         match effect {
             Effect::HandOn { seq, lane } => self.hand_on(&me, conversation, seq, lane).await,
             Effect::MarkRead { provider_id } => {
-                let marks = match self.home(&me).await {
-                    Some(home) => self.directory.account(&home.tenant, &home.account).await.ok().flatten().is_some_and(|a| a.settings.mark_read),
+                let marks = match self.home(&me, 0).await {
+                    Some((home, _)) => self.directory.account(&home.tenant, &home.account).await.ok().flatten().is_some_and(|a| a.settings.mark_read),
                     None => false,
                 };
                 if marks {
@@ -283,7 +286,7 @@ impl LogEntity for Conversation {
             Effect::Typing { provider_id } => self.signal(&me, |_| Signal::Typing { provider_id }).await,
             Effect::React { provider_id, emoji } => self.signal(&me, |recipient| Signal::React { recipient, provider_id, emoji }).await,
             Effect::Assigned { agent, seq } => {
-                let Some(home) = self.home(&me).await else { return };
+                let Some((home, _)) = self.home(&me, 0).await else { return };
                 let push = json!({"type": "assigned", "conversation": conversation, "seq": seq});
                 self.publisher.agent(&home.tenant, &agent, Bytes::from(push.to_string()));
             }

@@ -48,8 +48,7 @@ pub fn of(entry: &Entry) -> Vec<IdKey> {
         }
         Body::NoteAdded { client_id, .. } => vec![client(&entry.actor, client_id)],
         Body::Status(s) => {
-            let mut ids = vec![status(s.message_seq, None)];
-            ids.extend(s.participant.as_deref().map(|p| status(s.message_seq, Some(p))));
+            let mut ids = vec![status(s.message_seq, s.participant.as_deref())];
             ids.extend(s.provider_id.as_deref().map(wamid));
             ids
         }

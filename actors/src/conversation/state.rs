@@ -207,7 +207,8 @@ impl State {
                 if let Some(status) = known.climb(s.status) {
                     self.set_message_status(s.message_seq, status);
                 }
-                if s.error.as_ref().is_some_and(|e| e.code == WINDOW_CLOSED_CODE) {
+                let newer = self.last_inbound.as_ref().is_some_and(|(seq, _)| *seq > s.message_seq);
+                if !newer && s.error.as_ref().is_some_and(|e| e.code == WINDOW_CLOSED_CODE) {
                     self.window_opened = None;
                 }
             }

@@ -92,6 +92,18 @@ impl<E: LogEntity> Decision<E> {
 /// A row to be written once its stamp is known.
 pub type RowIntent = Box<dyn FnOnce(LogKey, Stamp) -> Batch + Send + Sync>;
 
+/// To be done when derived rows are durable.
+pub type Then = Box<dyn Fn() + Send + Sync>;
+
+/// What follows from a confirmed state.
+#[derive(Default)]
+pub struct Derived {
+    /// Rows to be written.
+    pub rows: Vec<Batch>,
+    /// To be done when they are durable.
+    pub then: Option<Then>,
+}
+
 /// What decisions of an entity may draw on besides its state.
 pub struct Now {
     /// The instant of this decision; never before the entity's last entry.
@@ -153,10 +165,7 @@ pub trait LogEntity: Sized + Send + Sync + 'static {
     fn publish(&self, id: &EntityId, state: &Self::State, entries: &[(u64, Bytes)]);
 
     /// Rows derived from the state, rewritten after entries at leisure.
-    fn derived(&self, state: &Self::State, key: LogKey, stamp: Stamp) -> Vec<Batch>;
-
-    /// Told when derived rows up to the state are durable.
-    fn derived_done(&self, id: &EntityId, state: &Self::State);
+    fn derived(&self, state: &Self::State, key: LogKey, stamp: Stamp) -> Derived;
 
     /// After a load: the effects of a tail entry that may not have been handed on.
     fn replay(state: &Self::State, seq: u64, entry: &Self::Entry) -> Option<Self::Effect>;

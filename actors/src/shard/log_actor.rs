@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::future::Future;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -126,8 +127,6 @@ struct Live<E: LogEntity> {
     snapshot_seq: u64,
     /// The hash and size of the last entry, for the snapshot.
     last_hash: [u8; 16],
-    /// Appends that are not settled yet.
-    tickets: VecDeque<(u64, Ticket)>,
     armed: Option<Timestamp>,
 }
 
@@ -157,10 +156,20 @@ pub struct Loop<E: LogEntity> {
     queue: VecDeque<Queued<E>>,
     in_flight: Option<InFlight<E>>,
     derive: Derive,
+    /// The snapshot of what is being derived, written when that is durable, and what is to be told then.
+    frozen: Option<Frozen>,
+    /// Appends that are not settled yet.
+    tickets: VecDeque<(u64, Ticket)>,
     /// Effects that must be done in order, and whether one is under way.
     ordered: VecDeque<(u64, E::Effect)>,
     acting: Option<u64>,
     wake_armed: Option<Timestamp>,
+}
+
+/// What waits for derived rows to be durable.
+struct Frozen {
+    snapshot: Option<Snapshot>,
+    then: Option<super::entity::Then>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -190,6 +199,8 @@ impl<E: LogEntity> Actor for LogActor<E> {
             queue: VecDeque::new(),
             in_flight: None,
             derive: Derive::Clean,
+            frozen: None,
+            tickets: VecDeque::new(),
             ordered: VecDeque::new(),
             acting: None,
             wake_armed: None,
@@ -212,7 +223,6 @@ impl<E: LogEntity> Actor for LogActor<E> {
                     at.acting = None;
                     self.act_next(&me, at);
                     settle(at);
-                    self.snapshot_if_due(at);
                 }
             }
             Msg::Wake => {
@@ -321,7 +331,6 @@ impl<E: LogEntity> LogActor<E> {
             recent_ids: HashMap::new(),
             snapshot_seq: base,
             last_hash: snapshot.map_or([0; 16], |s| s.entry_hash),
-            tickets: VecDeque::new(),
             armed: None,
             state: self.entity.fresh(&at.id),
         };
@@ -331,7 +340,7 @@ impl<E: LogEntity> LogActor<E> {
             live.remember(row.seq, Arc::new(entry), &row.payload);
         }
         live.state = state;
-        live.tickets.extend(ticket.map(|t| (adopted, t)));
+        at.tickets.extend(ticket.map(|t| (adopted, t)));
         self.resume(me, at, &live);
         Ok(live)
     }
@@ -404,17 +413,17 @@ impl<E: LogEntity> LogActor<E> {
         queued.failures += 1;
         metrics::counter!("patchbay_actors_panics_total", "command" => name).increment(1);
         tracing::error!(command = name, tries = queued.failures, "a command made its entity panic");
-        at.phase = Phase::Cold;
-        for (earlier, _) in batch.answers.into_iter().rev() {
-            at.queue.push_front(earlier);
-        }
+        at.chill();
         if queued.failures < POISON_TRIES {
             tokio::time::sleep(Duration::from_millis(10 << queued.failures)).await;
-            at.queue.push_back(queued);
+            at.queue.push_front(queued);
         } else {
             metrics::counter!("patchbay_actors_poison_commands_total", "command" => name).increment(1);
             let detail = serde_json::json!({"detail": format!("{name} is parked: it fails every time")});
             answer(queued, Err(CommandError::with(ErrorCode::Internal, detail)));
+        }
+        for (earlier, _) in batch.answers.into_iter().rev() {
+            at.queue.push_front(earlier);
         }
     }
 
@@ -473,7 +482,7 @@ impl<E: LogEntity> LogActor<E> {
         let stamps = &self.shards.stamps[at.key.shard as usize];
         let (Ok(stamp), Ok(beside)) = (stamps.next(), stamps.next()) else {
             batch.answers.drain(..).for_each(|(queued, _)| answer(queued, Err(CommandError::unavailable())));
-            at.phase = Phase::Cold;
+            at.chill();
             return;
         };
         let mut rows: Vec<Batch> = intents.into_iter().map(|intent| intent(at.key, beside)).collect();
@@ -524,7 +533,7 @@ impl<E: LogEntity> LogActor<E> {
             if let Some(ticket) = batch.ticket {
                 ticket.settle();
             }
-            at.phase = Phase::Cold;
+            at.chill();
             return;
         }
         live.confirmed = batch.last;
@@ -533,7 +542,7 @@ impl<E: LogEntity> LogActor<E> {
             self.shards.timers.marked(at.key.shard);
             self.shards.timers.arm(Timer { entity: at.id.clone(), due });
         }
-        live.tickets.extend(batch.ticket.take().map(|t| (batch.last, t)));
+        at.tickets.extend(batch.ticket.take().map(|t| (batch.last, t)));
         if !batch.rows.is_empty() {
             self.entity.publish(&at.id, &live.state, &batch.rows);
             if at.derive == Derive::Clean {
@@ -598,7 +607,9 @@ impl<E: LogEntity> LogActor<E> {
         let last: HashMap<IdKey, u64> = ids.into_iter().collect();
         let last: Vec<(IdKey, u64)> = last.into_iter().collect();
         let mut batches = Tables::reference_writes(at.key, stamp, &last);
-        batches.extend(self.entity.derived(&live.state, at.key, stamp));
+        let derived = self.entity.derived(&live.state, at.key, stamp);
+        batches.extend(derived.rows);
+        at.frozen = Some(Frozen { snapshot: self.freeze(live), then: derived.then });
         at.derive = Derive::Writing { again: false };
         let (logs, me) = (self.shards.logs.clone(), me.clone());
         tokio::spawn(async move {
@@ -612,8 +623,12 @@ impl<E: LogEntity> LogActor<E> {
         at.derive = Derive::Clean;
         if let Phase::Live(live) = &mut at.phase {
             live.forget_up_to(seq);
-            self.entity.derived_done(&at.id, &live.state);
         }
+        let frozen = at.frozen.take();
+        if let Some(then) = frozen.as_ref().and_then(|f| f.then.as_ref()) {
+            then();
+        }
+        self.keep_snapshot(at, frozen);
         if again {
             at.derive = Derive::Waiting;
             let me = me.clone();
@@ -623,8 +638,8 @@ impl<E: LogEntity> LogActor<E> {
             });
         }
         settle(at);
-        self.snapshot_if_due(at);
-        if let Some(mark) = self.shards.activity.newly_settled(at.key.shard)
+        if self.shards.swept.load(Ordering::Relaxed)
+            && let Some(mark) = self.shards.activity.newly_settled(at.key.shard)
             && let Ok(stamp) = self.shards.stamps[at.key.shard as usize].next()
         {
             let (shards, shard) = (self.shards.clone(), at.key.shard);
@@ -638,15 +653,24 @@ impl<E: LogEntity> LogActor<E> {
         }
     }
 
-    fn snapshot_if_due(&self, at: &mut Loop<E>) {
-        let Phase::Live(live) = &at.phase else { return };
+    /// The snapshot of a confirmed state, when one is due.
+    fn freeze(&self, live: &Live<E>) -> Option<Snapshot> {
         let due = SNAPSHOT_ENTRIES.max(live.filter.bytes() as u64 / 64);
-        if live.confirmed - live.snapshot_seq >= due
-            && let Some(write) = self.snapshot(at)
-        {
-            let logs = self.shards.logs.clone();
-            tokio::spawn(async move { logs.write_until_answered(write).await });
+        (live.confirmed - live.snapshot_seq >= due).then(|| live.snapshot())
+    }
+
+    /// Writes what was frozen, now that everything derived from it is durable, if it is handed on as well.
+    fn keep_snapshot(&self, at: &mut Loop<E>, frozen: Option<Frozen>) {
+        let Some(snapshot) = frozen.and_then(|f| f.snapshot) else { return };
+        let open = at.acting.into_iter().chain(at.ordered.front().map(|(seq, _)| *seq)).min();
+        let Phase::Live(live) = &mut at.phase else { return };
+        if open.is_some_and(|seq| seq <= snapshot.seq) || snapshot.seq <= live.snapshot_seq {
+            return;
         }
+        let Ok(stamp) = self.shards.stamps[at.key.shard as usize].next() else { return };
+        live.snapshot_seq = snapshot.seq;
+        let (logs, write) = (self.shards.logs.clone(), patchbay_storage::log::Logs::snapshot_write(at.key, stamp, &snapshot));
+        tokio::spawn(async move { logs.write_until_answered(write).await });
     }
 
     /// The snapshot of the present state, if everything up to it is confirmed, derived and handed on.
@@ -657,13 +681,8 @@ impl<E: LogEntity> LogActor<E> {
             return None;
         }
         let stamp = self.shards.stamps[at.key.shard as usize].next().ok()?;
-        let mut state = BytesMut::new();
-        state.put_i64(live.at.as_millis());
-        live.filter.encode(&mut state);
-        state.put_slice(&E::freeze(&live.state));
         live.snapshot_seq = live.confirmed;
-        let snapshot = Snapshot { seq: live.confirmed, entry_hash: live.last_hash, state: state.freeze() };
-        Some(patchbay_storage::log::Logs::snapshot_write(at.key, stamp, &snapshot))
+        Some(patchbay_storage::log::Logs::snapshot_write(at.key, stamp, &live.snapshot()))
     }
 
     /// Makes ready to be forgotten, and stops when nobody minds.
@@ -687,6 +706,10 @@ impl<E: LogEntity> LogActor<E> {
 
     fn arm_wake(&self, me: &ActorRef<Msg<E>>, at: &mut Loop<E>) {
         let Phase::Live(live) = &at.phase else { return };
+        if at.in_flight.is_some() {
+            // It is asked again when the append is answered.
+            return;
+        }
         let now = self.shards.clock.now();
         let Some(wanted) = E::wake_at(&live.state, now) else { return };
         if at.wake_armed.is_some_and(|armed| armed <= wanted) {
@@ -698,6 +721,15 @@ impl<E: LogEntity> LogActor<E> {
             tokio::time::sleep(wait).await;
             let _ = me.cast(Msg::Wake);
         });
+    }
+}
+
+impl<E: LogEntity> Loop<E> {
+    /// Throws the working state away; the next command, if only this one, loads it again.
+    fn chill(&mut self) {
+        self.phase = Phase::Cold;
+        self.frozen = None;
+        self.queue.push_back(Queued { command: E::wake(), reply: None, permit: None, failures: 0 });
     }
 }
 
@@ -725,6 +757,15 @@ impl<E: LogEntity> Live<E> {
         decision.reply
     }
 
+    /// The present state, which must be confirmed.
+    fn snapshot(&self) -> Snapshot {
+        let mut state = BytesMut::new();
+        state.put_i64(self.at.as_millis());
+        self.filter.encode(&mut state);
+        state.put_slice(&E::freeze(&self.state));
+        Snapshot { seq: self.confirmed, entry_hash: self.last_hash, state: state.freeze() }
+    }
+
     fn remember(&mut self, seq: u64, entry: Arc<E::Entry>, payload: &Bytes) {
         for id in E::ids(&entry, seq) {
             self.filter.insert(id);
@@ -747,11 +788,11 @@ impl<E: LogEntity> Live<E> {
 
 /// Settles the appends of which everything is derived and handed on.
 fn settle<E: LogEntity>(at: &mut Loop<E>) {
-    let Phase::Live(live) = &mut at.phase else { return };
+    let Phase::Live(live) = &at.phase else { return };
     let open = at.acting.into_iter().chain(at.ordered.front().map(|(seq, _)| *seq)).min();
     let settled = open.map_or(live.derived, |seq| live.derived.min(seq - 1));
-    while live.tickets.front().is_some_and(|(seq, _)| *seq <= settled) {
-        if let Some((_, ticket)) = live.tickets.pop_front() {
+    while at.tickets.front().is_some_and(|(seq, _)| *seq <= settled) {
+        if let Some((_, ticket)) = at.tickets.pop_front() {
             ticket.settle();
         }
     }

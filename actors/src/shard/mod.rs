@@ -16,6 +16,7 @@ pub mod soft;
 pub mod timers;
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use patchbay_storage::Stamps;
 use patchbay_storage::log::Logs;
@@ -39,6 +40,8 @@ pub struct Shards {
     pub stamps: Vec<Stamps>,
     /// Activity by shard.
     pub activity: activity::ActivityLog,
+    /// Whether what earlier reigns left is in hand: before that no mark of this reign is written over theirs.
+    pub swept: AtomicBool,
     /// Timers of all shards.
     pub timers: Arc<timers::Timers>,
 }
@@ -52,6 +55,7 @@ impl Shards {
             logs: Logs::new(tables.engine().clone()),
             stamps: (0..count).map(|_| Stamps::new(epoch)).collect(),
             activity: activity::ActivityLog::new(count, epoch, clock),
+            swept: AtomicBool::new(false),
             timers: Arc::new(timers::Timers::default()),
             tables,
             clock,

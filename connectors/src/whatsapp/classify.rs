@@ -9,12 +9,14 @@ use serde_json::{Value, json};
 
 /// The reply window is closed.
 const WINDOW_CLOSED: i64 = 131_047;
+/// Not delivered, to keep the channel healthy; not to be tried for a day.
+const HELD_FOR_A_DAY: i64 = 131_049;
 /// Too many messages to this recipient.
 const PAIR_LIMIT: i64 = 131_056;
 
 /// Errors after which the same message may succeed later.
 pub(super) fn is_retryable(code: i64) -> bool {
-    matches!(code, 1 | 2 | 4 | 80_007 | 130_429 | PAIR_LIMIT | 131_000 | 131_016 | 131_057 | 131_049)
+    matches!(code, 1 | 2 | 4 | 80_007 | 130_429 | PAIR_LIMIT | 131_000 | 131_016 | 131_057)
 }
 
 /// Errors that hold back the whole account for a while.
@@ -54,10 +56,6 @@ fn answered(status: u16, retry_after: Option<Duration>, body: &[u8]) -> Verdict 
     if (200..300).contains(&status) {
         return accepted(&body);
     }
-    // Too many requests is an answer of the front door: nothing was taken.
-    if status == 429 {
-        return Verdict::Retry { error: ours("429", "too many requests"), after_ms: millis(retry_after), scope: Backoff::Account };
-    }
     Verdict::Unknown
 }
 
@@ -78,22 +76,23 @@ fn refused(status: u16, retry_after: Option<Duration>, error: &Value) -> Verdict
     let code = error["code"].as_i64().unwrap_or(-1);
     let transient = error["is_transient"] == json!(true);
     let retryable = transient || is_retryable(code) || status == 429 || (status >= 500 && !pauses_account(code));
+    // Held back for the customer's sake for a day at least: longer than a message may wait, so it fails, and may be
+    // sent anew later.
+    let held = code == HELD_FOR_A_DAY;
     let title = error["error_user_title"].as_str().or_else(|| error["type"].as_str()).unwrap_or("").to_owned();
-    let error = ProviderError { code: code.to_string(), title, retryable };
+    let error = ProviderError { code: code.to_string(), title, retryable: retryable || held };
     if pauses_account(code) {
         return Verdict::Paused { error };
     }
     if !retryable {
         return Verdict::Refused { error, closes_window: closes_window(code) };
     }
-    // Held back for the customer's sake for a day at least.
-    let held = (code == 131_049).then_some(Duration::from_secs(24 * 3600));
     let scope = match code {
         PAIR_LIMIT => Backoff::Pair,
         c if throttles_account(c) || status == 429 => Backoff::Account,
         _ => Backoff::Message,
     };
-    Verdict::Retry { error, after_ms: millis(retry_after.or(held)), scope }
+    Verdict::Retry { error, after_ms: millis(retry_after), scope }
 }
 
 fn millis(d: Option<Duration>) -> Option<u64> {
@@ -113,7 +112,7 @@ mod tests {
     fn only_what_graph_documents_is_an_answer() {
         assert_eq!(verdict(&CallResult::Lost), Verdict::Unknown);
         assert!(matches!(verdict(&CallResult::NotSent), Verdict::Retry { .. }));
-        for (status, body) in [(200, ""), (200, "{}"), (200, r#"{"messages":[]}"#), (408, ""), (500, "oops"), (502, ""), (302, ""), (404, "<html>")] {
+        for (status, body) in [(200, ""), (200, "{}"), (200, r#"{"messages":[]}"#), (408, ""), (500, "oops"), (502, ""), (302, ""), (404, "<html>"), (429, "")] {
             assert_eq!(answer(status, body), Verdict::Unknown, "{status} {body}");
         }
         let ok = answer(200, r#"{"contacts":[{"input":"5511","wa_id":"55911","user_id":"BR.1"}],"messages":[{"id":"wamid.X"}]}"#);

@@ -12,25 +12,36 @@ use super::classify;
 use crate::NotUnderstood;
 
 /// Account updates after which nothing can be sent until somebody acts.
-const PAUSING_EVENTS: [&str; 4] = ["DISABLED_UPDATE", "ACCOUNT_RESTRICTION", "ACCOUNT_VIOLATION", "ACCOUNT_DELETED"];
+const PAUSING_EVENTS: [&str; 3] = ["DISABLED_UPDATE", "ACCOUNT_RESTRICTION", "ACCOUNT_DELETED"];
 
 pub(super) fn items(body: &[u8]) -> Result<Vec<Item>, NotUnderstood> {
     let body: Value = serde_json::from_slice(body).map_err(|_| NotUnderstood)?;
-    if !body.is_object() {
-        return Err(NotUnderstood);
-    }
     let mut items = Vec::new();
     for entry in list(&body["entry"]) {
         for change in list(&entry["changes"]) {
+            let before = items.len();
             let field = change["field"].as_str().unwrap_or("");
             match field {
                 "messages" => messages(&change["value"], &mut items),
                 "smb_message_echoes" => echoes(&change["value"], &mut items),
                 _ => items.push(account_item(field, &change["value"])),
             }
+            if items.len() == before {
+                items.push(broken(change, "a change without items"));
+            }
+        }
+        if list(&entry["changes"]).is_empty() {
+            items.push(broken(entry, "an entry without changes"));
         }
     }
+    if items.is_empty() {
+        items.push(broken(&body, "a body without entries"));
+    }
     Ok(items)
+}
+
+fn broken(raw: &Value, reason: &str) -> Item {
+    Item { external_id: String::new(), kind: ItemKind::Broken { reason: reason.to_owned() }, raw: raw.clone() }
 }
 
 fn list(value: &Value) -> &[Value] {
@@ -60,8 +71,9 @@ fn seconds(value: &Value) -> Option<Timestamp> {
 
 fn account_item(field: &str, value: &Value) -> Item {
     let event = value["event"].as_str().unwrap_or("");
-    let banned = value["ban_info"].is_object() && value["ban_info"]["waba_ban_state"] != json!("REINSTATE");
-    let pauses = (field == "account_update" && (banned || PAUSING_EVENTS.contains(&event))).then(|| format!("{field} {event}"));
+    let reinstated = value["ban_info"]["waba_ban_state"] == json!("REINSTATE");
+    let banned = value["ban_info"].is_object() || PAUSING_EVENTS.contains(&event);
+    let pauses = (field == "account_update" && banned && !reinstated).then(|| format!("{field} {event}"));
     let kind = if field.is_empty() { "unknown" } else { field };
     let event = AccountEvent { kind: kind.to_owned(), data: value.clone(), pauses };
     Item { external_id: external_id(value), kind: ItemKind::Account(event), raw: value.clone() }
@@ -71,12 +83,24 @@ fn messages(value: &Value, items: &mut Vec<Item>) {
     let external_id = external_id(value);
     let contacts = list(&value["contacts"]);
     for message in list(&value["messages"]) {
-        let kind = thread_item(message, contacts).map_or_else(|reason| ItemKind::Broken { reason }, ItemKind::Thread);
+        let kind = match thread_item(message, contacts) {
+            // A notice of the channel that changes nobody's address is no message of the customer.
+            Ok(item) if message["type"] == "system" && !matches!(item.event, ThreadEvent::ContactChanged { .. }) => {
+                ItemKind::Account(AccountEvent { kind: "system".into(), data: message.clone(), pauses: None })
+            }
+            Ok(item) => ItemKind::Thread(item),
+            Err(reason) => ItemKind::Broken { reason },
+        };
         items.push(Item { external_id: external_id.clone(), kind, raw: message.clone() });
     }
     for status in list(&value["statuses"]) {
         let kind = status_item(status).map_or_else(|reason| ItemKind::Broken { reason }, ItemKind::Status);
         items.push(Item { external_id: external_id.clone(), kind, raw: status.clone() });
+        // Authorisation, billing and bans show in receipts as well.
+        if let Some(code) = list(&status["errors"]).iter().filter_map(code_of).find(|c| classify::pauses_account(*c)) {
+            let event = AccountEvent { kind: "error".into(), data: status["errors"].clone(), pauses: Some(format!("error {code}")) };
+            items.push(Item { external_id: external_id.clone(), kind: ItemKind::Account(event), raw: status.clone() });
+        }
     }
     for error in list(&value["errors"]) {
         let pauses = code_of(error).filter(|c| classify::pauses_account(*c)).map(|c| format!("error {c}"));
@@ -151,7 +175,8 @@ fn thread_item(message: &Value, contacts: &[Value]) -> Result<ThreadItem, String
     if addresses.is_empty() {
         return Err("a message without a sender".into());
     }
-    let mut contact = contact_of(&addresses, &card["profile"]);
+    // In a group the card is the speaker's, not the group's.
+    let mut contact = contact_of(&addresses, if group.is_some() { &Value::Null } else { &card["profile"] });
     if let Some(group) = &group {
         contact.address.clone_from(group);
     }
@@ -309,7 +334,10 @@ fn status_item(status: &Value) -> Result<StatusItem, String> {
     if group {
         push(&mut recipient, AddressKind::Group, text(&status["recipient_id"]));
     } else {
-        push(&mut recipient, AddressKind::WaId, digits(&status["recipient_id"]));
+        match digits(&status["recipient_id"]) {
+            Some(number) => push(&mut recipient, AddressKind::WaId, Some(number)),
+            None => push(&mut recipient, AddressKind::UserId, text(&status["recipient_id"])),
+        }
         push(&mut recipient, AddressKind::UserId, text(&status["recipient_user_id"]));
     }
     let participant = ["recipient_participant_id", "recipient_participant_user_id"].iter().find_map(|name| text(&status[*name]));

@@ -74,8 +74,8 @@ impl Authenticator for ApiAuth {
 
 #[async_trait]
 impl TokenIssuer for ApiAuth {
-    fn issue(&self, tenant: &TenantId, agent: &AgentId, role: Role, ttl_s: u64) -> Result<(String, Timestamp), CommandError> {
-        let now = self.clock.now().as_millis() / 1000;
+    fn issue(&self, tenant: &TenantId, agent: &AgentId, role: Role, ttl_s: u64, not_before: Option<Timestamp>) -> Result<(String, Timestamp), CommandError> {
+        let now = self.clock.now().max(not_before.unwrap_or_default()).as_millis() / 1000;
         let exp = now.saturating_add(i64::try_from(ttl_s).unwrap_or(i64::MAX / 2));
         let jti: u128 = rand::random();
         let claims = Claims {

@@ -114,9 +114,12 @@ fn kept(data_dir: &Path, name: &str) -> std::io::Result<String> {
         Err(e) => return Err(e),
     }
     let secret = keys::fresh_secret();
-    let mut f = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&file)?;
+    let fresh = data_dir.join(format!("{name}.new"));
+    let mut f = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&fresh)?;
     f.write_all(secret.as_bytes())?;
     f.sync_all()?;
+    // Whole or not at all.
+    fs::rename(&fresh, &file)?;
     Ok(secret)
 }
 

@@ -42,7 +42,7 @@ pub fn load(file: Option<&Path>, environment: impl Iterator<Item = (String, Stri
     if !faults.is_empty() {
         return Err(ConfigError(faults));
     }
-    let config = Config::deserialize(Value::Table(table)).map_err(|e| ConfigError(vec![e.to_string().trim().replace('\n', " ")]))?;
+    let config = Config::deserialize(Value::Table(table)).map_err(|e| ConfigError(vec![e.message().replace('\n', " ")]))?;
     let faults = config.faults();
     if faults.is_empty() { Ok(config) } else { Err(ConfigError(faults)) }
 }
@@ -56,7 +56,7 @@ fn read(path: &Path, faults: &mut Vec<String>) -> Table {
         }
     };
     text.parse().unwrap_or_else(|e: toml::de::Error| {
-        faults.push(format!("{}: {}", path.display(), e.to_string().trim().replace('\n', " ")));
+        faults.push(format!("{}: {}", path.display(), e.message().replace('\n', " ")));
         Table::new()
     })
 }

@@ -6,11 +6,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::body::{Body, to_bytes};
+use axum::body::Body;
 use axum::extract::{Path, Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
+use futures_util::StreamExt as _;
 use patchbay_actors::directory::{Account, Directory};
 use patchbay_actors::intake::Intake;
 use patchbay_connectors::{Connector, NAMES, by_name};
@@ -23,6 +24,8 @@ use tokio::sync::Semaphore;
 pub const BODY_BYTES_MAX: usize = 4 << 20;
 /// Bodies that are read and taken at once; past it the provider is told to come back.
 pub const BODIES_MAX: usize = 64;
+/// What is over the bound is dropped up to here before the answer.
+const DROPPED_BYTES_MAX: usize = 1 << 20;
 /// How long a body may take to arrive.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -70,13 +73,9 @@ pub async fn challenge(State(door): State<Arc<Webhooks>>, Path((tenant, account)
 /// A body of the provider.
 pub async fn receive(State(door): State<Arc<Webhooks>>, Path((tenant, account)): Path<(String, String)>, headers: HeaderMap, body: Body) -> Response {
     let Ok(_place) = door.bodies.try_acquire() else { return try_again() };
-    let too_large = headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse::<usize>().ok()).is_some_and(|n| n > BODY_BYTES_MAX);
-    if too_large {
-        return StatusCode::PAYLOAD_TOO_LARGE.into_response();
-    }
-    let body = match tokio::time::timeout(BODY_TIMEOUT, to_bytes(body, BODY_BYTES_MAX)).await {
-        Ok(Ok(body)) => body,
-        Ok(Err(_)) => return StatusCode::PAYLOAD_TOO_LARGE.into_response(),
+    let body = match tokio::time::timeout(BODY_TIMEOUT, read(body)).await {
+        Ok(Some(body)) => body,
+        Ok(None) => return StatusCode::PAYLOAD_TOO_LARGE.into_response(),
         Err(_) => return StatusCode::REQUEST_TIMEOUT.into_response(),
     };
     let started = std::time::Instant::now();
@@ -84,6 +83,25 @@ pub async fn receive(State(door): State<Arc<Webhooks>>, Path((tenant, account)):
     let status = response.status().as_u16().to_string();
     metrics::histogram!("patchbay_webhook_seconds", "status" => status).record(started.elapsed().as_secs_f64());
     response
+}
+
+/// A whole body, or `None` when it is over the bound. A little of what is over is read and dropped, so that whoever
+/// sends it is there to hear the answer.
+async fn read(body: Body) -> Option<Bytes> {
+    let mut stream = body.into_data_stream();
+    let mut kept = BytesMut::new();
+    let mut over = 0;
+    while let Some(Ok(chunk)) = stream.next().await {
+        if over == 0 && kept.len() + chunk.len() <= BODY_BYTES_MAX {
+            kept.extend_from_slice(&chunk);
+            continue;
+        }
+        over += chunk.len();
+        if over > DROPPED_BYTES_MAX {
+            break;
+        }
+    }
+    (over == 0).then(|| kept.freeze())
 }
 
 async fn take(door: &Webhooks, tenant: &str, account: &str, headers: &HeaderMap, body: &Bytes) -> Response {

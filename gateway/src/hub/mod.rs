@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use patchbay_actors::ports::Publisher;
+use patchbay_protocol::ErrorCode;
 use patchbay_protocol::client::Reply;
 use patchbay_protocol::client::reply::{ClientInfo, JoinLeave, Push};
 use patchbay_protocol::ids::{AgentId, ConversationId, InboxId, TenantId};
@@ -80,12 +81,14 @@ impl Hub {
     }
 
     /// Registers a connection with a topic; its seam holds what comes until its past is read.
-    pub fn join(&self, topic: &Topic, client: ClientId, outbound: &Arc<Outbound>, info: &Arc<ClientInfo>, join_leave: bool) {
-        outbound.subscribe(topic);
+    /// Refused when it is subscribed, or to too much.
+    pub fn join(&self, topic: &Topic, client: ClientId, outbound: &Arc<Outbound>, info: &Arc<ClientInfo>, join_leave: bool) -> Result<(), ErrorCode> {
+        outbound.subscribe(topic)?;
         let mut part = self.part(topic);
         let members = part.entry(topic.clone()).or_default();
         members.retain(|m| m.client != client);
         members.push(Member { client, outbound: outbound.clone(), info: info.clone(), join_leave });
+        Ok(())
     }
 
     /// Tells those who asked that somebody came.

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Poll, Waker};
 
 use bytes::Bytes;
-use patchbay_protocol::Disconnect;
+use patchbay_protocol::{Disconnect, ErrorCode};
 use patchbay_protocol::client::{Encoding, Reply, json, protobuf};
 
 use super::Topic;
@@ -22,6 +22,8 @@ pub const PUBLICATION_BYTES_MAX: usize = 256 * 1024;
 pub const TOTAL_BYTES_MAX: usize = 4 * 1024 * 1024;
 /// Latest-only slots of one socket.
 const SLOTS_MAX: usize = 32;
+/// How often a recovery looks for room.
+const ROOM_LOOK: std::time::Duration = std::time::Duration::from_millis(10);
 /// What a queued frame costs beside its bytes.
 const FRAME_COST: usize = 64;
 
@@ -62,6 +64,8 @@ struct Queue {
     slots: HashMap<(Topic, String), Bytes>,
     seams: HashMap<Topic, Seam<Bytes>>,
     behind: bool,
+    /// The socket has ended: nothing is kept for it any more.
+    ended: bool,
     closing: Option<Disconnect>,
     waker: Option<Waker>,
 }
@@ -70,12 +74,17 @@ struct Queue {
 pub struct Outbound {
     encoding: Encoding,
     queue: Mutex<Queue>,
+    /// Recoveries are read one at a time: what they bring is large.
+    recovery: tokio::sync::Semaphore,
 }
+
+/// Subscriptions of one socket.
+pub const SUBSCRIPTIONS_MAX: usize = 512;
 
 impl Outbound {
     /// An empty queue.
     pub fn new(encoding: Encoding) -> Arc<Self> {
-        Arc::new(Self { encoding, queue: Mutex::default() })
+        Arc::new(Self { encoding, queue: Mutex::default(), recovery: tokio::sync::Semaphore::new(1) })
     }
 
     /// The socket's encoding.
@@ -97,7 +106,8 @@ impl Outbound {
 
     /// Queues a push that belongs to a subscription: it goes when the subscription goes.
     pub fn push_for(&self, topic: &Topic, reply: &Reply) {
-        if let Ok(frame) = self.encoding.encode_reply(reply) {
+        let open = self.lock().is_open(topic);
+        if let (true, Ok(frame)) = (open, self.encoding.encode_reply(reply)) {
             self.push(Some(topic.clone()), frame);
         }
     }
@@ -118,9 +128,35 @@ impl Outbound {
         q.wake();
     }
 
-    /// Registers a subscription whose past will be read.
-    pub fn subscribe(&self, topic: &Topic) {
-        self.lock().seams.insert(topic.clone(), Seam::reading());
+    /// Registers a subscription whose past will be read; once.
+    pub fn subscribe(&self, topic: &Topic) -> Result<(), ErrorCode> {
+        let mut q = self.lock();
+        if q.seams.contains_key(topic) {
+            return Err(ErrorCode::AlreadySubscribed);
+        }
+        // The agent's own channel is the server's doing and does not count.
+        if q.seams.keys().filter(|t| !matches!(t, Topic::Agent(..))).count() >= SUBSCRIPTIONS_MAX {
+            return Err(ErrorCode::LimitExceeded);
+        }
+        q.seams.insert(topic.clone(), Seam::reading());
+        Ok(())
+    }
+
+    /// The socket has ended: drops everything, and says what it was subscribed to.
+    pub fn end(&self) -> Vec<Topic> {
+        let mut q = self.lock();
+        let topics = q.seams.drain().map(|(t, _)| t).collect();
+        *q = Queue { ended: true, ..Queue::default() };
+        topics
+    }
+
+    /// A turn to read a past, when there is room for what it brings.
+    pub async fn recovery_turn(&self) -> Option<tokio::sync::SemaphorePermit<'_>> {
+        let turn = self.recovery.acquire().await.ok()?;
+        while self.lock().bytes >= PUBLICATION_BYTES_MAX {
+            tokio::time::sleep(ROOM_LOOK).await;
+        }
+        Some(turn)
     }
 
     /// Ends a subscription: nothing queued for it is sent.
@@ -161,19 +197,30 @@ impl Outbound {
     }
 
     /// A publication without an order: dropped when there is no room.
+    ///
+    /// An inbox that could not be shown something is subscribed anew (and then listed); an agent's own channel cannot
+    /// be, since SDKs do not come back to it: there the socket is.
     pub fn publish_loose(&self, topic: &Topic, frames: &Frames) {
         let mut q = self.lock();
-        if q.seams.contains_key(topic) && q.bytes < PUBLICATION_BYTES_MAX {
-            q.push(Some(topic.clone()), frames.encoded(self.encoding));
-            q.wake();
+        if !q.is_open(topic) {
+            return;
         }
+        if q.bytes < PUBLICATION_BYTES_MAX {
+            q.push(Some(topic.clone()), frames.encoded(self.encoding));
+        } else if matches!(topic, Topic::Agent(..)) {
+            q.closing.get_or_insert(Disconnect::InsufficientState);
+        } else {
+            q.seams.insert(topic.clone(), Seam::Behind { last: 0 });
+            q.behind = true;
+        }
+        q.wake();
     }
 
     /// A publication of which only the latest by `key` matters.
     pub fn publish_latest(&self, topic: &Topic, key: &str, frames: &Frames) {
         let mut q = self.lock();
         let at = (topic.clone(), key.to_owned());
-        if q.seams.contains_key(topic) && (q.slots.len() < SLOTS_MAX || q.slots.contains_key(&at)) {
+        if q.is_open(topic) && (q.slots.len() < SLOTS_MAX || q.slots.contains_key(&at)) {
             q.slots.insert(at, frames.encoded(self.encoding));
             q.wake();
         }
@@ -219,8 +266,10 @@ impl Outbound {
         if !q.behind || q.bytes >= PUBLICATION_BYTES_MAX / 2 {
             return Vec::new();
         }
-        q.behind = false;
-        q.seams.iter_mut().filter_map(|(topic, seam)| seam.go_on().map(|after| (topic.clone(), after))).collect()
+        // One at a time: each may bring a page.
+        let next = q.seams.iter_mut().find_map(|(topic, seam)| seam.go_on().map(|after| (topic.clone(), after)));
+        q.behind = q.seams.values().any(|s| matches!(s, Seam::Behind { .. }));
+        next.into_iter().collect()
     }
 
     /// The next frame to be written, or why to close; pending when there is neither.
@@ -258,7 +307,15 @@ pub enum Next {
 }
 
 impl Queue {
+    /// Whether a subscription's reply is out, so that it may be shown what has no order.
+    fn is_open(&self, topic: &Topic) -> bool {
+        matches!(self.seams.get(topic), Some(Seam::Live { .. }))
+    }
+
     fn push(&mut self, topic: Option<Topic>, frame: Bytes) {
+        if self.ended {
+            return;
+        }
         self.bytes += frame.len() + FRAME_COST;
         self.frames.push_back(Queued { topic, frame });
     }

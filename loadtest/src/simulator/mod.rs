@@ -93,6 +93,11 @@ impl Simulator {
         webhooks::customer_writes(&self.sim, phone_number_id, customer)
     }
 
+    /// Calls under way.
+    pub fn record_open_calls(&self) -> u64 {
+        lock(&self.sim.record).calls_open
+    }
+
     /// What it has received and done so far.
     pub fn record(&self) -> Record {
         lock(&self.sim.record).clone()

@@ -64,7 +64,7 @@ pub(super) fn decide(state: &State, found: &Known, command: &Command, opening: &
             draft.add_by(Actor::new(ActorType::Provider, "app"), Body::Sent(sent));
         }
         ThreadEvent::ContactChanged { provider_id, .. } => {
-            draft.add_by(Actor::new(ActorType::Provider, "system"), Body::ContactUpdated { contact: opening.contact.clone(), provider_id: Some(provider_id.clone()) });
+            draft.add_by(Actor::new(ActorType::Provider, "system"), Body::ContactUpdated { contact: changed_contact(state, opening), provider_id: Some(provider_id.clone()) });
         }
     }
     Ok(Decision::entries(draft.entries, Reply::Taken))
@@ -105,6 +105,20 @@ fn open(state: &State, command: &Command, opening: &Opening, event: &ThreadEvent
     } else if by_customer && matches!(state.status, Status::Snoozed | Status::Pending) {
         draft.add_by(Actor::system(), Body::Reopened { episode: state.episode, cause: Cause::CustomerMessage });
     }
+}
+
+/// The contact with what the item says is new; what it does not say stays.
+fn changed_contact(state: &State, opening: &Opening) -> Contact {
+    let mut contact = state.home.as_ref().map_or_else(Contact::default, |h| h.contact.clone());
+    let new = &opening.contact;
+    for (field, value) in [(&mut contact.address, &new.address), (&mut contact.name, &new.name)] {
+        if !value.is_empty() {
+            field.clone_from(value);
+        }
+    }
+    contact.user_id = new.user_id.clone().or(contact.user_id);
+    contact.username = new.username.clone().or(contact.username);
+    contact
 }
 
 /// The contact gave itself a name or an id that we did not know.

@@ -4,7 +4,8 @@
 use std::collections::VecDeque;
 use std::future::{Future, poll_fn};
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -16,7 +17,7 @@ use patchbay_actors::agent::AgentCommand;
 use patchbay_actors::router::Router as _;
 use patchbay_protocol::client::reply::{Error, Push};
 use patchbay_protocol::client::{Command, DecodeError, Encoding, Reply};
-use patchbay_protocol::{CommandError, Disconnect};
+use patchbay_protocol::{AgentId, CommandError, Disconnect, TenantId};
 use tokio::sync::watch;
 use tokio::time::{Instant, Sleep};
 use tokio_tungstenite::WebSocketStream;
@@ -28,13 +29,17 @@ use super::lanes::Lanes;
 use super::session::Session;
 use super::{Counted, Sockets};
 use crate::auth::Peer;
-use crate::hub::ClientId;
+use crate::hub::{ClientId, Topic};
 use crate::hub::outbound::{Next, Outbound};
 
 /// Commands of one connection under way; past it the socket is not read.
 const COMMANDS_MAX: usize = 512;
 /// How long a close may take.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Permissions that could not be asked are asked again after this.
+const RECHECK_PAUSE: Duration = Duration::from_millis(500);
+/// Ticks are at least this far apart.
+const TICK_MIN: Duration = Duration::from_millis(5);
 /// Past `exp` a connection has this long to refresh.
 const REFRESH_GRACE: Duration = Duration::from_secs(25);
 
@@ -66,6 +71,8 @@ pub enum Change {
     Refreshed(Box<(Peer, crate::auth::Claims)>),
     /// The documents were asked again.
     Rechecked(Box<commands::recheck::Rechecked>),
+    /// They could not be asked.
+    RecheckLater,
     /// The connection ends.
     Close(Disconnect),
 }
@@ -77,9 +84,25 @@ pub struct Connection {
     pub(super) outbound: Arc<Outbound>,
     pub(super) session: Session,
     pub(super) lanes: Lanes<Done>,
+    /// The agent that was told of this connection.
+    pub(super) present: Arc<OnceLock<(TenantId, AgentId)>>,
     /// Commands that wait for `connect`, or for room.
     backlog: VecDeque<Command>,
     clock: Clock,
+    /// Ends when what is under way is answered: nothing more is read.
+    closing: Option<Disconnect>,
+    recheck: Recheck,
+    /// The documents changed while something was under way that had asked them before.
+    changed_since: bool,
+}
+
+/// Whether permissions are being asked again.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Recheck {
+    Idle,
+    Running,
+    /// The documents changed meanwhile.
+    Again,
 }
 
 /// When something is due on a connection.
@@ -89,6 +112,8 @@ struct Clock {
     next_ping: Option<Instant>,
     pong_due: Option<Instant>,
     expires: Option<Instant>,
+    recheck: Option<Instant>,
+    drain: Option<Instant>,
 }
 
 enum Event {
@@ -105,7 +130,8 @@ enum Event {
 pub async fn run(sockets: Arc<Sockets>, mut socket: Socket, encoding: Encoding) {
     let shared = sockets.clone();
     let Some(_open) = Counted::take(&shared.open, shared.limits.connections_max) else {
-        close(&mut socket, Disconnect::ConnectionLimit).await;
+        // It may pass by itself, so an SDK must come back.
+        close(&mut socket, Disconnect::TooManyRequests).await;
         return;
     };
     let Some(mut unconnected) = Counted::take(&shared.unconnected, shared.limits.unconnected_max).map(Some) else {
@@ -162,8 +188,12 @@ impl Connection {
             outbound: Outbound::new(encoding),
             session: Session::New,
             lanes: Lanes::default(),
+            present: Arc::default(),
             backlog: VecDeque::new(),
-            clock: Clock { sleep, opened, next_ping: None, pong_due: None, expires: None },
+            clock: Clock { sleep, opened, next_ping: None, pong_due: None, expires: None, recheck: None, drain: None },
+            closing: None,
+            recheck: Recheck::Idle,
+            changed_since: false,
             sockets,
         }
     }
@@ -198,7 +228,7 @@ impl Connection {
     }
 
     fn may_read(&self) -> bool {
-        self.backlog.is_empty() && self.lanes.len() < COMMANDS_MAX
+        self.closing.is_none() && self.backlog.is_empty() && self.lanes.len() < COMMANDS_MAX
     }
 
     /// Writes what is queued and flushes once: frames that are queued together go out in one write.
@@ -240,14 +270,23 @@ impl Connection {
     fn on(&mut self, event: Event) -> On {
         match event {
             Event::Read(Some(Ok(message))) => self.received(message),
-            Event::Read(Some(Err(e))) => broken(&e),
+            Event::Read(Some(Err(e))) => match broken(&e) {
+                On::Close(why) => self.close_after_replies(why),
+                on => on,
+            },
             Event::Read(None) => On::Gone,
             Event::Written(Ok(())) => On::Continue,
             Event::Written(Err(_)) => On::Gone,
             Event::Done(done) => self.done(*done),
             Event::Close(why) => On::Close(why),
             Event::Tick => self.tick(),
-            Event::Draining => On::Close(Disconnect::Shutdown),
+            Event::Draining => {
+                // Waves: about 200 sockets a second.
+                let spread = (self.sockets.open.load(Ordering::Relaxed) as f64 / 200.0).min(10.0);
+                self.clock.drain = Some(Instant::now() + Duration::from_secs_f64(spread * rand::random::<f64>()));
+                self.clock.arm(self.sockets.limits.connect);
+                On::Continue
+            }
             Event::Changed => {
                 self.recheck();
                 On::Continue
@@ -255,21 +294,34 @@ impl Connection {
         }
     }
 
+    /// Closes once everything that was taken is answered and flushed.
+    fn close_after_replies(&mut self, why: Disconnect) -> On {
+        self.backlog.clear();
+        let why = *self.closing.get_or_insert(why);
+        if self.lanes.is_empty() {
+            self.outbound.close(why);
+        }
+        On::Continue
+    }
+
     fn received(&mut self, message: Message) -> On {
+        if let Session::Refused = self.session {
+            return On::Continue;
+        }
         let frame = match (message, self.outbound.encoding()) {
             (Message::Text(text), Encoding::Json) => Bytes::from(text),
             (Message::Binary(data), Encoding::Protobuf) => data,
             (Message::Ping(_) | Message::Pong(_) | Message::Frame(_), _) => return On::Continue,
             (Message::Close(_), _) => return On::Continue,
-            (Message::Text(_) | Message::Binary(_), _) => return On::Close(Disconnect::BadRequest),
+            (Message::Text(_) | Message::Binary(_), _) => return self.close_after_replies(Disconnect::BadRequest),
         };
         match self.outbound.encoding().decode_commands(&frame) {
             Ok(commands) => {
                 self.backlog.extend(commands);
                 self.accept()
             }
-            Err(DecodeError::TooLarge) => On::Close(Disconnect::TooLarge),
-            Err(DecodeError::Malformed | DecodeError::TooMany) => On::Close(Disconnect::BadRequest),
+            Err(DecodeError::TooLarge) => self.close_after_replies(Disconnect::TooLarge),
+            Err(DecodeError::Malformed | DecodeError::TooMany) => self.close_after_replies(Disconnect::BadRequest),
         }
     }
 
@@ -280,7 +332,7 @@ impl Connection {
             match &mut self.session {
                 Session::New if command.is_pong() => {}
                 Session::New => {
-                    let Some(connect) = command.connect else { return On::Close(Disconnect::BadRequest) };
+                    let Some(connect) = command.connect else { return self.close_after_replies(Disconnect::BadRequest) };
                     self.session = Session::Connecting;
                     self.lanes.start(None, commands::connect::run(self, command.id, connect));
                 }
@@ -289,7 +341,7 @@ impl Connection {
                     return On::Continue;
                 }
                 Session::Live(_) if command.is_pong() => self.clock.pong_due = None,
-                Session::Live(_) if command.connect.is_some() => return On::Close(Disconnect::BadRequest),
+                Session::Live(_) if command.connect.is_some() => return self.close_after_replies(Disconnect::BadRequest),
                 Session::Live(_) => commands::start(self, command),
                 Session::Refused => {}
             }
@@ -298,6 +350,7 @@ impl Connection {
     }
 
     fn done(&mut self, done: Done) -> On {
+        let connected = matches!(done.change, Change::Connected(_));
         let closes = match done.change {
             Change::Close(why) => Some(why),
             change => {
@@ -310,7 +363,16 @@ impl Connection {
             Some(Err(error)) if done.id > 0 => self.outbound.reply(&refusal(done.id, &error)),
             _ => {}
         }
+        if let (true, Session::Live(live)) = (connected, &self.session) {
+            // The first reply is out: what the server subscribed begins.
+            for subscription in live.subscriptions.values() {
+                self.outbound.joined(&subscription.topic, None, 0);
+            }
+        }
         if let Some(why) = closes {
+            return self.close_after_replies(why);
+        }
+        if let (Some(why), true) = (self.closing, self.lanes.is_empty()) {
             self.outbound.close(why);
         }
         self.accept()
@@ -334,14 +396,42 @@ impl Connection {
                 let expires = live.expires();
                 self.clock.live(&self.sockets, expires);
             }
-            (Change::Rechecked(rechecked), Session::Live(_)) => commands::recheck::apply(self, *rechecked),
+            (Change::Rechecked(rechecked), Session::Live(_)) => {
+                commands::recheck::apply(self, *rechecked);
+                self.rechecked(false);
+            }
+            (Change::RecheckLater, Session::Live(_)) => self.rechecked(true),
             // What was decided for a session that has ended since.
             (_, Session::New | Session::Connecting | Session::Live(_) | Session::Refused) => {}
         }
     }
 
+    /// What was admitted while the documents changed is asked again.
+    fn recheck_if_changed(&mut self) {
+        if self.changed_since {
+            self.changed_since = !self.lanes.is_empty();
+            self.recheck();
+        }
+    }
+
+    fn rechecked(&mut self, failed: bool) {
+        let again = std::mem::replace(&mut self.recheck, Recheck::Idle) == Recheck::Again;
+        if failed {
+            self.clock.recheck = Some(Instant::now() + RECHECK_PAUSE);
+            self.clock.arm(self.sockets.limits.connect);
+        } else if again {
+            self.recheck();
+        }
+    }
+
     fn recheck(&mut self) {
+        self.changed_since |= !self.lanes.is_empty() || !matches!(self.session, Session::Live(_));
+        if self.recheck != Recheck::Idle {
+            self.recheck = Recheck::Again;
+            return;
+        }
         if let Session::Live(live) = &self.session {
+            self.recheck = Recheck::Running;
             let job = commands::recheck::run(self.sockets.clone(), live.claims.clone(), live.subscriptions.values().map(|s| s.topic.clone()).collect());
             self.lanes.start(None, job);
         }
@@ -349,6 +439,14 @@ impl Connection {
 
     fn tick(&mut self) -> On {
         let now = Instant::now();
+        if self.clock.drain.is_some_and(|at| now >= at) {
+            self.clock.drain = None;
+            return self.close_after_replies(Disconnect::Shutdown);
+        }
+        if self.clock.recheck.is_some_and(|at| now >= at) {
+            self.clock.recheck = None;
+            self.recheck();
+        }
         match &self.session {
             Session::New | Session::Connecting | Session::Refused => {
                 if now >= self.clock.opened + self.sockets.limits.connect {
@@ -356,7 +454,7 @@ impl Connection {
                 }
             }
             Session::Live(_) => {
-                if self.clock.pong_due.is_some_and(|at| now >= at) {
+                if self.may_read() && self.clock.pong_due.is_some_and(|at| now >= at) {
                     return On::Close(Disconnect::NoPong);
                 }
                 if self.clock.expires.is_some_and(|at| now >= at) {
@@ -375,15 +473,17 @@ impl Connection {
 
     /// Takes the connection out of everything that it was part of.
     async fn end(self) {
-        let Session::Live(live) = self.session else { return };
-        for subscription in live.subscriptions.values() {
-            if self.sockets.hub.leave(&subscription.topic, self.client) && subscription.announced {
-                self.sockets.hub.announce(&subscription.topic, self.client, false, &live.info);
+        // What is under way is dropped first, so that it joins nothing more.
+        drop(self.lanes);
+        for topic in self.outbound.end() {
+            let was = self.sockets.hub.leave(&topic, self.client);
+            if let (true, Session::Live(live), Topic::Conversation(_)) = (was, &self.session, &topic) {
+                self.sockets.hub.announce(&topic, self.client, false, &live.info);
             }
         }
-        if let Peer::Agent(agent) = &live.peer {
+        if let Some((tenant, agent)) = self.present.get() {
             let gone = AgentCommand::Disconnected { connection: self.client.to_string() };
-            if let Ok(answer) = self.sockets.desk.node().agent(&agent.tenant, &agent.agent, gone) {
+            if let Ok(answer) = self.sockets.desk.node().agent(tenant, agent, gone) {
                 // The session row is read again by whoever loads the agent.
                 let _ = answer.wait().await;
             }
@@ -401,8 +501,10 @@ impl Clock {
     }
 
     fn arm(&mut self, connect: Duration) {
-        let next = [self.next_ping, self.pong_due, self.expires].into_iter().flatten().min();
-        let next = next.unwrap_or(self.opened + connect);
+        let connect = self.next_ping.is_none().then(|| self.opened + connect);
+        let all = [self.next_ping, self.pong_due, self.expires, self.recheck, self.drain, connect];
+        let soon = Instant::now() + TICK_MIN;
+        let next = all.into_iter().flatten().min().unwrap_or(soon).max(soon);
         self.sleep.as_mut().reset(next);
     }
 }
@@ -418,6 +520,8 @@ fn message(encoding: Encoding, frame: Bytes) -> Message {
 fn broken(error: &tungstenite::Error) -> On {
     match error {
         tungstenite::Error::Capacity(_) => On::Close(Disconnect::TooLarge),
+        // It went without a word.
+        tungstenite::Error::Protocol(tungstenite::error::ProtocolError::ResetWithoutClosingHandshake) => On::Gone,
         tungstenite::Error::Protocol(_) | tungstenite::Error::Utf8(_) | tungstenite::Error::AttackAttempt => On::Close(Disconnect::BadRequest),
         _ => On::Gone,
     }

@@ -19,6 +19,7 @@ use patchbay_actors::desk::Desk;
 use patchbay_protocol::client::{Encoding, FRAME_BYTES_MAX};
 use tokio::sync::watch;
 use tokio_tungstenite::WebSocketStream;
+use tokio_util::task::TaskTracker;
 use tokio_tungstenite::tungstenite::handshake::server::create_response_with_body;
 use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
 
@@ -70,6 +71,8 @@ pub struct Sockets {
     pub open: AtomicUsize,
     /// Those that have not connected yet.
     pub unconnected: AtomicUsize,
+    /// Waited for when the node drains.
+    pub tasks: TaskTracker,
     /// Origins that a browser may come from; `None`: every one.
     pub origins: Option<Vec<String>>,
 }
@@ -106,7 +109,8 @@ pub async fn upgrade(State(sockets): State<Arc<Sockets>>, mut request: Request) 
         response.headers_mut().insert(header::SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(PROTOBUF));
     }
     let upgrade = hyper::upgrade::on(&mut request);
-    tokio::spawn(async move {
+    let tasks = sockets.tasks.clone();
+    tasks.spawn(async move {
         let Ok(upgraded) = upgrade.await else { return };
         let config = WebSocketConfig::default()
             .read_buffer_size(4096)

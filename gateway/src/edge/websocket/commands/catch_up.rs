@@ -23,20 +23,21 @@ pub(crate) fn run(sockets: Arc<Sockets>, outbound: Arc<Outbound>, client: Client
         let change = match &topic {
             Topic::Conversation(id) => match caught_up(&sockets, &outbound, &topic, *id, after).await {
                 Ok(true) => Change::None,
-                Ok(false) | Err(_) => {
-                    sockets.hub.leave(&topic, client);
-                    outbound.reply(&unsubscribe_push(channel.clone(), INSUFFICIENT_STATE, "insufficient state"));
-                    Change::Unsubscribed(channel)
-                }
+                Ok(false) | Err(_) => ended(&sockets, &outbound, client, &topic, channel),
             },
-            // These have no past to go on from.
-            Topic::Inbox(..) | Topic::Agent(..) => {
-                outbound.joined(&topic, None, 0);
-                Change::None
-            }
+            // These have no past to go on from: the client subscribes anew and lists.
+            Topic::Inbox(..) | Topic::Agent(..) => ended(&sockets, &outbound, client, &topic, channel),
         };
         Half::Done(Done { id: 0, reply: None, change })
     })
+}
+
+/// Ends the subscription with the push that makes an SDK come back to it.
+fn ended(sockets: &Sockets, outbound: &Outbound, client: ClientId, topic: &Topic, channel: String) -> Change {
+    if sockets.hub.leave(topic, client) {
+        outbound.reply(&unsubscribe_push(channel.clone(), INSUFFICIENT_STATE, "insufficient state"));
+    }
+    Change::Unsubscribed(channel)
 }
 
 async fn caught_up(sockets: &Sockets, outbound: &Outbound, topic: &Topic, id: ConversationId, after: u64) -> Result<bool, CommandError> {

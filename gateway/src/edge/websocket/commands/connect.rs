@@ -1,13 +1,13 @@
 //! `connect`: who is there. Subscribes its own agent channel.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use patchbay_actors::agent::AgentCommand;
 use patchbay_actors::router::Router as _;
 use patchbay_protocol::client::reply::{ClientInfo, ConnectResult, Reply, SubscribeResult};
 use patchbay_protocol::client::request::ConnectRequest;
-use patchbay_protocol::{CommandError, Disconnect, ErrorCode, Timestamp};
+use patchbay_protocol::{AgentId, CommandError, Disconnect, ErrorCode, TenantId, Timestamp};
 use serde_json::json;
 
 use super::super::Sockets;
@@ -19,9 +19,9 @@ use crate::hub::outbound::Outbound;
 use crate::hub::{ClientId, Topic};
 
 pub(crate) fn run(connection: &Connection, id: u32, request: ConnectRequest) -> Later<Half<Done>> {
-    let (sockets, client, outbound) = (connection.sockets.clone(), connection.client, connection.outbound.clone());
+    let (sockets, client, outbound, present) = (connection.sockets.clone(), connection.client, connection.outbound.clone(), connection.present.clone());
     Box::pin(async move {
-        let (reply, change) = match connect(&sockets, client, &outbound, &request).await {
+        let (reply, change) = match connect(&sockets, client, &outbound, &present, &request).await {
             Ok((result, live)) => (Some(Ok(Reply { connect: Some(result), ..Reply::default() })), Change::Connected(Box::new(live))),
             Err(Refused::Error(error)) => (Some(Err(error)), Change::Refused),
             Err(Refused::Close(why)) => (None, Change::Close(why)),
@@ -47,7 +47,7 @@ impl From<Refusal> for Refused {
     }
 }
 
-async fn connect(sockets: &Arc<Sockets>, client: ClientId, outbound: &Arc<Outbound>, request: &ConnectRequest) -> Result<(ConnectResult, Live), Refused> {
+async fn connect(sockets: &Arc<Sockets>, client: ClientId, outbound: &Arc<Outbound>, present: &OnceLock<(TenantId, AgentId)>, request: &ConnectRequest) -> Result<(ConnectResult, Live), Refused> {
     let now = sockets.desk.node().shards().clock.now();
     let (peer, claims) = sockets.auth.admit(&request.token, now).await?;
     let mut result = ConnectResult {
@@ -63,13 +63,15 @@ async fn connect(sockets: &Arc<Sockets>, client: ClientId, outbound: &Arc<Outbou
     let mut subscriptions = HashMap::new();
     if let Peer::Agent(agent) = &peer {
         let connected = AgentCommand::Connected { connection: client.to_string() };
-        let present = sockets.desk.node().agent(&agent.tenant, &agent.agent, connected).map_err(Refused::Error)?;
-        present.wait().await.map_err(Refused::Error)?;
+        // From here on the connection's end is told as well, whatever becomes of it.
+        let _ = present.set((agent.tenant.clone(), agent.agent.clone()));
+        let answer = sockets.desk.node().agent(&agent.tenant, &agent.agent, connected).map_err(Refused::Error)?;
+        answer.wait().await.map_err(Refused::Error)?;
         let topic = Topic::Agent(agent.tenant.clone(), agent.agent.clone());
-        sockets.hub.join(&topic, client, outbound, &info, false);
-        outbound.joined(&topic, None, 0);
+        sockets.hub.join(&topic, client, outbound, &info, false).map_err(|code| Refused::Error(code.into()))?;
         // Its own channel cannot be resumed, and says so.
-        result.subs.insert(topic.channel(), SubscribeResult::default());
+        let was_recovering = request.subs.get(&topic.channel()).is_some_and(|s| s.recover);
+        result.subs.insert(topic.channel(), SubscribeResult { was_recovering, ..SubscribeResult::default() });
         subscriptions.insert(topic.channel(), Subscription { topic, announced: false });
     }
     Ok((result, Live { peer, claims, info, subscriptions }))

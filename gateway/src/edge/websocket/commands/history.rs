@@ -1,6 +1,6 @@
 //! `history`: pages the durable log both ways, bounded by the owner's tip.
 
-use patchbay_actors::desk::{PAGE_ENTRIES_MAX, Page};
+use patchbay_actors::desk::{PAGE_BYTES_MAX, PAGE_ENTRIES_MAX, Page};
 use patchbay_protocol::client::reply::{HistoryResult, Publication, Reply};
 use patchbay_protocol::client::request::HistoryRequest;
 use patchbay_protocol::{CommandError, ErrorCode};
@@ -11,6 +11,9 @@ use super::super::lanes::{Half, Later};
 use crate::auth::Peer;
 use crate::hub::Topic;
 use std::sync::Arc;
+
+/// What a page's entries are wrapped in counts as well: a message has at most 512 KiB.
+const WRAPPING_BYTES: usize = 1024 + 64 * PAGE_ENTRIES_MAX;
 
 pub(super) fn run(connection: &Connection, id: u32, request: HistoryRequest) -> Later<Half<Done>> {
     let Some(claims) = super::claims(connection) else { return super::done(id, Err(ErrorCode::BadRequest.into())) };
@@ -37,7 +40,7 @@ async fn history(sockets: &Arc<Sockets>, peer: &Peer, request: &HistoryRequest) 
         (Some(s), true) => Page::Before(Some(s.offset)),
     };
     let limit = usize::try_from(request.limit).unwrap_or(PAGE_ENTRIES_MAX).min(PAGE_ENTRIES_MAX);
-    let found = sockets.desk.entries(&agent.tenant, id, page, limit).await?;
+    let found = sockets.desk.entries_within(&agent.tenant, id, page, limit, PAGE_BYTES_MAX - WRAPPING_BYTES).await?;
     let publications = found.entries.into_iter().map(|(offset, data)| Publication { data, offset, ..Publication::default() }).collect();
     Ok(HistoryResult { publications, epoch, offset: found.tip })
 }

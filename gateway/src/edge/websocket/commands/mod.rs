@@ -81,7 +81,10 @@ fn peer(connection: &Connection) -> Option<Peer> {
 /// not allowed: the same `permission_denied`; an unknown namespace says so.
 async fn topic(sockets: &Sockets, peer: &Peer, channel: &str) -> Result<Topic, CommandError> {
     let denied = || CommandError::from(ErrorCode::PermissionDenied);
-    let (namespace, name) = channel.split_once(':').ok_or(ErrorCode::UnknownChannel)?;
+    let (namespace, name) = match channel {
+        "cluster" => (channel, ""),
+        _ => channel.split_once(':').ok_or(ErrorCode::UnknownChannel)?,
+    };
     if !matches!(namespace, "conversation" | "inbox" | "agent" | "broadcast" | "cluster") {
         return Err(ErrorCode::UnknownChannel.into());
     }

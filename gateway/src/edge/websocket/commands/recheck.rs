@@ -28,13 +28,15 @@ pub(crate) fn run(sockets: Arc<Sockets>, claims: Claims, topics: Vec<Topic>) -> 
                 let mut lost = Vec::new();
                 for topic in topics {
                     let now = super::topic(&sockets, &peer, &topic.channel()).await;
-                    if now.is_err_and(|e| !e.code.is_temporary()) {
-                        lost.push(topic);
+                    match now {
+                        Err(e) if e.code.is_temporary() => return Half::Done(Done { id: 0, reply: None, change: Change::RecheckLater }),
+                        Err(_) => lost.push(topic),
+                        Ok(_) => {}
                     }
                 }
                 Change::Rechecked(Box::new(Rechecked { peer, lost }))
             }
-            Err(Refusal::Unavailable) => Change::None,
+            Err(Refusal::Unavailable) => Change::RecheckLater,
             Err(Refusal::Revoked | Refusal::Invalid | Refusal::Expired | Refusal::NotAvailable) => Change::Close(Disconnect::ForceNoReconnect),
         };
         Half::Done(Done { id: 0, reply: None, change })

@@ -64,11 +64,12 @@ pub(super) fn run(connection: &Connection, id: u32, request: RpcRequest) -> Late
     let (Some(claims), Some(peer)) = (super::claims(connection), super::peer(connection)) else {
         return super::done(id, Err(ErrorCode::BadRequest.into()));
     };
+    let later = request.method.starts_with("offer.");
+    if !matches!(peer, Peer::Agent(_)) || later {
+        return super::done(id, Err(ErrorCode::NotAvailable.into()));
+    }
     if !METHODS.contains(&request.method.as_str()) {
         return super::done(id, Err(ErrorCode::MethodNotFound.into()));
-    }
-    if !matches!(peer, Peer::Agent(_)) {
-        return super::done(id, Err(ErrorCode::NotAvailable.into()));
     }
     let sockets = connection.sockets.clone();
     Box::pin(async move {

@@ -15,8 +15,6 @@ use super::super::session::{Session, Subscription};
 use crate::auth::{Claims, Peer};
 use crate::hub::Topic;
 
-/// Subscriptions of one socket.
-const SUBSCRIPTIONS_MAX: usize = 512;
 /// Publications that a recovery brings; past it the client pages by `history`.
 pub(super) const RECOVERY_MAX_PUBLICATIONS: usize = 300;
 /// The flag that asks for an error instead of `recovered: false`.
@@ -27,22 +25,23 @@ pub(super) fn run(connection: &mut Connection, id: u32, request: SubscribeReques
     if request.channel.is_empty() || request.channel.len() > 255 {
         return super::done(id, Err(ErrorCode::BadRequest.into()));
     }
-    if live.subscriptions.contains_key(&request.channel) {
-        return super::done(id, Err(ErrorCode::AlreadySubscribed.into()));
-    }
-    if live.subscriptions.len() >= SUBSCRIPTIONS_MAX {
-        return super::done(id, Err(ErrorCode::LimitExceeded.into()));
+    if !request.token.is_empty() {
+        // No channel of this version takes a token of its own.
+        return super::done(id, Err(ErrorCode::PermissionDenied.into()));
     }
     let claims = live.claims.clone();
     let (sockets, client, outbound, info) = (connection.sockets.clone(), connection.client, connection.outbound.clone(), live.info.clone());
     Box::pin(async move {
         let channel = request.channel.clone();
-        let refused = |error| Half::Done(Done { id, reply: Some(Err(error)), change: Change::Unsubscribed(channel.clone()) });
+        let refused = |error, change| Half::Done(Done { id, reply: Some(Err(error)), change });
         let (peer, topic) = match admitted(&sockets, &claims, &request.channel).await {
             Ok(found) => found,
-            Err(error) => return refused(error),
+            Err(error) => return refused(error, Change::None),
         };
-        sockets.hub.join(&topic, client, &outbound, &info, request.join_leave);
+        if let Err(code) = sockets.hub.join(&topic, client, &outbound, &info, request.join_leave) {
+            return refused(code.into(), Change::None);
+        }
+        let _turn = if request.recover { outbound.recovery_turn().await } else { None };
         let past = match &topic {
             Topic::Conversation(conversation) => past(&sockets, &peer, *conversation, &request).await,
             Topic::Inbox(..) | Topic::Agent(..) => Ok((SubscribeResult { was_recovering: request.recover, ..SubscribeResult::default() }, 0)),
@@ -59,7 +58,7 @@ pub(super) fn run(connection: &mut Connection, id: u32, request: SubscribeReques
             }
             Err(error) => {
                 sockets.hub.leave(&topic, client);
-                refused(error)
+                refused(error, Change::Unsubscribed(channel))
             }
         }
     })

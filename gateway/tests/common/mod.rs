@@ -1,0 +1,332 @@
+//! What end-to-end tests share: the real binary, HTTP, signed webhooks, a small socket client, waiting for conditions.
+#![allow(dead_code, missing_docs, unreachable_pub, clippy::unwrap_used)]
+
+use std::collections::VecDeque;
+use std::future::Future;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use futures_util::{SinkExt as _, StreamExt as _};
+use hmac::{Hmac, Mac};
+use patchbay_protocol::{AccountId, ConversationId, TenantId};
+use serde_json::{Value, json};
+use sha2::Sha256;
+use tokio::net::TcpStream;
+use tokio::process::{Child, Command};
+use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
+use tokio_tungstenite::tungstenite::{Error as WsError, Message};
+use tokio_tungstenite::{MaybeTlsStream, WebSocketStream, connect_async};
+
+pub const APP_SECRET: &str = "app-secret";
+
+/// Waits until `f` gives something; panics with `what` after 30 s, far more than anything here needs.
+pub async fn until<T, F: Future<Output = Option<T>>>(what: &str, mut f: impl FnMut() -> F) -> T {
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(30);
+    loop {
+        if let Some(found) = f().await {
+            return found;
+        }
+        assert!(tokio::time::Instant::now() < deadline, "gave up waiting: {what}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// Once for the process; who comes first wins.
+pub fn install_crypto() {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+}
+
+/// The real binary with a data directory of its own.
+pub struct Node {
+    pub dir: PathBuf,
+    child: Child,
+    pub ready: Value,
+    pub http: reqwest::Client,
+}
+
+impl Node {
+    pub async fn start(dir: &Path) -> Self {
+        Self::start_with(dir, &[]).await
+    }
+
+    pub async fn start_with(dir: &Path, env: &[(&str, &str)]) -> Self {
+        install_crypto();
+        let file = dir.join("ready.json");
+        let _ = std::fs::remove_file(&file);
+        let log = std::fs::OpenOptions::new().create(true).append(true).open(dir.join("node.log")).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_patchbay"));
+        command
+            .args(["dev", "--quiet", "--data-dir"])
+            .arg(dir.join("data"))
+            .arg("--ready-file")
+            .arg(&file)
+            .env("PATCHBAY__PUBLIC__LISTEN", "127.0.0.1:0")
+            .env("PATCHBAY__OPS__LISTEN", "127.0.0.1:0")
+            .env("PATCHBAY__LOG__FORMAT", "json")
+            .stdout(Stdio::null())
+            .stderr(log)
+            .kill_on_drop(true);
+        for (name, value) in env {
+            command.env(name, value);
+        }
+        let mut child = command.spawn().unwrap();
+        let deadline = tokio::time::Instant::now() + Duration::from_secs(60);
+        let ready = loop {
+            if let Ok(text) = std::fs::read_to_string(&file) {
+                break serde_json::from_str(&text).unwrap();
+            }
+            if let Some(status) = child.try_wait().unwrap() {
+                panic!("the node ended with {status}: {}", std::fs::read_to_string(dir.join("node.log")).unwrap_or_default());
+            }
+            assert!(tokio::time::Instant::now() < deadline, "the node was not ready in 60 s");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        };
+        let http = reqwest::Client::builder().no_proxy().pool_max_idle_per_host(64).build().unwrap();
+        Self { dir: dir.to_owned(), child, ready, http }
+    }
+
+    pub fn public(&self) -> &str {
+        self.ready["public"].as_str().unwrap()
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id().unwrap()
+    }
+
+    /// SIGKILL.
+    pub async fn kill(&mut self) {
+        self.child.kill().await.unwrap();
+    }
+
+    /// SIGTERM; the exit code.
+    pub async fn terminate(&mut self) -> Option<i32> {
+        let status = std::process::Command::new("kill").args(["-TERM", &self.pid().to_string()]).status().unwrap();
+        assert!(status.success());
+        let ended = tokio::time::timeout(Duration::from_secs(40), self.child.wait()).await;
+        ended.expect("the node did not end").unwrap().code()
+    }
+
+    pub fn demo_key(&self) -> String {
+        std::fs::read_to_string(self.dir.join("data/demo_key")).unwrap()
+    }
+
+    pub fn operator_key(&self) -> &str {
+        self.ready["operator_key"].as_str().unwrap()
+    }
+
+    pub fn url(&self, path: &str) -> String {
+        format!("http://{}{path}", self.public())
+    }
+
+    pub async fn api(&self, key: &str, method: &str, path: &str, body: Option<Value>) -> (u16, Value) {
+        let method = reqwest::Method::from_bytes(method.as_bytes()).unwrap();
+        let mut request = self.http.request(method, self.url(&format!("/api/v1{path}"))).bearer_auth(key);
+        if let Some(body) = body {
+            request = request.json(&body);
+        }
+        let answer = request.send().await.unwrap();
+        let status = answer.status().as_u16();
+        (status, serde_json::from_slice(&answer.bytes().await.unwrap()).unwrap_or(Value::Null))
+    }
+
+    pub async fn get(&self, key: &str, path: &str) -> Value {
+        let (status, body) = self.api(key, "GET", path, None).await;
+        assert_eq!(status, 200, "{path}: {body}");
+        body
+    }
+
+    /// Creates a tenant with an inbox `main`, an account `wa` that calls `api_base`, and an agent; returns its key.
+    pub async fn tenant(&self, id: &str, api_base: &str, number: &str) -> String {
+        let (status, body) = self.api(self.operator_key(), "POST", "/tenants", Some(json!({"id": id, "name": id}))).await;
+        assert_eq!(status, 201, "{body}");
+        let key = body["key"].as_str().unwrap().to_owned();
+        let (status, body) = self.api(&key, "PUT", "/inboxes/main", Some(json!({"name": "Main"}))).await;
+        assert_eq!(status, 201, "{body}");
+        self.account(&key, "wa", api_base, number).await;
+        let (status, body) = self.api(&key, "PUT", "/agents/anna", Some(json!({"name": "Anna", "role": "admin", "inboxes": ["main"]}))).await;
+        assert_eq!(status, 201, "{body}");
+        key
+    }
+
+    pub async fn account(&self, key: &str, account: &str, api_base: &str, number: &str) {
+        let body = json!({
+            "connector": "whatsapp", "inbox": "main", "name": "WhatsApp", "external_id": number,
+            "credentials": {"app_secret": APP_SECRET, "verify_token": "verify", "access_token": "token"},
+            "settings": {"api_base": api_base, "api_version": "v23.0", "mark_read": true, "typing": true},
+        });
+        let (status, body) = self.api(key, "PUT", &format!("/accounts/{account}"), Some(body)).await;
+        assert!(status == 201 || status == 200, "{body}");
+    }
+
+    pub async fn token(&self, key: &str, agent: &str, ttl_s: u64) -> String {
+        let (status, body) = self.api(key, "POST", &format!("/agents/{agent}/tokens"), Some(json!({"ttl_s": ttl_s}))).await;
+        assert_eq!(status, 200, "{body}");
+        body["token"].as_str().unwrap().to_owned()
+    }
+
+    /// Every entry of a conversation.
+    pub async fn entries(&self, key: &str, id: ConversationId) -> Vec<Value> {
+        let mut all: Vec<Value> = Vec::new();
+        loop {
+            let after = all.last().map_or(0, |e| e["seq"].as_u64().unwrap());
+            let page = self.get(key, &format!("/conversations/{id}/entries?limit=1000&after_seq={after}")).await;
+            let entries = page["entries"].as_array().unwrap();
+            if entries.is_empty() {
+                return all;
+            }
+            all.extend(entries.iter().cloned());
+        }
+    }
+
+    pub async fn webhook(&self, tenant: &str, account: &str, body: &[u8]) -> u16 {
+        self.signed(tenant, account, body, APP_SECRET).await.0
+    }
+
+    pub async fn signed(&self, tenant: &str, account: &str, body: &[u8], secret: &str) -> (u16, String) {
+        let request = self.http.post(self.url(&format!("/webhooks/{tenant}/{account}"))).header("x-hub-signature-256", sign(secret, body)).body(body.to_vec());
+        let answer = request.send().await.unwrap();
+        (answer.status().as_u16(), answer.text().await.unwrap())
+    }
+
+    pub async fn socket(&self, token: &str) -> Ws {
+        let mut ws = Ws::open(self.public()).await;
+        ws.call(json!({"connect": {"token": token}})).await.expect("connect");
+        ws
+    }
+}
+
+pub fn sign(secret: &str, body: &[u8]) -> String {
+    let mut mac = Hmac::<Sha256>::new_from_slice(secret.as_bytes()).unwrap();
+    mac.update(body);
+    let hex: String = mac.finalize().into_bytes().iter().map(|b| format!("{b:02x}")).collect();
+    format!("sha256={hex}")
+}
+
+pub fn conversation(tenant: &str, account: &str, thread: &str) -> ConversationId {
+    let (tenant, account): (TenantId, AccountId) = (tenant.parse().unwrap(), account.parse().unwrap());
+    ConversationId::derive(&tenant, &account, thread)
+}
+
+pub fn text_item(from: &str, id: &str, text: &str) -> Value {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+    json!({"from": from, "id": id, "timestamp": now.to_string(), "type": "text", "text": {"body": text}})
+}
+
+pub fn webhook_body(number: &str, messages: &[Value], statuses: &[Value]) -> Vec<u8> {
+    let contacts: Vec<Value> = messages.iter().filter_map(|m| m["from"].as_str()).map(|f| json!({"wa_id": f, "profile": {"name": "Luz"}})).collect();
+    let mut value = json!({"messaging_product": "whatsapp", "metadata": {"phone_number_id": number}, "contacts": contacts});
+    if !messages.is_empty() {
+        value["messages"] = json!(messages);
+    }
+    if !statuses.is_empty() {
+        value["statuses"] = json!(statuses);
+    }
+    json!({"object": "whatsapp_business_account", "entry": [{"id": "1", "changes": [{"field": "messages", "value": value}]}]}).to_string().into_bytes()
+}
+
+/// A small socket client, in JSON.
+pub struct Ws {
+    socket: WebSocketStream<MaybeTlsStream<TcpStream>>,
+    id: u32,
+    pub pushes: VecDeque<Value>,
+    /// The close code, once it was closed.
+    pub closed: Option<u16>,
+}
+
+impl Ws {
+    pub async fn open(public: &str) -> Self {
+        Self::try_open(public).await.unwrap()
+    }
+
+    pub async fn try_open(public: &str) -> Result<Self, WsError> {
+        let request = format!("ws://{public}/connection/websocket").into_client_request()?;
+        let (socket, _) = connect_async(request).await?;
+        Ok(Self { socket, id: 0, pushes: VecDeque::new(), closed: None })
+    }
+
+    pub async fn send_raw(&mut self, frame: Message) -> Result<(), WsError> {
+        self.socket.send(frame).await
+    }
+
+    /// Sends a command; its id.
+    pub async fn send(&mut self, mut command: Value) -> u32 {
+        self.id += 1;
+        command["id"] = json!(self.id);
+        let _ = self.socket.send(Message::text(command.to_string())).await;
+        self.id
+    }
+
+    /// Sends a command and waits for its reply: the result, or the error.
+    pub async fn call(&mut self, command: Value) -> Result<Value, Value> {
+        let id = self.send(command).await;
+        self.reply(id).await
+    }
+
+    pub async fn reply(&mut self, id: u32) -> Result<Value, Value> {
+        if let Some(at) = self.pushes.iter().position(|r| r["id"] == json!(id)) {
+            return outcome(self.pushes.remove(at).unwrap());
+        }
+        loop {
+            for reply in self.read().await.ok_or_else(|| json!({"closed": self.closed}))? {
+                if reply["id"] == json!(id) {
+                    return outcome(reply);
+                }
+                self.pushes.push_back(reply);
+            }
+        }
+    }
+
+    /// The next replies and pushes; `None` when the socket has ended.
+    pub async fn read(&mut self) -> Option<Vec<Value>> {
+        loop {
+            let next = tokio::time::timeout(Duration::from_secs(60), self.socket.next()).await.expect("nothing came for 60 s");
+            match next {
+                Some(Ok(Message::Text(text))) => {
+                    let mut found = Vec::new();
+                    for line in text.lines() {
+                        let reply: Value = serde_json::from_str(line).unwrap();
+                        if reply.as_object().unwrap().is_empty() {
+                            let _ = self.socket.send(Message::text("{}")).await;
+                        } else {
+                            found.push(reply);
+                        }
+                    }
+                    return Some(found);
+                }
+                Some(Ok(Message::Close(frame))) => self.closed = frame.map(|f| f.code.into()),
+                Some(Ok(_)) => {}
+                Some(Err(_)) | None => return None,
+            }
+        }
+    }
+
+    /// The next push.
+    pub async fn push(&mut self) -> Option<Value> {
+        loop {
+            if let Some(push) = self.pushes.pop_front() {
+                return Some(push["push"].clone());
+            }
+            let read = self.read().await?;
+            self.pushes.extend(read);
+        }
+    }
+
+    /// The close code, after everything else was read.
+    pub async fn close_code(&mut self) -> Option<u16> {
+        while self.read().await.is_some() {}
+        self.closed
+    }
+
+    pub async fn rpc(&mut self, method: &str, data: Value) -> Result<Value, Value> {
+        self.call(json!({"rpc": {"method": method, "data": data}})).await.map(|mut r| r["rpc"]["data"].take())
+    }
+
+    pub async fn subscribe(&mut self, channel: &str) -> Result<Value, Value> {
+        self.call(json!({"subscribe": {"channel": channel}})).await.map(|mut r| r["subscribe"].take())
+    }
+}
+
+fn outcome(reply: Value) -> Result<Value, Value> {
+    if reply["error"].is_object() { Err(reply["error"].clone()) } else { Ok(reply) }
+}
