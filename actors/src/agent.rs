@@ -129,7 +129,13 @@ impl SoftEntity for Agent {
         Ok(State { sessions, said: Presence::Online, last_seen: None })
     }
 
-    async fn handle(&self, id: &EntityId, state: &mut State, command: AgentCommand, _: &Again<Self>) -> Result<AgentReply, CommandError> {
+    async fn handle(
+        &self,
+        id: &EntityId,
+        state: &mut State,
+        command: AgentCommand,
+        _: &Again<Self>,
+    ) -> Result<AgentReply, CommandError> {
         let EntityId::Agent(tenant, agent) = id else { return Ok(state.reply()) };
         let key = self.key(id);
         let before = state.reply();
@@ -138,14 +144,24 @@ impl SoftEntity for Agent {
                 if state.sessions.len() >= SESSIONS_MAX {
                     return Err(CommandError::overloaded(1000));
                 }
-                let session = Session { connection, incarnation: u64::from(self.shards.epoch), since: self.shards.clock.now() };
-                self.shards.logs.write_until_answered(Tables::session_write(key, self.stamp(key)?, &session)).await;
+                let session = Session {
+                    connection,
+                    incarnation: u64::from(self.shards.epoch),
+                    since: self.shards.clock.now(),
+                };
+                self.shards
+                    .logs
+                    .write_until_answered(Tables::session_write(key, self.stamp(key)?, &session))
+                    .await;
                 state.sessions.push(session);
             }
             AgentCommand::Disconnected { connection } => {
                 let there = state.sessions.iter().position(|s| s.connection == connection);
                 if let Some(at) = there {
-                    self.shards.logs.write_until_answered(Tables::session_delete(key, self.stamp(key)?, &connection)).await;
+                    self.shards
+                        .logs
+                        .write_until_answered(Tables::session_delete(key, self.stamp(key)?, &connection))
+                        .await;
                     state.sessions.swap_remove(at);
                     state.last_seen = Some(self.shards.clock.now());
                 }

@@ -169,7 +169,12 @@ impl Desk {
 
     /// Hands a command over. Returns when it is in the conversation's mailbox, in order with what the same caller
     /// handed over before.
-    pub async fn submit(&self, who: &Who, id: ConversationId, request: Request) -> Result<Answer<Reply>, CommandError> {
+    pub async fn submit(
+        &self,
+        who: &Who,
+        id: ConversationId,
+        request: Request,
+    ) -> Result<Answer<Reply>, CommandError> {
         let place = self.visible(who, id).await?;
         if let (Request::Assign(to), Who::Agent(agent)) = (&request, who)
             && !agent.may_assign(to.agent.as_ref())
@@ -187,15 +192,26 @@ impl Desk {
 
     async fn check_assignee(&self, tenant: &TenantId, agent: Option<&AgentId>) -> Result<(), CommandError> {
         match agent {
-            Some(agent) if self.node.directory().agent(tenant, agent).await?.is_none() => Err(CommandError::invalid("agent: there is no such agent")),
+            Some(agent) if self.node.directory().agent(tenant, agent).await?.is_none() => {
+                Err(CommandError::invalid("agent: there is no such agent"))
+            }
             _ => Ok(()),
         }
     }
 
-    fn check_send(&self, scope: &Scope, account: &Account, message: &SendMessage) -> Result<(), CommandError> {
+    fn check_send(
+        &self,
+        scope: &Scope,
+        account: &Account,
+        message: &SendMessage,
+    ) -> Result<(), CommandError> {
         let connector = patchbay_connectors::by_name(&account.connector).ok_or(ErrorCode::NotFound)?;
         connector.check(&message.content)?;
-        if self.node.is_full(&scope.tenant, &scope.account) { Err(CommandError::overloaded(1000)) } else { Ok(()) }
+        if self.node.is_full(&scope.tenant, &scope.account) {
+            Err(CommandError::overloaded(1000))
+        } else {
+            Ok(())
+        }
     }
 
     /// A request to send, with the asker's lane.
@@ -204,7 +220,13 @@ impl Desk {
     }
 
     /// Sends to an address, in whosever thread it is; opens the conversation if there is none.
-    pub async fn send_to(&self, tenant: &TenantId, account: &AccountId, to: &str, message: SendMessage) -> Result<(ConversationId, SendReply), CommandError> {
+    pub async fn send_to(
+        &self,
+        tenant: &TenantId,
+        account: &AccountId,
+        to: &str,
+        message: SendMessage,
+    ) -> Result<(ConversationId, SendReply), CommandError> {
         let who = Who::Api(tenant.clone());
         let directory = self.node.directory();
         let document = directory.account(tenant, account).await?.ok_or(ErrorCode::NotFound)?;
@@ -213,12 +235,18 @@ impl Desk {
         let address = connector.recipient(to)?;
         self.check_send(&scope, &document, &message)?;
         let addresses = vec![Address { kind: AddressKind::WaId, value: address.clone() }];
-        let AccountReply::Thread(Some(thread)) = self.node.account(tenant, account, AccountCommand::Resolve { addresses })?.wait().await? else {
+        let AccountReply::Thread(Some(thread)) =
+            self.node.account(tenant, account, AccountCommand::Resolve { addresses })?.wait().await?
+        else {
             return Err(ErrorCode::Internal.into());
         };
         let id = ConversationId::derive(tenant, account, &thread.thread);
         let contact = Contact { address, ..Contact::default() };
-        let request = Request::Send { message, lane: who.lane(), opening: Some(Opening { thread: thread.thread, contact }) };
+        let request = Request::Send {
+            message,
+            lane: who.lane(),
+            opening: Some(Opening { thread: thread.thread, contact }),
+        };
         match self.node.conversation(id, Self::command(&scope, who.actor(), request))?.wait().await? {
             Reply::Sent(reply) => Ok((id, reply)),
             _ => Err(ErrorCode::Internal.into()),
@@ -234,23 +262,49 @@ impl Desk {
     }
 
     /// A page of a log, bounded by the owner's word.
-    pub async fn entries(&self, tenant: &TenantId, id: ConversationId, page: Page, limit: usize) -> Result<Entries, CommandError> {
+    pub async fn entries(
+        &self,
+        tenant: &TenantId,
+        id: ConversationId,
+        page: Page,
+        limit: usize,
+    ) -> Result<Entries, CommandError> {
         self.entries_within(tenant, id, page, limit, PAGE_BYTES_MAX).await
     }
 
     /// A page of a log of at most about `bytes_max`.
-    pub async fn entries_within(&self, tenant: &TenantId, id: ConversationId, page: Page, limit: usize, bytes_max: usize) -> Result<Entries, CommandError> {
+    pub async fn entries_within(
+        &self,
+        tenant: &TenantId,
+        id: ConversationId,
+        page: Page,
+        limit: usize,
+        bytes_max: usize,
+    ) -> Result<Entries, CommandError> {
         let tip = self.tip(tenant, id).await?.seq;
-        self.read(id, page, tip, limit.min(PAGE_ENTRIES_MAX), bytes_max).await.map_err(|_| CommandError::unavailable())
+        self.read(id, page, tip, limit.min(PAGE_ENTRIES_MAX), bytes_max)
+            .await
+            .map_err(|_| CommandError::unavailable())
     }
 
     /// Reads up to a tip that the owner has said.
-    pub async fn read(&self, id: ConversationId, page: Page, tip: u64, limit: usize, bytes_max: usize) -> Result<Entries, ReadError> {
+    pub async fn read(
+        &self,
+        id: ConversationId,
+        page: Page,
+        tip: u64,
+        limit: usize,
+        bytes_max: usize,
+    ) -> Result<Entries, ReadError> {
         let logs = &self.node.shards().logs;
         let key = LogKey { entity: *id.as_bytes(), shard: id.shard(self.node.shards().count) };
         let rows = match page {
-            Page::After(seq) if limit > 0 && seq < tip => logs.forward(key, seq, tip, limit, bytes_max).await?,
-            Page::Before(seq) if limit > 0 => logs.backward(key, seq.unwrap_or(u64::MAX).min(tip + 1), limit, bytes_max).await?,
+            Page::After(seq) if limit > 0 && seq < tip => {
+                logs.forward(key, seq, tip, limit, bytes_max).await?
+            }
+            Page::Before(seq) if limit > 0 => {
+                logs.backward(key, seq.unwrap_or(u64::MAX).min(tip + 1), limit, bytes_max).await?
+            }
             Page::After(_) | Page::Before(_) => Vec::new(),
         };
         Ok(Entries { entries: rows.into_iter().map(|r| (r.seq, r.payload)).collect(), tip })
@@ -273,15 +327,33 @@ impl Desk {
             }
             typing.insert(id, now);
         }
-        self.node.conversation(id, Self::command(&place.scope, who.actor(), Request::Typing))?.wait().await.map(|_| ())
+        self.node
+            .conversation(id, Self::command(&place.scope, who.actor(), Request::Typing))?
+            .wait()
+            .await
+            .map(|_| ())
     }
 
     /// A page of conversations, newest first; of one inbox, or of every inbox that `who` may see.
-    pub async fn list(&self, who: &Who, inbox: Option<&InboxId>, filter: &Filter, after: Option<Position>, limit: usize) -> Result<Vec<Summary>, CommandError> {
+    pub async fn list(
+        &self,
+        who: &Who,
+        inbox: Option<&InboxId>,
+        filter: &Filter,
+        after: Option<Position>,
+        limit: usize,
+    ) -> Result<Vec<Summary>, CommandError> {
         let tenant = who.tenant();
         let inboxes: Vec<InboxId> = match inbox {
             Some(inbox) => vec![inbox.clone()],
-            None => self.node.directory().inboxes(tenant, "", 1000).await?.into_iter().filter_map(|(id, _)| id.parse().ok()).collect(),
+            None => self
+                .node
+                .directory()
+                .inboxes(tenant, "", 1000)
+                .await?
+                .into_iter()
+                .filter_map(|(id, _)| id.parse().ok())
+                .collect(),
         };
         let mut found = Vec::new();
         for inbox in inboxes.iter().filter(|i| who.may_see(i)) {

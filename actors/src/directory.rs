@@ -120,7 +120,13 @@ fn key(scope: &str, kind: &'static str, id: &str) -> DocumentKey {
 impl Directory {
     /// The documents of `engine`.
     pub fn new(engine: Arc<dyn Engine>) -> Self {
-        Self { tables: Tables::new(engine), cache: Mutex::default(), accounts: Mutex::default(), changes: watch::Sender::new(0), writes: AtomicU64::new(0) }
+        Self {
+            tables: Tables::new(engine),
+            cache: Mutex::default(),
+            accounts: Mutex::default(),
+            changes: watch::Sender::new(0),
+            writes: AtomicU64::new(0),
+        }
     }
 
     /// Rises with every change of an account or agent: whoever holds a permission asks again.
@@ -144,7 +150,8 @@ impl Directory {
         }
         let writes = self.writes.load(Ordering::Acquire);
         let found = self.tables.document::<Value>(&key).await.map_err(|_| CommandError::unavailable())?;
-        let stored = found.map(|(version, value)| (version, Arc::<[u8]>::from(value.to_string().into_bytes())));
+        let stored =
+            found.map(|(version, value)| (version, Arc::<[u8]>::from(value.to_string().into_bytes())));
         let mut cache = lock(&self.cache);
         if cache.len() >= CACHE_MAX {
             cache.clear();
@@ -158,7 +165,8 @@ impl Directory {
     /// Writes a document whatever it was before; tells whether it is new.
     async fn put<T: Serialize>(&self, key: DocumentKey, record: &T) -> Result<bool, CommandError> {
         loop {
-            let before = self.tables.document::<Value>(&key).await.map_err(|_| CommandError::unavailable())?;
+            let before =
+                self.tables.document::<Value>(&key).await.map_err(|_| CommandError::unavailable())?;
             let expected = before.map(|(version, _)| version);
             let outcome = self.tables.put_document(key.clone(), expected, record).await;
             self.forget(&key);
@@ -183,7 +191,8 @@ impl Directory {
 
     async fn delete(&self, key: DocumentKey) -> Result<bool, CommandError> {
         loop {
-            let before = self.tables.document::<Value>(&key).await.map_err(|_| CommandError::unavailable())?;
+            let before =
+                self.tables.document::<Value>(&key).await.map_err(|_| CommandError::unavailable())?;
             let Some((version, _)) = before else { return Ok(false) };
             let outcome = self.tables.engine().compare_and_set(key.clone(), Some(version), None).await;
             self.forget(&key);
@@ -207,7 +216,13 @@ impl Directory {
         accounts.remove(&(tenant.clone(), id.clone()));
     }
 
-    async fn list<T: DeserializeOwned>(&self, scope: &str, kind: &'static str, after: &str, limit: usize) -> Result<Vec<(String, T)>, CommandError> {
+    async fn list<T: DeserializeOwned>(
+        &self,
+        scope: &str,
+        kind: &'static str,
+        after: &str,
+        limit: usize,
+    ) -> Result<Vec<(String, T)>, CommandError> {
         self.tables.documents(scope, kind, after, limit).await.map_err(|_| CommandError::unavailable())
     }
 
@@ -237,7 +252,12 @@ impl Directory {
     }
 
     /// Writes an inbox; tells whether it is new.
-    pub async fn put_inbox(&self, tenant: &TenantId, id: &InboxId, inbox: &Inbox) -> Result<bool, CommandError> {
+    pub async fn put_inbox(
+        &self,
+        tenant: &TenantId,
+        id: &InboxId,
+        inbox: &Inbox,
+    ) -> Result<bool, CommandError> {
         self.put(key(tenant.as_str(), "inbox", id.as_str()), inbox).await
     }
 
@@ -247,7 +267,12 @@ impl Directory {
     }
 
     /// Inboxes after `after`.
-    pub async fn inboxes(&self, tenant: &TenantId, after: &str, limit: usize) -> Result<Vec<(String, Inbox)>, CommandError> {
+    pub async fn inboxes(
+        &self,
+        tenant: &TenantId,
+        after: &str,
+        limit: usize,
+    ) -> Result<Vec<(String, Inbox)>, CommandError> {
         self.list(tenant.as_str(), "inbox", after, limit).await
     }
 
@@ -257,7 +282,12 @@ impl Directory {
     }
 
     /// Writes an account; tells whether it is new.
-    pub async fn put_account(&self, tenant: &TenantId, id: &AccountId, account: &Account) -> Result<bool, CommandError> {
+    pub async fn put_account(
+        &self,
+        tenant: &TenantId,
+        id: &AccountId,
+        account: &Account,
+    ) -> Result<bool, CommandError> {
         let new = self.put(key(tenant.as_str(), "account", id.as_str()), account).await;
         self.forget_account(tenant, id);
         self.changed();
@@ -265,7 +295,11 @@ impl Directory {
     }
 
     /// An account.
-    pub async fn account(&self, tenant: &TenantId, id: &AccountId) -> Result<Option<Arc<Account>>, CommandError> {
+    pub async fn account(
+        &self,
+        tenant: &TenantId,
+        id: &AccountId,
+    ) -> Result<Option<Arc<Account>>, CommandError> {
         let at = (tenant.clone(), id.clone());
         let cached = lock(&self.accounts).get(&at).cloned();
         if let Some(found) = cached {
@@ -285,7 +319,12 @@ impl Directory {
     }
 
     /// Accounts after `after`.
-    pub async fn accounts(&self, tenant: &TenantId, after: &str, limit: usize) -> Result<Vec<(String, Account)>, CommandError> {
+    pub async fn accounts(
+        &self,
+        tenant: &TenantId,
+        after: &str,
+        limit: usize,
+    ) -> Result<Vec<(String, Account)>, CommandError> {
         self.list(tenant.as_str(), "account", after, limit).await
     }
 
@@ -298,7 +337,12 @@ impl Directory {
     }
 
     /// Writes an agent; tells whether it is new.
-    pub async fn put_agent(&self, tenant: &TenantId, id: &AgentId, agent: &Agent) -> Result<bool, CommandError> {
+    pub async fn put_agent(
+        &self,
+        tenant: &TenantId,
+        id: &AgentId,
+        agent: &Agent,
+    ) -> Result<bool, CommandError> {
         let new = self.put(key(tenant.as_str(), "agent", id.as_str()), agent).await;
         self.changed();
         new
@@ -310,18 +354,32 @@ impl Directory {
     }
 
     /// Agents after `after`.
-    pub async fn agents(&self, tenant: &TenantId, after: &str, limit: usize) -> Result<Vec<(String, Agent)>, CommandError> {
+    pub async fn agents(
+        &self,
+        tenant: &TenantId,
+        after: &str,
+        limit: usize,
+    ) -> Result<Vec<(String, Agent)>, CommandError> {
         self.list(tenant.as_str(), "agent", after, limit).await
     }
 
     /// From when on tokens of a removed agent's name are good again.
-    pub async fn removed_agent(&self, tenant: &TenantId, id: &AgentId) -> Result<Option<Timestamp>, CommandError> {
+    pub async fn removed_agent(
+        &self,
+        tenant: &TenantId,
+        id: &AgentId,
+    ) -> Result<Option<Timestamp>, CommandError> {
         self.read(key(tenant.as_str(), "removed_agent", id.as_str())).await
     }
 
     /// Removes an agent; tells whether it was there.
     /// Tokens issued before `void_from` stay void if the name is given again.
-    pub async fn delete_agent(&self, tenant: &TenantId, id: &AgentId, void_from: Timestamp) -> Result<bool, CommandError> {
+    pub async fn delete_agent(
+        &self,
+        tenant: &TenantId,
+        id: &AgentId,
+        void_from: Timestamp,
+    ) -> Result<bool, CommandError> {
         if self.agent(tenant, id).await?.is_some() {
             self.put(key(tenant.as_str(), "removed_agent", id.as_str()), &void_from).await?;
         }
@@ -334,15 +392,24 @@ impl Directory {
     pub async fn scope(&self, tenant: &TenantId, id: &AccountId) -> Result<Option<Scope>, CommandError> {
         let Some(account) = self.account(tenant, id).await? else { return Ok(None) };
         let Some(connector) = patchbay_connectors::by_name(&account.connector) else { return Ok(None) };
-        Ok(Some(Scope { tenant: tenant.clone(), account: id.clone(), inbox: account.inbox.clone(), channel: connector.channel() }))
+        Ok(Some(Scope {
+            tenant: tenant.clone(),
+            account: id.clone(),
+            inbox: account.inbox.clone(),
+            channel: connector.channel(),
+        }))
     }
 
     /// The account's present inbox and its channel's window, as summaries show them: what is at hand, else what the
     /// conversation was opened with.
     pub fn presentation(&self, home: &Home) -> (InboxId, Option<Duration>) {
-        let account = lock(&self.accounts).get(&(home.tenant.clone(), home.account.clone())).cloned().flatten();
+        let account =
+            lock(&self.accounts).get(&(home.tenant.clone(), home.account.clone())).cloned().flatten();
         match account {
-            Some(account) => (account.inbox.clone(), patchbay_connectors::by_name(&account.connector).and_then(|c| c.channel().window)),
+            Some(account) => (
+                account.inbox.clone(),
+                patchbay_connectors::by_name(&account.connector).and_then(|c| c.channel().window),
+            ),
             None => (home.inbox.clone(), patchbay_connectors::whatsapp::WhatsApp.channel().window),
         }
     }

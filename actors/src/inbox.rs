@@ -133,7 +133,15 @@ impl Inbox {
         self.publisher.inbox(tenant, inbox, Bytes::from(publication.to_string()));
     }
 
-    async fn list(&self, tenant: &TenantId, inbox: &InboxId, state: &State, filter: &Filter, after: Option<Position>, limit: usize) -> Result<Vec<Summary>, CommandError> {
+    async fn list(
+        &self,
+        tenant: &TenantId,
+        inbox: &InboxId,
+        state: &State,
+        filter: &Filter,
+        after: Option<Position>,
+        limit: usize,
+    ) -> Result<Vec<Summary>, CommandError> {
         let mut found = Vec::new();
         let from = after.map_or(std::ops::Bound::Unbounded, std::ops::Bound::Excluded);
         for Position(_, id) in state.order.range((from, std::ops::Bound::Unbounded)).map(|(p, ())| p) {
@@ -141,16 +149,23 @@ impl Inbox {
                 break;
             }
             let Some(brief) = state.briefs.get(id) else { continue };
-            let fits = filter.status.is_none_or(|s| s == brief.status) && filter.assignee.as_ref().is_none_or(|a| brief.assignee.as_ref() == Some(a));
+            let fits = filter.status.is_none_or(|s| s == brief.status)
+                && filter.assignee.as_ref().is_none_or(|a| brief.assignee.as_ref() == Some(a));
             if !fits {
                 continue;
             }
             let summary = match &brief.recent {
                 Some(recent) => Some(recent.summary.clone()),
-                None => self.directory.tables().summary(tenant, &brief.account, *id).await.map_err(|_| CommandError::unavailable())?,
+                None => self
+                    .directory
+                    .tables()
+                    .summary(tenant, &brief.account, *id)
+                    .await
+                    .map_err(|_| CommandError::unavailable())?,
             };
             let Some(mut summary) = summary else { continue };
-            let same_contact = |c: &String| summary.contact.address == *c || summary.contact.user_id.as_ref() == Some(c);
+            let same_contact =
+                |c: &String| summary.contact.address == *c || summary.contact.user_id.as_ref() == Some(c);
             if filter.contact.as_ref().is_some_and(|c| !same_contact(c)) {
                 continue;
             }
@@ -177,18 +192,33 @@ impl SoftEntity for Inbox {
             after.clone_from(last);
             for (account, _) in page.iter().filter(|(_, a)| a.inbox == *inbox) {
                 let Ok(account) = account.parse() else { continue };
-                let rows = self.directory.tables().summaries(tenant, &account, Set::All).await.map_err(|_| CommandError::unavailable())?;
+                let rows = self
+                    .directory
+                    .tables()
+                    .summaries(tenant, &account, Set::All)
+                    .await
+                    .map_err(|_| CommandError::unavailable())?;
                 rows.iter().for_each(|s| state.insert(s));
             }
         }
     }
 
-    async fn handle(&self, id: &EntityId, state: &mut State, command: InboxCommand, again: &Again<Self>) -> Result<InboxReply, CommandError> {
+    async fn handle(
+        &self,
+        id: &EntityId,
+        state: &mut State,
+        command: InboxCommand,
+        again: &Again<Self>,
+    ) -> Result<InboxReply, CommandError> {
         let EntityId::Inbox(tenant, inbox) = id else { return Ok(InboxReply::Taken) };
         match command {
             InboxCommand::Changed(summary) => {
                 state.insert(&summary);
-                let Some(brief) = state.briefs.get_mut(&summary.id).filter(|b| b.last_seq == summary.last_seq) else { return Ok(InboxReply::Taken) };
+                let Some(brief) =
+                    state.briefs.get_mut(&summary.id).filter(|b| b.last_seq == summary.last_seq)
+                else {
+                    return Ok(InboxReply::Taken);
+                };
                 let now = Instant::now();
                 let shown = brief.recent.as_ref().map(|r| (r.shown, r.waits));
                 let (shown, waits) = match shown {
@@ -228,7 +258,8 @@ impl SoftEntity for Inbox {
                 return Ok(InboxReply::List(self.list(tenant, inbox, state, &filter, after, limit).await?));
             }
             InboxCommand::Reload => {
-                let recent: Vec<Brief> = state.briefs.drain().map(|(_, b)| b).filter(|b| b.recent.is_some()).collect();
+                let recent: Vec<Brief> =
+                    state.briefs.drain().map(|(_, b)| b).filter(|b| b.recent.is_some()).collect();
                 *state = self.load(id).await?;
                 for brief in recent {
                     let Some(recent) = brief.recent else { continue };

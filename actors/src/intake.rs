@@ -51,7 +51,13 @@ impl Intake {
 
     /// Takes every item of a body that came to `account`. `Ok`: all are durable or dead-lettered; an error is
     /// temporary, and the provider shall send the body again.
-    pub async fn take(&self, tenant: &TenantId, account: &AccountId, document: &Account, items: Vec<Item>) -> Result<(), CommandError> {
+    pub async fn take(
+        &self,
+        tenant: &TenantId,
+        account: &AccountId,
+        document: &Account,
+        items: Vec<Item>,
+    ) -> Result<(), CommandError> {
         let targets = self.targets(tenant, account, document, &items).await?;
         let threads = self.threads(tenant, &targets, &items).await?;
         let mut under = Vec::with_capacity(items.len());
@@ -69,7 +75,13 @@ impl Intake {
     }
 
     /// The account of each item: the one that the webhook came to, or a sibling with the same connector and secret.
-    async fn targets(&self, tenant: &TenantId, account: &AccountId, document: &Account, items: &[Item]) -> Result<Vec<Option<Target>>, CommandError> {
+    async fn targets(
+        &self,
+        tenant: &TenantId,
+        account: &AccountId,
+        document: &Account,
+        items: &[Item],
+    ) -> Result<Vec<Option<Target>>, CommandError> {
         let directory = self.node.directory();
         let mut known: HashMap<&str, Option<AccountId>> = HashMap::new();
         let mut targets = Vec::with_capacity(items.len());
@@ -93,13 +105,22 @@ impl Intake {
         Ok(targets)
     }
 
-    async fn sibling(&self, tenant: &TenantId, document: &Account, external: &str) -> Result<Option<AccountId>, CommandError> {
+    async fn sibling(
+        &self,
+        tenant: &TenantId,
+        document: &Account,
+        external: &str,
+    ) -> Result<Option<AccountId>, CommandError> {
         let secret = |a: &Account| a.credentials.get("app_secret").cloned();
         let mut after = String::new();
         loop {
             let page = self.node.directory().accounts(tenant, &after, 1000).await?;
             let Some((last, _)) = page.last() else { return Ok(None) };
-            let found = page.iter().find(|(_, a)| a.external_id == external && a.connector == document.connector && secret(a) == secret(document));
+            let found = page.iter().find(|(_, a)| {
+                a.external_id == external
+                    && a.connector == document.connector
+                    && secret(a) == secret(document)
+            });
             if let Some((id, _)) = found {
                 return Ok(id.parse().ok());
             }
@@ -124,13 +145,19 @@ impl Intake {
 
     /// Whose thread each item is: asks the accounts where addresses are unknown or disagree, all at once, in the
     /// items' order.
-    async fn threads(&self, tenant: &TenantId, targets: &[Option<Target>], items: &[Item]) -> Result<Vec<Option<String>>, CommandError> {
+    async fn threads(
+        &self,
+        tenant: &TenantId,
+        targets: &[Option<Target>],
+        items: &[Item],
+    ) -> Result<Vec<Option<String>>, CommandError> {
         let mut threads: Vec<Option<String>> = vec![None; items.len()];
         let mut asked = Vec::new();
         for (at, (item, target)) in items.iter().zip(targets).enumerate() {
             let (ItemKind::Thread(thread), Some(target)) = (&item.kind, target) else { continue };
             let addresses = all_addresses(thread);
-            let known: Vec<Option<String>> = addresses.iter().map(|a| self.alias(tenant, &target.account, a)).collect();
+            let known: Vec<Option<String>> =
+                addresses.iter().map(|a| self.alias(tenant, &target.account, a)).collect();
             if let Some(Some(first)) = known.first()
                 && known.iter().all(|k| k.as_ref() == Some(first))
             {
@@ -152,9 +179,15 @@ impl Intake {
     }
 
     /// Addresses that lead to two conversations: both are told.
-    async fn link(&self, tenant: &TenantId, target: &Target, reply: &ThreadReply) -> Result<(), CommandError> {
+    async fn link(
+        &self,
+        tenant: &TenantId,
+        target: &Target,
+        reply: &ThreadReply,
+    ) -> Result<(), CommandError> {
         let Some(other) = &reply.other else { return Ok(()) };
-        let ids = [&reply.thread, other].map(|thread| ConversationId::derive(tenant, &target.account, thread));
+        let ids =
+            [&reply.thread, other].map(|thread| ConversationId::derive(tenant, &target.account, thread));
         for (id, other) in [(ids[0], ids[1]), (ids[1], ids[0])] {
             let request = Request::Link { other };
             // A thread that has aliases but no entry yet has nobody to be told.
@@ -167,7 +200,13 @@ impl Intake {
     }
 
     /// Hands an item to whoever it is for, without waiting for its answer.
-    async fn hand_over<'a>(&self, tenant: &TenantId, target: &Target, item: &'a Item, key: Option<String>) -> Result<Under<'a>, CommandError> {
+    async fn hand_over<'a>(
+        &self,
+        tenant: &TenantId,
+        target: &Target,
+        item: &'a Item,
+        key: Option<String>,
+    ) -> Result<Under<'a>, CommandError> {
         Ok(match &item.kind {
             ItemKind::Thread(thread) => {
                 let key = key.ok_or_else(CommandError::unavailable)?;
@@ -183,20 +222,34 @@ impl Intake {
                 };
                 let asked = match id {
                     Some(id) => {
-                        let request = Request::Receipt { message_seq: status.callback.map(|e| e.seq), update: status.update.clone() };
+                        let request = Request::Receipt {
+                            message_seq: status.callback.map(|e| e.seq),
+                            update: status.update.clone(),
+                        };
                         Some((id, self.node.conversation(id, command(target, request))?))
                     }
                     None => None,
                 };
                 Under::Status(status, asked)
             }
-            ItemKind::Account(event) => Under::Account(self.node.account(tenant, &target.account, AccountCommand::Event(Box::new(event.clone())))),
-            ItemKind::Broken { reason } => Under::Account(self.dead_letter(tenant, &target.account, reason, item)),
+            ItemKind::Account(event) => Under::Account(self.node.account(
+                tenant,
+                &target.account,
+                AccountCommand::Event(Box::new(event.clone())),
+            )),
+            ItemKind::Broken { reason } => {
+                Under::Account(self.dead_letter(tenant, &target.account, reason, item))
+            }
         })
     }
 
     /// The conversation of a known address. Statuses never create aliases.
-    async fn find(&self, tenant: &TenantId, target: &Target, addresses: &[Address]) -> Result<Option<ConversationId>, CommandError> {
+    async fn find(
+        &self,
+        tenant: &TenantId,
+        target: &Target,
+        addresses: &[Address],
+    ) -> Result<Option<ConversationId>, CommandError> {
         if addresses.is_empty() {
             return Ok(None);
         }
@@ -214,7 +267,13 @@ impl Intake {
         Ok(thread.map(|t| ConversationId::derive(tenant, &target.account, &t)))
     }
 
-    async fn finish(&self, tenant: &TenantId, target: &Target, item: &Item, state: Under<'_>) -> Result<(), CommandError> {
+    async fn finish(
+        &self,
+        tenant: &TenantId,
+        target: &Target,
+        item: &Item,
+        state: Under<'_>,
+    ) -> Result<(), CommandError> {
         match state {
             Under::Thread(handed) => {
                 let outcome = match handed {
@@ -229,7 +288,9 @@ impl Intake {
                 }
             }
             Under::Account(handed) => match handed?.wait().await {
-                Err(e) if e.code == ErrorCode::Internal => self.bury(tenant, &target.account, e.code.name(), item).await,
+                Err(e) if e.code == ErrorCode::Internal => {
+                    self.bury(tenant, &target.account, e.code.name(), item).await
+                }
                 outcome => outcome.map(|_| ()),
             },
             Under::Status(status, asked) => {
@@ -242,24 +303,45 @@ impl Intake {
                     },
                     None => None,
                 };
-                let kept = KeptReceipt { conversation, message_seq: status.callback.map(|e| e.seq), update: status.update.clone() };
-                self.node.account(tenant, &target.account, AccountCommand::Keep(Box::new(kept)))?.wait().await.map(|_| ())
+                let kept = KeptReceipt {
+                    conversation,
+                    message_seq: status.callback.map(|e| e.seq),
+                    update: status.update.clone(),
+                };
+                self.node
+                    .account(tenant, &target.account, AccountCommand::Keep(Box::new(kept)))?
+                    .wait()
+                    .await
+                    .map(|_| ())
             }
         }
     }
 
-    async fn keep_raw_if_unsupported(&self, tenant: &TenantId, target: &Target, item: &Item) -> Result<(), CommandError> {
+    async fn keep_raw_if_unsupported(
+        &self,
+        tenant: &TenantId,
+        target: &Target,
+        item: &Item,
+    ) -> Result<(), CommandError> {
         let ItemKind::Thread(ThreadItem { event, .. }) = &item.kind else { return Ok(()) };
         let content = match event {
             ThreadEvent::Message(m) => &m.content,
             ThreadEvent::Edit { content, .. } | ThreadEvent::Echo { content, .. } => content,
-            ThreadEvent::Reaction { .. } | ThreadEvent::Delete { .. } | ThreadEvent::ContactChanged { .. } => return Ok(()),
+            ThreadEvent::Reaction { .. }
+            | ThreadEvent::Delete { .. }
+            | ThreadEvent::ContactChanged { .. } => return Ok(()),
         };
         let Content::Unsupported { reason } = content else { return Ok(()) };
         self.bury(tenant, &target.account, &format!("unsupported: {reason}"), item).await
     }
 
-    fn dead_letter(&self, tenant: &TenantId, account: &AccountId, reason: &str, item: &Item) -> Result<Answer<AccountReply>, CommandError> {
+    fn dead_letter(
+        &self,
+        tenant: &TenantId,
+        account: &AccountId,
+        reason: &str,
+        item: &Item,
+    ) -> Result<Answer<AccountReply>, CommandError> {
         let now = self.node.shards().clock.now();
         let letter = DeadLetter {
             id: stable_id(now, &item.raw),
@@ -269,11 +351,21 @@ impl Intake {
             item: item.raw.clone(),
         };
         metrics::counter!("patchbay_intake_dead_letters_total").increment(1);
-        self.node.account(tenant, account, AccountCommand::DeadLetter { tenant: tenant.clone(), letter: Box::new(letter), kept: None })
+        self.node.account(
+            tenant,
+            account,
+            AccountCommand::DeadLetter { tenant: tenant.clone(), letter: Box::new(letter), kept: None },
+        )
     }
 
     /// Puts an item into the dead letters.
-    pub async fn bury(&self, tenant: &TenantId, account: &AccountId, reason: &str, item: &Item) -> Result<(), CommandError> {
+    pub async fn bury(
+        &self,
+        tenant: &TenantId,
+        account: &AccountId,
+        reason: &str,
+        item: &Item,
+    ) -> Result<(), CommandError> {
         self.dead_letter(tenant, account, reason, item)?.wait().await.map(|_| ())
     }
 }
@@ -286,7 +378,13 @@ fn stable_id(now: Timestamp, raw: &Value) -> String {
 }
 
 fn command(target: &Target, request: Request) -> Command {
-    Command { id: command_id(), scope: target.scope.clone(), actor: Actor::system(), caused_by: None, request }
+    Command {
+        id: command_id(),
+        scope: target.scope.clone(),
+        actor: Actor::system(),
+        caused_by: None,
+        request,
+    }
 }
 
 /// The item's addresses, with those that it says are new.

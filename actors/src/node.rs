@@ -86,9 +86,15 @@ fn cluster_document(id: &str) -> DocumentKey {
 }
 
 /// The document of that id, made with `first` when it is not there.
-async fn document_or(tables: &Tables, id: &str, first: serde_json::Value) -> Result<serde_json::Value, StartError> {
+async fn document_or(
+    tables: &Tables,
+    id: &str,
+    first: serde_json::Value,
+) -> Result<serde_json::Value, StartError> {
     loop {
-        if let Some((_, found)) = tables.document(&cluster_document(id)).await.map_err(|_| StartError::Store)? {
+        if let Some((_, found)) =
+            tables.document(&cluster_document(id)).await.map_err(|_| StartError::Store)?
+        {
             return Ok(found);
         }
         // Whoever wins, the next round reads it.
@@ -98,7 +104,8 @@ async fn document_or(tables: &Tables, id: &str, first: serde_json::Value) -> Res
 
 async fn next_incarnation(tables: &Tables) -> Result<u32, StartError> {
     loop {
-        let found = tables.document::<u32>(&cluster_document("incarnation")).await.map_err(|_| StartError::Store)?;
+        let found =
+            tables.document::<u32>(&cluster_document("incarnation")).await.map_err(|_| StartError::Store)?;
         let (version, last) = found.map_or((None, 0), |(v, n)| (Some(v), n));
         let outcome = tables.put_document(cluster_document("incarnation"), version, &(last + 1)).await;
         if matches!(outcome, Ok(CasOutcome::Applied)) {
@@ -183,10 +190,12 @@ impl Node {
         let mut pause = Duration::from_millis(50);
         for _ in 0..10 {
             let woken = match id {
-                EntityId::Conversation(_) => match self.conversations.send(id, system_command(Request::TimerDue)) {
-                    Ok(answer) => answer.wait().await.is_ok(),
-                    Err(_) => false,
-                },
+                EntityId::Conversation(_) => {
+                    match self.conversations.send(id, system_command(Request::TimerDue)) {
+                        Ok(answer) => answer.wait().await.is_ok(),
+                        Err(_) => false,
+                    }
+                }
                 EntityId::Account(..) => match self.accounts.send(id, AccountCommand::Wake) {
                     Ok(answer) => answer.wait().await.is_ok(),
                     Err(_) => false,
@@ -206,7 +215,11 @@ impl Node {
     /// Wakes entities; returns those that did not answer.
     async fn wake_all(&self, entities: impl IntoIterator<Item = EntityId>) -> Vec<EntityId> {
         let woken = futures_util::stream::iter(entities).map(|id| async move { (self.wake(&id).await, id) });
-        woken.buffer_unordered(WAKE_AT_ONCE).filter_map(|(done, id)| async move { (!done).then_some(id) }).collect().await
+        woken
+            .buffer_unordered(WAKE_AT_ONCE)
+            .filter_map(|(done, id)| async move { (!done).then_some(id) })
+            .collect()
+            .await
     }
 }
 
@@ -215,15 +228,30 @@ impl Router for Node {
         self.conversations.send(&EntityId::Conversation(id), command)
     }
 
-    fn account(&self, tenant: &TenantId, account: &AccountId, command: AccountCommand) -> Result<Answer<AccountReply>, CommandError> {
+    fn account(
+        &self,
+        tenant: &TenantId,
+        account: &AccountId,
+        command: AccountCommand,
+    ) -> Result<Answer<AccountReply>, CommandError> {
         self.accounts.send(&EntityId::Account(tenant.clone(), account.clone()), command)
     }
 
-    fn agent(&self, tenant: &TenantId, agent: &AgentId, command: AgentCommand) -> Result<Answer<AgentReply>, CommandError> {
+    fn agent(
+        &self,
+        tenant: &TenantId,
+        agent: &AgentId,
+        command: AgentCommand,
+    ) -> Result<Answer<AgentReply>, CommandError> {
         self.agents.send(&EntityId::Agent(tenant.clone(), agent.clone()), command)
     }
 
-    fn inbox(&self, tenant: &TenantId, inbox: &InboxId, command: InboxCommand) -> Result<Answer<InboxReply>, CommandError> {
+    fn inbox(
+        &self,
+        tenant: &TenantId,
+        inbox: &InboxId,
+        command: InboxCommand,
+    ) -> Result<Answer<InboxReply>, CommandError> {
         self.inboxes.send(&EntityId::Inbox(tenant.clone(), inbox.clone()), command)
     }
 
@@ -368,4 +396,3 @@ async fn passivate(node: Weak<Node>) {
         }
     }
 }
-

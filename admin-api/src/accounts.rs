@@ -86,16 +86,25 @@ fn shown(id: String, a: &directory::Account) -> Account {
 
 /// Creates or replaces an account. A paused one goes on.
 #[utoipa::path(put, path = "/api/v1/accounts/{account}", request_body = PutAccount, responses((status = 200, body = Account), (status = 201, body = Account), (status = 422, body = Problem)), security(("key" = [])))]
-pub(crate) async fn put(State(api): State<Arc<Api>>, Tenant(tenant): Tenant, Path(account): Path<String>, Body(new): Body<PutAccount>) -> Result<(StatusCode, Json<Account>), Failure> {
+pub(crate) async fn put(
+    State(api): State<Arc<Api>>,
+    Tenant(tenant): Tenant,
+    Path(account): Path<String>,
+    Body(new): Body<PutAccount>,
+) -> Result<(StatusCode, Json<Account>), Failure> {
     let id: AccountId = new_name("account", &account)?;
     let inbox: InboxId = new_name("inbox", &new.inbox)?;
-    let connector = patchbay_connectors::by_name(&new.connector)
-        .ok_or_else(|| CommandError::invalid(format!("connector must be one of {}", patchbay_connectors::NAMES.join(", "))))?;
+    let connector = patchbay_connectors::by_name(&new.connector).ok_or_else(|| {
+        CommandError::invalid(format!("connector must be one of {}", patchbay_connectors::NAMES.join(", ")))
+    })?;
     connector.check_credentials(&new.credentials)?;
     if api.directory().inbox(&tenant, &inbox).await?.is_none() {
         return Err(CommandError::invalid("inbox: there is no such inbox").into());
     }
-    if new.external_id.is_empty() || new.external_id.len() > 128 || !new.external_id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-' || b == b'.') {
+    if new.external_id.is_empty()
+        || new.external_id.len() > 128
+        || !new.external_id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-' || b == b'.')
+    {
         return Err(CommandError::invalid("external_id must have 1 to 128 letters, digits, -, _ or .").into());
     }
     let before = api.directory().account(&tenant, &id).await?;
@@ -117,8 +126,15 @@ pub(crate) async fn put(State(api): State<Arc<Api>>, Tenant(tenant): Tenant, Pat
     Ok((created(was), Json(shown(account, &document))))
 }
 
-async fn with_status(api: &Api, tenant: &TenantId, id: &AccountId, mut account: Account) -> Result<Account, Failure> {
-    if let AccountReply::Status { paused, unsettled } = api.desk.node().account(tenant, id, AccountCommand::Status)?.wait().await? {
+async fn with_status(
+    api: &Api,
+    tenant: &TenantId,
+    id: &AccountId,
+    mut account: Account,
+) -> Result<Account, Failure> {
+    if let AccountReply::Status { paused, unsettled } =
+        api.desk.node().account(tenant, id, AccountCommand::Status)?.wait().await?
+    {
         account.unsettled = Some(unsettled);
         if let Some(reason) = paused {
             account.status = "paused".into();
@@ -130,7 +146,11 @@ async fn with_status(api: &Api, tenant: &TenantId, id: &AccountId, mut account: 
 
 /// An account with its status.
 #[utoipa::path(get, path = "/api/v1/accounts/{account}", responses((status = 200, body = Account), (status = 404, body = Problem)), security(("key" = [])))]
-pub(crate) async fn get(State(api): State<Arc<Api>>, Tenant(tenant): Tenant, Path(account): Path<String>) -> Result<Json<Account>, Failure> {
+pub(crate) async fn get(
+    State(api): State<Arc<Api>>,
+    Tenant(tenant): Tenant,
+    Path(account): Path<String>,
+) -> Result<Json<Account>, Failure> {
     let id: AccountId = name(&account)?;
     let found = api.directory().account(&tenant, &id).await?.ok_or(ErrorCode::NotFound)?;
     Ok(Json(with_status(&api, &tenant, &id, shown(account, &found)).await?))
@@ -138,7 +158,11 @@ pub(crate) async fn get(State(api): State<Arc<Api>>, Tenant(tenant): Tenant, Pat
 
 /// Accounts, by id.
 #[utoipa::path(get, path = "/api/v1/accounts", params(Paging), responses((status = 200, body = Accounts)), security(("key" = [])))]
-pub(crate) async fn list(State(api): State<Arc<Api>>, Tenant(tenant): Tenant, Query(q): Query<Paging>) -> Result<Json<Accounts>, Failure> {
+pub(crate) async fn list(
+    State(api): State<Arc<Api>>,
+    Tenant(tenant): Tenant,
+    Query(q): Query<Paging>,
+) -> Result<Json<Accounts>, Failure> {
     let limit = page(q.limit);
     let found = api.directory().accounts(&tenant, q.after.as_deref().unwrap_or(""), limit).await?;
     let next = next(&found, limit);
@@ -147,7 +171,11 @@ pub(crate) async fn list(State(api): State<Arc<Api>>, Tenant(tenant): Tenant, Qu
 
 /// Removes an account. Its conversations stay stored and are no longer shown.
 #[utoipa::path(delete, path = "/api/v1/accounts/{account}", responses((status = 204), (status = 404, body = Problem)), security(("key" = [])))]
-pub(crate) async fn delete(State(api): State<Arc<Api>>, Tenant(tenant): Tenant, Path(account): Path<String>) -> Result<StatusCode, Failure> {
+pub(crate) async fn delete(
+    State(api): State<Arc<Api>>,
+    Tenant(tenant): Tenant,
+    Path(account): Path<String>,
+) -> Result<StatusCode, Failure> {
     let id: AccountId = name(&account)?;
     let before = api.directory().account(&tenant, &id).await?.ok_or(ErrorCode::NotFound)?;
     if !api.directory().delete_account(&tenant, &id).await? {
@@ -186,8 +214,19 @@ pub(crate) struct SentTo {
 
 /// Sends to an address; opens the conversation if there is none.
 #[utoipa::path(post, path = "/api/v1/accounts/{account}/messages", request_body = SendTo, responses((status = 200, body = SentTo), (status = 409, body = Problem), (status = 422, body = Problem)), security(("key" = [])))]
-pub(crate) async fn send(State(api): State<Arc<Api>>, Tenant(tenant): Tenant, Path(account): Path<String>, Body(new): Body<SendTo>) -> Result<Json<SentTo>, Failure> {
-    let message = SendMessage { client_id: new.client_id, content: new.content, reply_to: None, if_seq: None };
+pub(crate) async fn send(
+    State(api): State<Arc<Api>>,
+    Tenant(tenant): Tenant,
+    Path(account): Path<String>,
+    Body(new): Body<SendTo>,
+) -> Result<Json<SentTo>, Failure> {
+    let message =
+        SendMessage { client_id: new.client_id, content: new.content, reply_to: None, if_seq: None };
     let (conversation, sent) = api.desk.send_to(&tenant, &name(&account)?, &new.to, message).await?;
-    Ok(Json(SentTo { conversation: conversation.to_string(), seq: sent.seq, at: sent.at, duplicate: sent.duplicate }))
+    Ok(Json(SentTo {
+        conversation: conversation.to_string(),
+        seq: sent.seq,
+        at: sent.at,
+        duplicate: sent.duplicate,
+    }))
 }

@@ -58,7 +58,12 @@ fn shown(id: String, a: directory::Agent) -> Agent {
 
 /// Creates or replaces an agent.
 #[utoipa::path(put, path = "/api/v1/agents/{agent}", request_body = PutAgent, responses((status = 200, body = Agent), (status = 201, body = Agent), (status = 422, body = Problem)), security(("key" = [])))]
-pub(crate) async fn put(State(api): State<Arc<Api>>, Tenant(tenant): Tenant, Path(agent): Path<String>, Body(new): Body<PutAgent>) -> Result<(StatusCode, Json<Agent>), Failure> {
+pub(crate) async fn put(
+    State(api): State<Arc<Api>>,
+    Tenant(tenant): Tenant,
+    Path(agent): Path<String>,
+    Body(new): Body<PutAgent>,
+) -> Result<(StatusCode, Json<Agent>), Failure> {
     let id: AgentId = new_name("agent", &agent)?;
     if !matches!(new.role, Role::Agent | Role::Supervisor | Role::Admin) {
         return Err(CommandError::invalid("role must be agent, supervisor or admin").into());
@@ -83,14 +88,22 @@ pub(crate) async fn put(State(api): State<Arc<Api>>, Tenant(tenant): Tenant, Pat
 
 /// An agent.
 #[utoipa::path(get, path = "/api/v1/agents/{agent}", responses((status = 200, body = Agent), (status = 404, body = Problem)), security(("key" = [])))]
-pub(crate) async fn get(State(api): State<Arc<Api>>, Tenant(tenant): Tenant, Path(agent): Path<String>) -> Result<Json<Agent>, Failure> {
+pub(crate) async fn get(
+    State(api): State<Arc<Api>>,
+    Tenant(tenant): Tenant,
+    Path(agent): Path<String>,
+) -> Result<Json<Agent>, Failure> {
     let found = api.directory().agent(&tenant, &name(&agent)?).await?.ok_or(ErrorCode::NotFound)?;
     Ok(Json(shown(agent, found)))
 }
 
 /// Agents, by id.
 #[utoipa::path(get, path = "/api/v1/agents", params(Paging), responses((status = 200, body = Agents)), security(("key" = [])))]
-pub(crate) async fn list(State(api): State<Arc<Api>>, Tenant(tenant): Tenant, Query(q): Query<Paging>) -> Result<Json<Agents>, Failure> {
+pub(crate) async fn list(
+    State(api): State<Arc<Api>>,
+    Tenant(tenant): Tenant,
+    Query(q): Query<Paging>,
+) -> Result<Json<Agents>, Failure> {
     let limit = page(q.limit);
     let found = api.directory().agents(&tenant, q.after.as_deref().unwrap_or(""), limit).await?;
     let next = next(&found, limit);
@@ -99,8 +112,16 @@ pub(crate) async fn list(State(api): State<Arc<Api>>, Tenant(tenant): Tenant, Qu
 
 /// Removes an agent; its open sockets close.
 #[utoipa::path(delete, path = "/api/v1/agents/{agent}", responses((status = 204), (status = 404, body = Problem)), security(("key" = [])))]
-pub(crate) async fn delete(State(api): State<Arc<Api>>, Tenant(tenant): Tenant, Path(agent): Path<String>) -> Result<StatusCode, Failure> {
-    if api.directory().delete_agent(&tenant, &name(&agent)?, void_from(&api)).await? { Ok(StatusCode::NO_CONTENT) } else { Err(ErrorCode::NotFound.into()) }
+pub(crate) async fn delete(
+    State(api): State<Arc<Api>>,
+    Tenant(tenant): Tenant,
+    Path(agent): Path<String>,
+) -> Result<StatusCode, Failure> {
+    if api.directory().delete_agent(&tenant, &name(&agent)?, void_from(&api)).await? {
+        Ok(StatusCode::NO_CONTENT)
+    } else {
+        Err(ErrorCode::NotFound.into())
+    }
 }
 
 /// Tokens issued before this are void. They say when in whole seconds: those of this second are void as well.
@@ -128,7 +149,12 @@ pub(crate) struct Token {
 
 /// Issues a token of an agent.
 #[utoipa::path(post, path = "/api/v1/agents/{agent}/tokens", request_body = NewToken, responses((status = 200, body = Token), (status = 404, body = Problem)), security(("key" = [])))]
-pub(crate) async fn issue(State(api): State<Arc<Api>>, Tenant(tenant): Tenant, Path(agent): Path<String>, Body(new): Body<NewToken>) -> Result<Json<Token>, Failure> {
+pub(crate) async fn issue(
+    State(api): State<Arc<Api>>,
+    Tenant(tenant): Tenant,
+    Path(agent): Path<String>,
+    Body(new): Body<NewToken>,
+) -> Result<Json<Token>, Failure> {
     let id: AgentId = name(&agent)?;
     let found = api.directory().agent(&tenant, &id).await?.ok_or(ErrorCode::NotFound)?;
     let ttl = new.ttl_s.unwrap_or(TTL_DEFAULT_S);
@@ -141,7 +167,11 @@ pub(crate) async fn issue(State(api): State<Arc<Api>>, Tenant(tenant): Tenant, P
 
 /// Revokes every token of an agent; its open sockets close.
 #[utoipa::path(delete, path = "/api/v1/agents/{agent}/tokens", responses((status = 204), (status = 404, body = Problem)), security(("key" = [])))]
-pub(crate) async fn revoke(State(api): State<Arc<Api>>, Tenant(tenant): Tenant, Path(agent): Path<String>) -> Result<StatusCode, Failure> {
+pub(crate) async fn revoke(
+    State(api): State<Arc<Api>>,
+    Tenant(tenant): Tenant,
+    Path(agent): Path<String>,
+) -> Result<StatusCode, Failure> {
     let id: AgentId = name(&agent)?;
     let mut found = api.directory().agent(&tenant, &id).await?.ok_or(ErrorCode::NotFound)?;
     found.not_before = Some(void_from(&api));

@@ -10,7 +10,10 @@ use axum::response::{IntoResponse, Response};
 use bytes::{BufMut, BytesMut};
 use patchbay_actors::desk::{Desk, PAGE_ENTRIES_MAX, Page, Who};
 use patchbay_actors::inbox::{Filter, Position};
-use patchbay_protocol::command::{AddNote, AssignConversation, Empty, ReadConversation, Reply, Request, SendMessage, SendReply, SnoozeConversation, StateReply, TagConversation};
+use patchbay_protocol::command::{
+    AddNote, AssignConversation, Empty, ReadConversation, Reply, Request, SendMessage, SendReply,
+    SnoozeConversation, StateReply, TagConversation,
+};
 use patchbay_protocol::ids::{AgentId, ConversationId, InboxId, TenantId};
 use patchbay_protocol::summary::{Status, Summary};
 use patchbay_protocol::{CommandError, ErrorCode, Timestamp};
@@ -28,7 +31,9 @@ pub fn cursor(last: &Summary) -> String {
 
 /// The place that a cursor names.
 pub fn position(text: &str) -> Result<Position, CommandError> {
-    let parsed = text.split_once('.').and_then(|(at, id)| Some(Position(Reverse(Timestamp::from_millis(at.parse().ok()?)), id.parse().ok()?)));
+    let parsed = text.split_once('.').and_then(|(at, id)| {
+        Some(Position(Reverse(Timestamp::from_millis(at.parse().ok()?)), id.parse().ok()?))
+    });
     parsed.ok_or_else(|| CommandError::invalid("after is no cursor of this list"))
 }
 
@@ -61,7 +66,11 @@ pub(crate) struct Conversations {
 
 /// Conversations, newest first.
 #[utoipa::path(get, path = "/api/v1/conversations", params(ListQuery), responses((status = 200, body = Conversations), (status = 422, body = Problem)), security(("key" = [])))]
-pub(crate) async fn list(State(api): State<Arc<Api>>, Tenant(tenant): Tenant, Query(q): Query<ListQuery>) -> Result<Json<Conversations>, Failure> {
+pub(crate) async fn list(
+    State(api): State<Arc<Api>>,
+    Tenant(tenant): Tenant,
+    Query(q): Query<ListQuery>,
+) -> Result<Json<Conversations>, Failure> {
     let limit = page(q.limit);
     let bad = |field: &str| CommandError::invalid(format!("{field} is no name"));
     let inbox = q.inbox.map(|i| i.parse::<InboxId>().map_err(|_| bad("inbox"))).transpose()?;
@@ -75,7 +84,11 @@ pub(crate) async fn list(State(api): State<Arc<Api>>, Tenant(tenant): Tenant, Qu
 
 /// A conversation in one line.
 #[utoipa::path(get, path = "/api/v1/conversations/{id}", responses((status = 200, body = Summary), (status = 404, body = Problem)), security(("key" = [])))]
-pub(crate) async fn get(State(api): State<Arc<Api>>, Tenant(tenant): Tenant, Path(id): Path<String>) -> Result<Json<Summary>, Failure> {
+pub(crate) async fn get(
+    State(api): State<Arc<Api>>,
+    Tenant(tenant): Tenant,
+    Path(id): Path<String>,
+) -> Result<Json<Summary>, Failure> {
     Ok(Json(api.desk.summary(&Who::Api(tenant), name(&id)?).await?))
 }
 
@@ -106,7 +119,12 @@ pub(crate) struct Entries {
 
 /// Entries of a conversation.
 #[utoipa::path(get, path = "/api/v1/conversations/{id}/entries", params(EntriesQuery), responses((status = 200, body = Entries), (status = 404, body = Problem)), security(("key" = [])))]
-pub(crate) async fn entries(State(api): State<Arc<Api>>, Tenant(tenant): Tenant, Path(id): Path<String>, Query(q): Query<EntriesQuery>) -> Result<Response, Failure> {
+pub(crate) async fn entries(
+    State(api): State<Arc<Api>>,
+    Tenant(tenant): Tenant,
+    Path(id): Path<String>,
+    Query(q): Query<EntriesQuery>,
+) -> Result<Response, Failure> {
     let id: ConversationId = name(&id)?;
     api.desk.visible(&Who::Api(tenant.clone()), id).await?;
     let (wanted, reverse) = match (q.after_seq, q.before_seq) {
@@ -119,7 +137,8 @@ pub(crate) async fn entries(State(api): State<Arc<Api>>, Tenant(tenant): Tenant,
         found.entries.reverse();
     }
     // Entries are stored as they are shown: they are written out without being read.
-    let mut body = BytesMut::with_capacity(found.entries.iter().map(|(_, e)| e.len() + 1).sum::<usize>() + 64);
+    let mut body =
+        BytesMut::with_capacity(found.entries.iter().map(|(_, e)| e.len() + 1).sum::<usize>() + 64);
     body.put_slice(br#"{"entries":["#);
     for (n, (_, entry)) in found.entries.iter().enumerate() {
         if n > 0 {
@@ -127,7 +146,9 @@ pub(crate) async fn entries(State(api): State<Arc<Api>>, Tenant(tenant): Tenant,
         }
         body.put_slice(entry);
     }
-    body.put_slice(format!(r#"],"last_seq":{},"epoch":"{}"}}"#, found.tip, api.desk.node().epoch_of(id)).as_bytes());
+    body.put_slice(
+        format!(r#"],"last_seq":{},"epoch":"{}"}}"#, found.tip, api.desk.node().epoch_of(id)).as_bytes(),
+    );
     Ok(([(header::CONTENT_TYPE, "application/json")], body.freeze()).into_response())
 }
 
@@ -151,55 +172,100 @@ async fn sent(api: &Api, tenant: TenantId, id: &str, request: Request) -> Result
 
 /// Sends a message.
 #[utoipa::path(post, path = "/api/v1/conversations/{id}/messages", request_body = SendMessage, responses((status = 200, body = SendReply), (status = 404, body = Problem), (status = 409, body = Problem), (status = 422, body = Problem)), security(("key" = [])))]
-pub(crate) async fn send(State(api): State<Arc<Api>>, Tenant(tenant): Tenant, Path(id): Path<String>, Body(message): Body<SendMessage>) -> Result<Json<SendReply>, Failure> {
+pub(crate) async fn send(
+    State(api): State<Arc<Api>>,
+    Tenant(tenant): Tenant,
+    Path(id): Path<String>,
+    Body(message): Body<SendMessage>,
+) -> Result<Json<SendReply>, Failure> {
     let request = Desk::send_request(&Who::Api(tenant.clone()), message);
     sent(&api, tenant, &id, request).await
 }
 
 /// Adds a note that the customer never sees.
 #[utoipa::path(post, path = "/api/v1/conversations/{id}/notes", request_body = AddNote, responses((status = 200, body = SendReply), (status = 404, body = Problem)), security(("key" = [])))]
-pub(crate) async fn note(State(api): State<Arc<Api>>, Tenant(tenant): Tenant, Path(id): Path<String>, Body(note): Body<AddNote>) -> Result<Json<SendReply>, Failure> {
+pub(crate) async fn note(
+    State(api): State<Arc<Api>>,
+    Tenant(tenant): Tenant,
+    Path(id): Path<String>,
+    Body(note): Body<AddNote>,
+) -> Result<Json<SendReply>, Failure> {
     sent(&api, tenant, &id, Request::Note(note)).await
 }
 
 /// Assigns to an agent, or to nobody.
 #[utoipa::path(post, path = "/api/v1/conversations/{id}/assign", request_body = AssignConversation, responses((status = 200, body = StateReply), (status = 404, body = Problem)), security(("key" = [])))]
-pub(crate) async fn assign(State(api): State<Arc<Api>>, Tenant(tenant): Tenant, Path(id): Path<String>, Body(r): Body<AssignConversation>) -> Result<Json<StateReply>, Failure> {
+pub(crate) async fn assign(
+    State(api): State<Arc<Api>>,
+    Tenant(tenant): Tenant,
+    Path(id): Path<String>,
+    Body(r): Body<AssignConversation>,
+) -> Result<Json<StateReply>, Failure> {
     state(&api, tenant, &id, Request::Assign(r)).await
 }
 
 /// Ends the episode.
 #[utoipa::path(post, path = "/api/v1/conversations/{id}/resolve", request_body = Empty, responses((status = 200, body = StateReply), (status = 404, body = Problem)), security(("key" = [])))]
-pub(crate) async fn resolve(State(api): State<Arc<Api>>, Tenant(tenant): Tenant, Path(id): Path<String>, Body(Empty {}): Body<Empty>) -> Result<Json<StateReply>, Failure> {
+pub(crate) async fn resolve(
+    State(api): State<Arc<Api>>,
+    Tenant(tenant): Tenant,
+    Path(id): Path<String>,
+    Body(Empty {}): Body<Empty>,
+) -> Result<Json<StateReply>, Failure> {
     state(&api, tenant, &id, Request::Resolve).await
 }
 
 /// Opens the same episode again.
 #[utoipa::path(post, path = "/api/v1/conversations/{id}/reopen", request_body = Empty, responses((status = 200, body = StateReply), (status = 404, body = Problem)), security(("key" = [])))]
-pub(crate) async fn reopen(State(api): State<Arc<Api>>, Tenant(tenant): Tenant, Path(id): Path<String>, Body(Empty {}): Body<Empty>) -> Result<Json<StateReply>, Failure> {
+pub(crate) async fn reopen(
+    State(api): State<Arc<Api>>,
+    Tenant(tenant): Tenant,
+    Path(id): Path<String>,
+    Body(Empty {}): Body<Empty>,
+) -> Result<Json<StateReply>, Failure> {
     state(&api, tenant, &id, Request::Reopen).await
 }
 
 /// Waits for the customer.
 #[utoipa::path(post, path = "/api/v1/conversations/{id}/pending", request_body = Empty, responses((status = 200, body = StateReply), (status = 404, body = Problem)), security(("key" = [])))]
-pub(crate) async fn pending(State(api): State<Arc<Api>>, Tenant(tenant): Tenant, Path(id): Path<String>, Body(Empty {}): Body<Empty>) -> Result<Json<StateReply>, Failure> {
+pub(crate) async fn pending(
+    State(api): State<Arc<Api>>,
+    Tenant(tenant): Tenant,
+    Path(id): Path<String>,
+    Body(Empty {}): Body<Empty>,
+) -> Result<Json<StateReply>, Failure> {
     state(&api, tenant, &id, Request::Pending).await
 }
 
 /// Comes back at an instant, or with the customer's next message.
 #[utoipa::path(post, path = "/api/v1/conversations/{id}/snooze", request_body = SnoozeConversation, responses((status = 200, body = StateReply), (status = 404, body = Problem)), security(("key" = [])))]
-pub(crate) async fn snooze(State(api): State<Arc<Api>>, Tenant(tenant): Tenant, Path(id): Path<String>, Body(r): Body<SnoozeConversation>) -> Result<Json<StateReply>, Failure> {
+pub(crate) async fn snooze(
+    State(api): State<Arc<Api>>,
+    Tenant(tenant): Tenant,
+    Path(id): Path<String>,
+    Body(r): Body<SnoozeConversation>,
+) -> Result<Json<StateReply>, Failure> {
     state(&api, tenant, &id, Request::Snooze(r)).await
 }
 
 /// Adds and removes tags.
 #[utoipa::path(post, path = "/api/v1/conversations/{id}/tags", request_body = TagConversation, responses((status = 200, body = StateReply), (status = 404, body = Problem)), security(("key" = [])))]
-pub(crate) async fn tag(State(api): State<Arc<Api>>, Tenant(tenant): Tenant, Path(id): Path<String>, Body(r): Body<TagConversation>) -> Result<Json<StateReply>, Failure> {
+pub(crate) async fn tag(
+    State(api): State<Arc<Api>>,
+    Tenant(tenant): Tenant,
+    Path(id): Path<String>,
+    Body(r): Body<TagConversation>,
+) -> Result<Json<StateReply>, Failure> {
     state(&api, tenant, &id, Request::Tag(r)).await
 }
 
 /// Marks as read.
 #[utoipa::path(post, path = "/api/v1/conversations/{id}/read", request_body = ReadConversation, responses((status = 200, body = StateReply), (status = 404, body = Problem)), security(("key" = [])))]
-pub(crate) async fn read(State(api): State<Arc<Api>>, Tenant(tenant): Tenant, Path(id): Path<String>, Body(r): Body<ReadConversation>) -> Result<Json<StateReply>, Failure> {
+pub(crate) async fn read(
+    State(api): State<Arc<Api>>,
+    Tenant(tenant): Tenant,
+    Path(id): Path<String>,
+    Body(r): Body<ReadConversation>,
+) -> Result<Json<StateReply>, Failure> {
     state(&api, tenant, &id, Request::Read(r)).await
 }

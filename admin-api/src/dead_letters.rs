@@ -37,10 +37,25 @@ pub(crate) struct DeadLetters {
 
 /// Dead letters, the oldest first.
 #[utoipa::path(get, path = "/api/v1/dead-letters", params(Paging), responses((status = 200, body = DeadLetters)), security(("key" = [])))]
-pub(crate) async fn list(State(api): State<Arc<Api>>, Tenant(tenant): Tenant, Query(q): Query<Paging>) -> Result<Json<DeadLetters>, Failure> {
+pub(crate) async fn list(
+    State(api): State<Arc<Api>>,
+    Tenant(tenant): Tenant,
+    Query(q): Query<Paging>,
+) -> Result<Json<DeadLetters>, Failure> {
     let limit = page(q.limit);
-    let found = api.directory().tables().dead_letters(&tenant, q.after.as_deref().unwrap_or(""), limit).await.map_err(|_| CommandError::unavailable())?;
+    let found = api
+        .directory()
+        .tables()
+        .dead_letters(&tenant, q.after.as_deref().unwrap_or(""), limit)
+        .await
+        .map_err(|_| CommandError::unavailable())?;
     let next = (found.len() == limit).then(|| found.last().map(|l| l.id.clone())).flatten();
-    let shown = |l: patchbay_storage::tables::DeadLetter| DeadLetter { id: l.id, account: l.account, reason: l.reason, received_at: l.received_at, item: l.item };
+    let shown = |l: patchbay_storage::tables::DeadLetter| DeadLetter {
+        id: l.id,
+        account: l.account,
+        reason: l.reason,
+        received_at: l.received_at,
+        item: l.item,
+    };
     Ok(Json(DeadLetters { dead_letters: found.into_iter().map(shown).collect(), next }))
 }

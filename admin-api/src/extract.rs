@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use axum::extract::{FromRequest, FromRequestParts, Request};
-use axum::http::{HeaderMap, header};
 use axum::http::request::Parts;
+use axum::http::{HeaderMap, header};
 use bytes::Bytes;
 use patchbay_protocol::ids::TenantId;
 use patchbay_protocol::principal::Principal;
@@ -34,7 +34,9 @@ impl FromRequestParts<Arc<Api>> for Operator {
     async fn from_request_parts(parts: &mut Parts, api: &Arc<Api>) -> Result<Self, Failure> {
         match principal(parts, api).await? {
             Principal::Operator => Ok(Self),
-            Principal::Tenant(_) | Principal::Agent(_) | Principal::Contact(..) => Err(ErrorCode::PermissionDenied.into()),
+            Principal::Tenant(_) | Principal::Agent(_) | Principal::Contact(..) => {
+                Err(ErrorCode::PermissionDenied.into())
+            }
         }
     }
 }
@@ -47,7 +49,9 @@ impl FromRequestParts<Arc<Api>> for Tenant {
     async fn from_request_parts(parts: &mut Parts, api: &Arc<Api>) -> Result<Self, Failure> {
         match principal(parts, api).await? {
             Principal::Tenant(tenant) => Ok(Self(tenant)),
-            Principal::Operator | Principal::Agent(_) | Principal::Contact(..) => Err(ErrorCode::PermissionDenied.into()),
+            Principal::Operator | Principal::Agent(_) | Principal::Contact(..) => {
+                Err(ErrorCode::PermissionDenied.into())
+            }
         }
     }
 }
@@ -70,7 +74,8 @@ pub(crate) struct Query<T>(pub(crate) T);
 impl<T: DeserializeOwned> FromRequestParts<Arc<Api>> for Query<T> {
     type Rejection = Failure;
     async fn from_request_parts(parts: &mut Parts, _: &Arc<Api>) -> Result<Self, Failure> {
-        let query = axum::extract::Query::<T>::try_from_uri(&parts.uri).map_err(|e| CommandError::invalid(e.body_text()))?;
+        let query = axum::extract::Query::<T>::try_from_uri(&parts.uri)
+            .map_err(|e| CommandError::invalid(e.body_text()))?;
         Ok(Self(query.0))
     }
 }

@@ -49,7 +49,9 @@ impl Replies {
     fn begin(&self, key: [u8; 32], body: [u8; 32]) -> Option<Known> {
         let mut inner = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();
-        while inner.order.front().is_some_and(|(_, _, at)| now.duration_since(*at) > KEPT_FOR) || inner.order.len() > KEPT_MAX {
+        while inner.order.front().is_some_and(|(_, _, at)| now.duration_since(*at) > KEPT_FOR)
+            || inner.order.len() > KEPT_MAX
+        {
             if let Some((oldest, count, _)) = inner.order.pop_front()
                 && inner.known.get(&oldest).is_some_and(|(c, _)| *c == count)
             {
@@ -93,7 +95,9 @@ fn digest(parts: &[&[u8]]) -> [u8; 32] {
 fn key_of(headers: &HeaderMap) -> Option<Result<String, Failure>> {
     let value = headers.get("idempotency-key")?;
     let text = value.to_str().ok().filter(|k| (1..=KEY_MAX).contains(&k.len()));
-    Some(text.map(str::to_owned).ok_or_else(|| CommandError::invalid(format!("Idempotency-Key must have 1 to {KEY_MAX} characters")).into()))
+    Some(text.map(str::to_owned).ok_or_else(|| {
+        CommandError::invalid(format!("Idempotency-Key must have 1 to {KEY_MAX} characters")).into()
+    }))
 }
 
 /// Gives the first answer again. Answers that say "try again" are not kept.
@@ -116,7 +120,9 @@ pub(crate) async fn layer(State(api): State<Arc<Api>>, request: Request, next: N
         return Failure::from(e).into_response();
     }
     let (parts, body) = request.into_parts();
-    let Ok(body) = to_bytes(body, crate::BODY_BYTES_MAX).await else { return Failure::from(ErrorCode::TooLarge).into_response() };
+    let Ok(body) = to_bytes(body, crate::BODY_BYTES_MAX).await else {
+        return Failure::from(ErrorCode::TooLarge).into_response();
+    };
     let caller = parts.headers.get(header::AUTHORIZATION).map_or(&b""[..], |v| v.as_bytes());
     let key = digest(&[caller, parts.uri.path().as_bytes(), key.as_bytes()]);
     let body_hash = digest(&[&body]);
@@ -136,7 +142,9 @@ pub(crate) async fn layer(State(api): State<Arc<Api>>, request: Request, next: N
         None => {}
     }
     // A caller that hangs up leaves the work to its end: a repeat finds the answer.
-    let work = tokio::spawn(async move { run(&api, key, body_hash, next, Request::from_parts(parts, Body::from(body))).await });
+    let work = tokio::spawn(async move {
+        run(&api, key, body_hash, next, Request::from_parts(parts, Body::from(body))).await
+    });
     work.await.unwrap_or_else(|_| StatusCode::INTERNAL_SERVER_ERROR.into_response())
 }
 
@@ -147,8 +155,17 @@ async fn run(api: &Api, key: [u8; 32], body_hash: [u8; 32], next: Next, request:
         api.replies.end(key, None);
         return StatusCode::INTERNAL_SERVER_ERROR.into_response();
     };
-    let again = parts.status.is_server_error() || matches!(parts.status, StatusCode::TOO_MANY_REQUESTS | StatusCode::UNAUTHORIZED);
+    let again = parts.status.is_server_error()
+        || matches!(parts.status, StatusCode::TOO_MANY_REQUESTS | StatusCode::UNAUTHORIZED);
     let content_type = parts.headers.get(header::CONTENT_TYPE).cloned();
-    api.replies.end(key, (!again).then(|| Known::Answered { body: body_hash, status: parts.status, content_type, reply: reply.clone() }));
+    api.replies.end(
+        key,
+        (!again).then(|| Known::Answered {
+            body: body_hash,
+            status: parts.status,
+            content_type,
+            reply: reply.clone(),
+        }),
+    );
     Response::from_parts(parts, Body::from(reply))
 }

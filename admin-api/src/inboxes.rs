@@ -63,7 +63,12 @@ pub(crate) fn created(new: bool) -> StatusCode {
 
 /// Creates or replaces an inbox.
 #[utoipa::path(put, path = "/api/v1/inboxes/{inbox}", request_body = PutInbox, responses((status = 200, body = Inbox), (status = 201, body = Inbox), (status = 422, body = Problem)), security(("key" = [])))]
-pub(crate) async fn put(State(api): State<Arc<Api>>, Tenant(tenant): Tenant, Path(inbox): Path<String>, Body(new): Body<PutInbox>) -> Result<(StatusCode, Json<Inbox>), Failure> {
+pub(crate) async fn put(
+    State(api): State<Arc<Api>>,
+    Tenant(tenant): Tenant,
+    Path(inbox): Path<String>,
+    Body(new): Body<PutInbox>,
+) -> Result<(StatusCode, Json<Inbox>), Failure> {
     let id: InboxId = new_name("inbox", &inbox)?;
     let was = api.directory().put_inbox(&tenant, &id, &directory::Inbox { name: new.name.clone() }).await?;
     Ok((created(was), Json(Inbox { id: inbox, name: new.name })))
@@ -71,14 +76,22 @@ pub(crate) async fn put(State(api): State<Arc<Api>>, Tenant(tenant): Tenant, Pat
 
 /// An inbox.
 #[utoipa::path(get, path = "/api/v1/inboxes/{inbox}", responses((status = 200, body = Inbox), (status = 404, body = Problem)), security(("key" = [])))]
-pub(crate) async fn get(State(api): State<Arc<Api>>, Tenant(tenant): Tenant, Path(inbox): Path<String>) -> Result<Json<Inbox>, Failure> {
+pub(crate) async fn get(
+    State(api): State<Arc<Api>>,
+    Tenant(tenant): Tenant,
+    Path(inbox): Path<String>,
+) -> Result<Json<Inbox>, Failure> {
     let found = api.directory().inbox(&tenant, &name(&inbox)?).await?.ok_or(ErrorCode::NotFound)?;
     Ok(Json(Inbox { id: inbox, name: found.name }))
 }
 
 /// Inboxes, by id.
 #[utoipa::path(get, path = "/api/v1/inboxes", params(Paging), responses((status = 200, body = Inboxes)), security(("key" = [])))]
-pub(crate) async fn list(State(api): State<Arc<Api>>, Tenant(tenant): Tenant, Query(q): Query<Paging>) -> Result<Json<Inboxes>, Failure> {
+pub(crate) async fn list(
+    State(api): State<Arc<Api>>,
+    Tenant(tenant): Tenant,
+    Query(q): Query<Paging>,
+) -> Result<Json<Inboxes>, Failure> {
     let limit = page(q.limit);
     let found = api.directory().inboxes(&tenant, q.after.as_deref().unwrap_or(""), limit).await?;
     let next = next(&found, limit);
@@ -87,12 +100,20 @@ pub(crate) async fn list(State(api): State<Arc<Api>>, Tenant(tenant): Tenant, Qu
 
 /// Removes an inbox that no account uses.
 #[utoipa::path(delete, path = "/api/v1/inboxes/{inbox}", responses((status = 204), (status = 404, body = Problem), (status = 409, body = Problem)), security(("key" = [])))]
-pub(crate) async fn delete(State(api): State<Arc<Api>>, Tenant(tenant): Tenant, Path(inbox): Path<String>) -> Result<StatusCode, Failure> {
+pub(crate) async fn delete(
+    State(api): State<Arc<Api>>,
+    Tenant(tenant): Tenant,
+    Path(inbox): Path<String>,
+) -> Result<StatusCode, Failure> {
     let id: InboxId = name(&inbox)?;
     let accounts = api.directory().accounts(&tenant, "", 1000).await?;
     if accounts.iter().any(|(_, a)| a.inbox == id) {
         let detail = serde_json::json!({"detail": "an account uses this inbox"});
         return Err(patchbay_protocol::CommandError::with(ErrorCode::Conflict, detail).into());
     }
-    if api.directory().delete_inbox(&tenant, &id).await? { Ok(StatusCode::NO_CONTENT) } else { Err(ErrorCode::NotFound.into()) }
+    if api.directory().delete_inbox(&tenant, &id).await? {
+        Ok(StatusCode::NO_CONTENT)
+    } else {
+        Err(ErrorCode::NotFound.into())
+    }
 }

@@ -49,7 +49,14 @@ pub trait Authenticator: Send + Sync + 'static {
 #[async_trait]
 pub trait TokenIssuer: Send + Sync + 'static {
     /// A token of an agent that is not void by `not_before`, with its end.
-    fn issue(&self, tenant: &TenantId, agent: &AgentId, role: Role, ttl_s: u64, not_before: Option<Timestamp>) -> Result<(String, Timestamp), CommandError>;
+    fn issue(
+        &self,
+        tenant: &TenantId,
+        agent: &AgentId,
+        role: Role,
+        ttl_s: u64,
+        not_before: Option<Timestamp>,
+    ) -> Result<(String, Timestamp), CommandError>;
 
     /// A new key of a tenant; its secret is told only here.
     async fn create_key(&self, tenant: &TenantId, name: &str) -> Result<String, CommandError>;

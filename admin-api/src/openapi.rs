@@ -12,7 +12,10 @@ struct Key;
 impl Modify for Key {
     fn modify(&self, api: &mut utoipa::openapi::OpenApi) {
         let components = api.components.get_or_insert_with(Default::default);
-        let scheme = HttpBuilder::new().scheme(HttpAuthScheme::Bearer).description(Some("The operator's key or a tenant's API key.")).build();
+        let scheme = HttpBuilder::new()
+            .scheme(HttpAuthScheme::Bearer)
+            .description(Some("The operator's key or a tenant's API key."))
+            .build();
         components.add_security_scheme("key", SecurityScheme::Http(scheme));
     }
 }

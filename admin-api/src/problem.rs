@@ -49,7 +49,9 @@ impl IntoResponse for Failure {
         let Self(error) = self;
         let code = error.code;
         let field = |name: &str| error.detail.as_ref().and_then(|d| d.get(name)).cloned();
-        let detail = field("detail").and_then(|d| d.as_str().map(str::to_owned)).unwrap_or_else(|| code.meaning().to_owned());
+        let detail = field("detail")
+            .and_then(|d| d.as_str().map(str::to_owned))
+            .unwrap_or_else(|| code.meaning().to_owned());
         let retry_after_ms = error.retry_after_ms();
         let problem = Problem {
             kind: format!("https://patchbay.dev/errors/{}", code.name()),

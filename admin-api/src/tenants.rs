@@ -35,7 +35,11 @@ pub(crate) struct CreatedTenant {
 
 /// Makes a tenant.
 #[utoipa::path(post, path = "/api/v1/tenants", request_body = NewTenant, responses((status = 201, body = CreatedTenant), (status = 409, body = Problem)), security(("key" = [])))]
-pub(crate) async fn create(State(api): State<Arc<Api>>, _: Operator, Body(new): Body<NewTenant>) -> Result<(StatusCode, Json<CreatedTenant>), Failure> {
+pub(crate) async fn create(
+    State(api): State<Arc<Api>>,
+    _: Operator,
+    Body(new): Body<NewTenant>,
+) -> Result<(StatusCode, Json<CreatedTenant>), Failure> {
     let id: TenantId = new_name("id", &new.id)?;
     api.directory().create_tenant(&id, &directory::Tenant { name: new.name, created_at: api.now() }).await?;
     let key = api.issuer.create_key(&id, "first").await?;

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use axum::extract::{Request, State};
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use serde_json::json;
@@ -39,7 +39,8 @@ impl RequestLimits {
             buckets.retain(|_, b| now.duration_since(b.at).as_secs() < 2);
         }
         let bucket = buckets.entry(caller).or_insert(Bucket { tokens: self.per_second, at: now });
-        bucket.tokens = (bucket.tokens + now.duration_since(bucket.at).as_secs_f64() * self.per_second).min(self.per_second);
+        bucket.tokens = (bucket.tokens + now.duration_since(bucket.at).as_secs_f64() * self.per_second)
+            .min(self.per_second);
         bucket.at = now;
         if bucket.tokens >= 1.0 {
             bucket.tokens -= 1.0;
@@ -68,16 +69,26 @@ pub async fn layer(State(limits): State<Arc<RequestLimits>>, request: Request, n
 
 /// Whether a `Host` (or what stands in an `Origin` behind the scheme) is one of loopback's own names.
 fn is_local(host: &str) -> bool {
-    let name = host.rsplit_once(':').map_or(host, |(name, port)| if port.bytes().all(|b| b.is_ascii_digit()) { name } else { host });
+    let name = host
+        .rsplit_once(':')
+        .map_or(host, |(name, port)| if port.bytes().all(|b| b.is_ascii_digit()) { name } else { host });
     let name = name.trim_matches(['[', ']']);
     name == "localhost" || name.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
+}
+
+fn comes_from_here(headers: &HeaderMap) -> bool {
+    let text = |name| headers.get(name).map(|h: &HeaderValue| h.to_str().unwrap_or("?"));
+    let host = text(header::HOST).is_some_and(is_local);
+    host && text(header::ORIGIN).is_none_or(|o| o.split_once("://").is_some_and(|(_, host)| is_local(host)))
 }
 
 /// `dev` answers only to loopback's own names, and to pages from there: a page elsewhere that points a name of its own
 /// here is refused.
 pub async fn local_host_only(request: Request, next: Next) -> Response {
-    let header = |name| request.headers().get(name).map(|h: &HeaderValue| h.to_str().unwrap_or("?"));
-    let host = header(header::HOST).is_some_and(is_local);
-    let origin = header(header::ORIGIN).is_none_or(|o| o.split_once("://").is_some_and(|(_, host)| is_local(host)));
-    if host && origin { next.run(request).await } else { (StatusCode::FORBIDDEN, "dev answers to loopback only").into_response() }
+    let local = comes_from_here(request.headers());
+    if local {
+        next.run(request).await
+    } else {
+        (StatusCode::FORBIDDEN, "dev answers to loopback only").into_response()
+    }
 }

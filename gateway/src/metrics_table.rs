@@ -21,10 +21,20 @@ pub type Row = (&'static str, Kind, &'static str, &'static str);
 pub const METRICS: &[Row] = &[
     ("patchbay_actors_active", Kind::Gauge, "", "Entities in memory."),
     ("patchbay_actors_failures_total", Kind::Counter, "", "Actors that failed and rest."),
-    ("patchbay_actors_overloaded_total", Kind::Counter, "kind", "Commands refused since too many were in flight."),
+    (
+        "patchbay_actors_overloaded_total",
+        Kind::Counter,
+        "kind",
+        "Commands refused since too many were in flight.",
+    ),
     ("patchbay_actors_panics_total", Kind::Counter, "command", "Commands that made their entity panic."),
     ("patchbay_actors_parked_total", Kind::Counter, "kind", "Entities parked since their log is damaged."),
-    ("patchbay_actors_poison_commands_total", Kind::Counter, "command", "Commands parked since they failed every time."),
+    (
+        "patchbay_actors_poison_commands_total",
+        Kind::Counter,
+        "command",
+        "Commands parked since they failed every time.",
+    ),
     ("patchbay_edge_connections", Kind::Gauge, "", "Open sockets."),
     ("patchbay_edge_disconnects_total", Kind::Counter, "code", "Sockets closed by the server."),
     ("patchbay_edge_rpc_seconds", Kind::Histogram, "method", "From an rpc's arrival to its reply."),
@@ -33,12 +43,18 @@ pub const METRICS: &[Row] = &[
     ("patchbay_outbound_call_seconds", Kind::Histogram, "outcome", "Calls to providers."),
     ("patchbay_storage_commit_seconds", Kind::Histogram, "", "Writing and syncing one group."),
     ("patchbay_storage_group_jobs", Kind::Histogram, "", "Writes of one group."),
-    ("patchbay_storage_stale_writes_total", Kind::Counter, "", "Writes dropped since a later epoch had written."),
+    (
+        "patchbay_storage_stale_writes_total",
+        Kind::Counter,
+        "",
+        "Writes dropped since a later epoch had written.",
+    ),
     ("patchbay_webhook_items_total", Kind::Counter, "", "Items of verified webhooks."),
     ("patchbay_webhook_seconds", Kind::Histogram, "status", "From a webhook's body to its answer."),
 ];
 
-const SECONDS: &[f64] = &[0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
+const SECONDS: &[f64] =
+    &[0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
 const COUNTS: &[f64] = &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0];
 
 /// Installs the recorder of the process.
@@ -51,7 +67,9 @@ pub fn install() -> Result<PrometheusHandle, BuildError> {
         match kind {
             Kind::Counter => metrics::describe_counter!(*name, *help),
             Kind::Gauge => metrics::describe_gauge!(*name, *help),
-            Kind::Histogram if name.ends_with("_seconds") => metrics::describe_histogram!(*name, Unit::Seconds, *help),
+            Kind::Histogram if name.ends_with("_seconds") => {
+                metrics::describe_histogram!(*name, Unit::Seconds, *help)
+            }
             Kind::Histogram => metrics::describe_histogram!(*name, *help),
         }
     }
@@ -60,7 +78,9 @@ pub fn install() -> Result<PrometheusHandle, BuildError> {
 
 /// The page in docs/ that lists every metric.
 pub fn documentation() -> String {
-    let mut page = String::from("# Metrics\n\nGenerated from `gateway/src/metrics_table.rs`; a test fails when this page is stale. Served at `/metrics` of `ops.listen`.\n\n| name | kind | labels | what |\n|---|---|---|---|\n");
+    let mut page = String::from(
+        "# Metrics\n\nGenerated from `gateway/src/metrics_table.rs`; a test fails when this page is stale. Served at `/metrics` of `ops.listen`.\n\n| name | kind | labels | what |\n|---|---|---|---|\n",
+    );
     for (name, kind, labels, help) in METRICS {
         let kind = match kind {
             Kind::Counter => "counter",

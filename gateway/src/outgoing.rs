@@ -37,8 +37,16 @@ pub fn is_public(ip: IpAddr) -> bool {
         IpAddr::V4(v4) => {
             let [a, b, c, _] = v4.octets();
             let shared = a == 100 && (64..128).contains(&b);
-            let special = a == 0 || a >= 240 || (a == 192 && b == 0 && c == 0) || (a == 198 && (b & 0xfe) == 18);
-            !(v4.is_loopback() || v4.is_private() || v4.is_link_local() || v4.is_multicast() || v4.is_broadcast() || v4.is_documentation() || shared || special)
+            let special =
+                a == 0 || a >= 240 || (a == 192 && b == 0 && c == 0) || (a == 198 && (b & 0xfe) == 18);
+            !(v4.is_loopback()
+                || v4.is_private()
+                || v4.is_link_local()
+                || v4.is_multicast()
+                || v4.is_broadcast()
+                || v4.is_documentation()
+                || shared
+                || special)
         }
         IpAddr::V6(v6) => {
             if let Some(v4) = v6.to_ipv4_mapped() {
@@ -61,13 +69,18 @@ impl Guard {
     /// The address of a call, if the account may call there.
     fn url(&self, account: &Account, path: &str) -> Option<Url> {
         let settings = &account.settings;
-        let base = if settings.api_base.is_empty() { GRAPH_BASE } else { settings.api_base.trim_end_matches('/') };
+        let base =
+            if settings.api_base.is_empty() { GRAPH_BASE } else { settings.api_base.trim_end_matches('/') };
         let version = if settings.api_version.is_empty() { GRAPH_VERSION } else { &settings.api_version };
         let url = Url::parse(&format!("{base}/{version}/{path}")).ok()?;
         let host = url.host_str()?;
         let literal: Option<IpAddr> = host.trim_matches(['[', ']']).parse().ok();
-        let listed = url.scheme() == "https" && self.allowed_hosts.iter().any(|h| h.eq_ignore_ascii_case(host)) && literal.is_none_or(is_public);
-        let local = self.loopback && url.scheme() == "http" && (literal.is_some_and(|ip| ip.is_loopback()) || host == "localhost");
+        let listed = url.scheme() == "https"
+            && self.allowed_hosts.iter().any(|h| h.eq_ignore_ascii_case(host))
+            && literal.is_none_or(is_public);
+        let local = self.loopback
+            && url.scheme() == "http"
+            && (literal.is_some_and(|ip| ip.is_loopback()) || host == "localhost");
         (listed || local).then_some(url)
     }
 }
@@ -118,7 +131,11 @@ impl Outgoing {
             }
             body.extend_from_slice(&chunk);
         }
-        Some(CallResult::Answered { status, retry_after: header.map(Duration::from_secs), body: Bytes::from(body) })
+        Some(CallResult::Answered {
+            status,
+            retry_after: header.map(Duration::from_secs),
+            body: Bytes::from(body),
+        })
     }
 }
 
@@ -127,7 +144,12 @@ impl Provider for Outgoing {
     async fn call(&self, account: &Account, call: Call) -> CallResult {
         let Some(url) = self.guard.url(account, &call.path) else { return CallResult::NotSent };
         let token = account.credentials.get("access_token").and_then(|t| t.as_str()).unwrap_or("");
-        let request = self.client.post(url).bearer_auth(token).header("content-type", "application/json").body(call.body);
+        let request = self
+            .client
+            .post(url)
+            .bearer_auth(token)
+            .header("content-type", "application/json")
+            .body(call.body);
         match request.send().await {
             Ok(response) => Self::answer(response).await.unwrap_or(CallResult::Lost),
             // Only a connection that was never made proves that nothing was written.
@@ -157,7 +179,18 @@ mod tests {
     fn only_listed_hosts_over_https() {
         let guard = Guard { allowed_hosts: vec!["graph.facebook.com".into()], loopback: false };
         assert!(guard.url(&account(""), "1/messages").is_some());
-        for bad in ["http://graph.facebook.com", "https://evil.example", "https://graph.facebook.com.evil.example", "http://127.0.0.1:1", "https://127.0.0.1", "https://2130706433", "https://[::ffff:127.0.0.1]", "ftp://graph.facebook.com", "https://graph.facebook.com@evil.example", "nonsense"] {
+        for bad in [
+            "http://graph.facebook.com",
+            "https://evil.example",
+            "https://graph.facebook.com.evil.example",
+            "http://127.0.0.1:1",
+            "https://127.0.0.1",
+            "https://2130706433",
+            "https://[::ffff:127.0.0.1]",
+            "ftp://graph.facebook.com",
+            "https://graph.facebook.com@evil.example",
+            "nonsense",
+        ] {
             assert!(guard.url(&account(bad), "1/messages").is_none(), "{bad}");
         }
         let dev = Guard { loopback: true, ..guard };
@@ -167,7 +200,23 @@ mod tests {
 
     #[test]
     fn private_ranges_are_not_public() {
-        for ip in ["127.0.0.1", "10.1.1.1", "172.16.0.1", "192.168.0.1", "169.254.169.254", "0.0.0.0", "100.64.0.1", "::1", "::ffff:10.0.0.1", "fe80::1", "fd00::1", "64:ff9b::a00:1", "2002:a00:1::", "224.0.0.1", "255.255.255.255"] {
+        for ip in [
+            "127.0.0.1",
+            "10.1.1.1",
+            "172.16.0.1",
+            "192.168.0.1",
+            "169.254.169.254",
+            "0.0.0.0",
+            "100.64.0.1",
+            "::1",
+            "::ffff:10.0.0.1",
+            "fe80::1",
+            "fd00::1",
+            "64:ff9b::a00:1",
+            "2002:a00:1::",
+            "224.0.0.1",
+            "255.255.255.255",
+        ] {
             assert!(!is_public(ip.parse().unwrap()), "{ip}");
         }
         for ip in ["1.1.1.1", "157.240.1.1", "2606:4700::1111"] {

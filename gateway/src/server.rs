@@ -140,19 +140,28 @@ fn loopback(listen: &str) -> bool {
 
 impl Server {
     /// Opens the store, starts the entities and binds the doors.
-    pub async fn start(config: &Config, mode: Mode, engine: Arc<dyn Engine>, metrics: PrometheusHandle) -> Result<Self, RunError> {
+    pub async fn start(
+        config: &Config,
+        mode: Mode,
+        engine: Arc<dyn Engine>,
+        metrics: PrometheusHandle,
+    ) -> Result<Self, RunError> {
         if mode == Mode::Dev && !(loopback(&config.public.listen) && loopback(&config.ops.listen)) {
             return Err(RunError::Config("dev listens on loopback only".into()));
         }
         let hub = Arc::new(Hub::default());
-        let guard = Guard { allowed_hosts: config.providers.allowed_hosts.clone(), loopback: mode == Mode::Dev };
+        let guard =
+            Guard { allowed_hosts: config.providers.allowed_hosts.clone(), loopback: mode == Mode::Dev };
         let node = Node::start(NodeConfig {
             engine,
             clock: Clock::System,
             shards: config.cluster.shards,
             publisher: hub.clone(),
             provider: Arc::new(Outgoing::new(guard, config.providers.timeout)?),
-            outbound: OutboundConfig { queue_max: config.outbound.queue_max, max_age: config.outbound.max_age },
+            outbound: OutboundConfig {
+                queue_max: config.outbound.queue_max,
+                max_age: config.outbound.max_age,
+            },
             idle_after: config.limits.idle_after,
         })
         .await?;
@@ -162,13 +171,24 @@ impl Server {
         let ops = ops_listener.local_addr().map_err(io("ops.listen"))?;
         let (draining, watching) = watch::channel(false);
         let desk = Desk::new(node.clone());
-        let auth = Arc::new(Auth::new(config.token_keys().map_err(RunError::Config)?, node.directory().clone()));
+        let auth =
+            Arc::new(Auth::new(config.token_keys().map_err(RunError::Config)?, node.directory().clone()));
         let operator_key = config.operator_key().map_err(RunError::Config)?;
         let tasks = TaskTracker::new();
-        let doors = Doors { config, mode, desk: &desk, auth: &auth, hub: &hub, draining: watching.clone(), operator_key, tasks: tasks.clone() };
+        let doors = Doors {
+            config,
+            mode,
+            desk: &desk,
+            auth: &auth,
+            hub: &hub,
+            draining: watching.clone(),
+            operator_key,
+            tasks: tasks.clone(),
+        };
         tasks.spawn(serve(public_listener, doors.public(), watching.clone(), tasks.clone()));
         let ops_router = match mode {
-            Mode::Dev => ops_router(metrics, watching.clone()).layer(axum::middleware::from_fn(limits::local_host_only)),
+            Mode::Dev => ops_router(metrics, watching.clone())
+                .layer(axum::middleware::from_fn(limits::local_host_only)),
             Mode::Run => ops_router(metrics, watching.clone()),
         };
         tasks.spawn(serve(ops_listener, ops_router, watching, tasks.clone()));
@@ -225,13 +245,22 @@ impl Doors<'_> {
             unconnected: AtomicUsize::new(0),
             origins,
         });
-        let api_auth = Arc::new(ApiAuth::new(self.operator_key.as_deref(), directory.clone(), self.auth.clone(), node.shards().clock));
+        let api_auth = Arc::new(ApiAuth::new(
+            self.operator_key.as_deref(),
+            directory.clone(),
+            self.auth.clone(),
+            node.shards().clock,
+        ));
         let api = patchbay_admin_api::Api::new(self.desk.clone(), api_auth.clone(), api_auth);
         let limits = RequestLimits::new(self.config.limits.requests_per_second, self.mode == Mode::Dev);
-        let admin = patchbay_admin_api::router(api).layer(axum::middleware::from_fn_with_state(limits, limits::layer));
+        let admin = patchbay_admin_api::router(api)
+            .layer(axum::middleware::from_fn_with_state(limits, limits::layer));
         let webhooks = Webhooks::new(Intake::new(node.clone()), directory);
-        let webhooks = Router::new().route("/webhooks/{tenant}/{account}", get(webhook::challenge).post(webhook::receive)).with_state(webhooks);
-        let sockets = Router::new().route("/connection/websocket", get(websocket::upgrade)).with_state(sockets);
+        let webhooks = Router::new()
+            .route("/webhooks/{tenant}/{account}", get(webhook::challenge).post(webhook::receive))
+            .with_state(webhooks);
+        let sockets =
+            Router::new().route("/connection/websocket", get(websocket::upgrade)).with_state(sockets);
         let router = Router::new().merge(sockets).merge(webhooks).merge(admin);
         match self.mode {
             Mode::Dev => router.layer(axum::middleware::from_fn(limits::local_host_only)),
@@ -262,11 +291,20 @@ fn ops_router(metrics: PrometheusHandle, draining: watch::Receiver<bool>) -> Rou
 }
 
 async fn ready(State(state): State<OpsState>) -> Response {
-    if *state.draining.borrow() { (StatusCode::SERVICE_UNAVAILABLE, "draining").into_response() } else { "ready".into_response() }
+    if *state.draining.borrow() {
+        (StatusCode::SERVICE_UNAVAILABLE, "draining").into_response()
+    } else {
+        "ready".into_response()
+    }
 }
 
 /// Accepts connections until the node drains.
-async fn serve(listener: TcpListener, router: Router, mut draining: watch::Receiver<bool>, tasks: TaskTracker) {
+async fn serve(
+    listener: TcpListener,
+    router: Router,
+    mut draining: watch::Receiver<bool>,
+    tasks: TaskTracker,
+) {
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,

@@ -101,7 +101,11 @@ async fn write(load: Arc<Load>, n: usize) {
         loop {
             let Some(node) = load.node().await else { return };
             load.webhooks.fetch_add(1, Ordering::Relaxed);
-            let request = load.http.post(format!("http://{node}/webhooks/crash/wa{account}")).header("x-hub-signature-256", sign(common::APP_SECRET, &body)).body(body.clone());
+            let request = load
+                .http
+                .post(format!("http://{node}/webhooks/crash/wa{account}"))
+                .header("x-hub-signature-256", sign(common::APP_SECRET, &body))
+                .body(body.clone());
             let answer = request.send().await;
             load.webhooks.fetch_sub(1, Ordering::Relaxed);
             if answer.is_ok_and(|a| a.status() == 200) {
@@ -141,7 +145,11 @@ async fn answer(load: Arc<Load>, agent: usize, customers: Vec<usize>) {
             }
             let Some(replies) = ws.read().await else { break };
             for reply in replies {
-                let Some(send) = reply["id"].as_u64().and_then(|id| waiting.remove(&u32::try_from(id).unwrap())) else { continue };
+                let Some(send) =
+                    reply["id"].as_u64().and_then(|id| waiting.remove(&u32::try_from(id).unwrap()))
+                else {
+                    continue;
+                };
                 load.sends.fetch_sub(1, Ordering::Relaxed);
                 match reply["rpc"]["data"]["seq"].as_u64() {
                     Some(seq) => {
@@ -183,7 +191,9 @@ async fn look(load: Arc<Load>, n: usize) {
         let Some(node) = load.node().await else { return };
         let Some(mut ws) = connect(&node, &load.token).await else { continue };
         let request = match &position {
-            Some((offset, epoch)) => json!({"channel": channel, "recover": true, "offset": offset, "epoch": epoch}),
+            Some((offset, epoch)) => {
+                json!({"channel": channel, "recover": true, "offset": offset, "epoch": epoch})
+            }
             None => json!({"channel": channel}),
         };
         let Ok(found) = ws.call(json!({"subscribe": request})).await else {
@@ -193,7 +203,10 @@ async fn look(load: Arc<Load>, n: usize) {
         let found = &found["subscribe"];
         let epoch = found["epoch"].as_str().unwrap().to_owned();
         let recovered = found["recovered"].as_bool().unwrap_or(false);
-        let mut last = position.as_ref().filter(|_| recovered).map_or(found["offset"].as_u64().unwrap_or(0), |(o, _)| *o);
+        let mut last = position
+            .as_ref()
+            .filter(|_| recovered)
+            .map_or(found["offset"].as_u64().unwrap_or(0), |(o, _)| *o);
         if !recovered {
             load.ledger.lock().unwrap().seen.insert(id, vec![]);
         }
@@ -205,7 +218,9 @@ async fn look(load: Arc<Load>, n: usize) {
             saw(p["offset"].as_u64().unwrap());
         }
         while !load.stopped() {
-            let Ok(push) = tokio::time::timeout(Duration::from_millis(500), ws.push()).await else { continue };
+            let Ok(push) = tokio::time::timeout(Duration::from_millis(500), ws.push()).await else {
+                continue;
+            };
             let Some(push) = push else { break };
             if let Some(seq) = push["pub"]["offset"].as_u64() {
                 saw(seq);
@@ -255,14 +270,20 @@ async fn killed_twenty_times_under_load() {
     let point = |node: &Node| {
         for account in 0..ACCOUNTS {
             let webhook_url = node.url(&format!("/webhooks/crash/wa{account}"));
-            simulator.add_number(&number(account), Number { webhook_url, app_secret: common::APP_SECRET.into() });
+            simulator
+                .add_number(&number(account), Number { webhook_url, app_secret: common::APP_SECRET.into() });
         }
     };
     point(&node);
     let all = ACCOUNTS * CUSTOMERS_PER_ACCOUNT;
-    let mut tasks: Vec<tokio::task::JoinHandle<()>> = (0..all).map(|n| tokio::spawn(write(load.clone(), n))).collect();
+    let mut tasks: Vec<tokio::task::JoinHandle<()>> =
+        (0..all).map(|n| tokio::spawn(write(load.clone(), n))).collect();
     for agent in 0..AGENTS {
-        tasks.push(tokio::spawn(answer(load.clone(), agent, (0..all).filter(|n| n % AGENTS == agent).collect())));
+        tasks.push(tokio::spawn(answer(
+            load.clone(),
+            agent,
+            (0..all).filter(|n| n % AGENTS == agent).collect(),
+        )));
     }
     for n in 0..6 {
         tasks.push(tokio::spawn(look(load.clone(), n)));
@@ -273,7 +294,11 @@ async fn killed_twenty_times_under_load() {
         let deadline = tokio::time::Instant::now() + Duration::from_secs(30);
         load.burst.store(true, Ordering::Relaxed);
         let (sends, webhooks, calls) = loop {
-            let now = (load.sends.load(Ordering::Relaxed), load.webhooks.load(Ordering::Relaxed), simulator.record_open_calls());
+            let now = (
+                load.sends.load(Ordering::Relaxed),
+                load.webhooks.load(Ordering::Relaxed),
+                simulator.record_open_calls(),
+            );
             if now.0 >= SENDS && now.1 >= WEBHOOKS && now.2 >= CALLS {
                 break now;
             }
@@ -304,21 +329,29 @@ async fn settle(node: &Node, key: &str, simulator: &Simulator, all: usize) {
         let quiet = record.calls_open == 0 && record.webhooks_open == 0;
         let mut unsettled = 0;
         for account in 0..ACCOUNTS {
-            unsettled += node.get(key, &format!("/accounts/wa{account}")).await["unsettled"].as_u64().unwrap();
+            unsettled +=
+                node.get(key, &format!("/accounts/wa{account}")).await["unsettled"].as_u64().unwrap();
         }
         let mut pending = 0;
         if quiet && unsettled == 0 {
             for n in 0..all {
                 let entries = node.entries(key, id_of(n)).await;
-                let told: HashSet<u64> = entries.iter().filter_map(|e| e["data"]["message_seq"].as_u64()).collect();
-                pending += entries.iter().filter(|e| e["type"] == "message.sent" && !told.contains(&e["seq"].as_u64().unwrap())).count();
+                let told: HashSet<u64> =
+                    entries.iter().filter_map(|e| e["data"]["message_seq"].as_u64()).collect();
+                pending += entries
+                    .iter()
+                    .filter(|e| e["type"] == "message.sent" && !told.contains(&e["seq"].as_u64().unwrap()))
+                    .count();
             }
             if pending == 0 {
                 return;
             }
         }
         let open = (record.calls_open, record.webhooks_open, unsettled, pending);
-        assert!(tokio::time::Instant::now() < deadline, "not settled: {open:?} (calls, webhooks, unsettled, pending)");
+        assert!(
+            tokio::time::Instant::now() < deadline,
+            "not settled: {open:?} (calls, webhooks, unsettled, pending)"
+        );
         tokio::time::sleep(Duration::from_millis(500)).await;
     }
 }
@@ -333,7 +366,10 @@ async fn check(node: &Node, key: &str, simulator: &Simulator, load: &Load, all: 
     }
     for (callback, made) in &calls {
         // Only a call that was answered with "not taken" may be followed by another.
-        let again = made.len() > 1 && made[..made.len() - 1].iter().any(|(answer, taken)| *taken || !matches!(*answer, "429" | "131000"));
+        let again = made.len() > 1
+            && made[..made.len() - 1]
+                .iter()
+                .any(|(answer, taken)| *taken || !matches!(*answer, "429" | "131000"));
         assert!(!again, "{callback} was called again: {made:?}");
     }
     for n in 0..all {
@@ -343,21 +379,31 @@ async fn check(node: &Node, key: &str, simulator: &Simulator, load: &Load, all: 
             assert_eq!(entry["seq"].as_u64(), Some(at as u64 + 1), "{id} has a gap");
         }
         let of = |kind: &'static str| entries.iter().filter(move |e| e["type"] == kind);
-        let inbound: Vec<&str> = of("message.received").map(|e| e["data"]["provider_id"].as_str().unwrap()).collect();
+        let inbound: Vec<&str> =
+            of("message.received").map(|e| e["data"]["provider_id"].as_str().unwrap()).collect();
         let unique: HashSet<&&str> = inbound.iter().collect();
         assert_eq!(unique.len(), inbound.len(), "{id}: a customer's message twice");
         let acked = ledger.webhooks.get(&n).cloned().unwrap_or_default();
         let order: Vec<&str> = inbound.iter().filter(|i| acked.iter().any(|a| a == **i)).copied().collect();
-        assert_eq!(order, acked.iter().map(String::as_str).collect::<Vec<_>>(), "{id}: acked webhooks, in order");
+        assert_eq!(
+            order,
+            acked.iter().map(String::as_str).collect::<Vec<_>>(),
+            "{id}: acked webhooks, in order"
+        );
         received += inbound.len();
         let mut by_client: HashMap<&str, u64> = HashMap::new();
         for entry in of("message.sent") {
-            let before = by_client.insert(entry["data"]["client_id"].as_str().unwrap(), entry["seq"].as_u64().unwrap());
+            let before = by_client
+                .insert(entry["data"]["client_id"].as_str().unwrap(), entry["seq"].as_u64().unwrap());
             assert_eq!(before, None, "{id}: a client id twice");
         }
         sends += by_client.len();
         for ((_, client_id), seq) in ledger.sends.iter().filter(|((c, _), _)| *c == id) {
-            assert_eq!(by_client.get(client_id.as_str()), Some(seq), "{id}: an acked send is not where it was");
+            assert_eq!(
+                by_client.get(client_id.as_str()),
+                Some(seq),
+                "{id}: an acked send is not where it was"
+            );
         }
         unknown += check_statuses(id, &entries, &calls);
     }
@@ -366,7 +412,11 @@ async fn check(node: &Node, key: &str, simulator: &Simulator, load: &Load, all: 
     }
     let watched: usize = ledger.seen.values().map(Vec::len).sum();
     let acked = ledger.webhooks.values().map(Vec::len).sum::<usize>();
-    println!("{KILLS} kills: {} sends acked of {sends} stored, {acked} webhooks acked of {received} stored, {} provider calls, {unknown} unknown, {watched} entries watched", ledger.sends.len(), record.calls.len());
+    println!(
+        "{KILLS} kills: {} sends acked of {sends} stored, {acked} webhooks acked of {received} stored, {} provider calls, {unknown} unknown, {watched} entries watched",
+        ledger.sends.len(),
+        record.calls.len()
+    );
     assert_eq!(ledger.tried.len(), ledger.sends.len(), "every send was acked in the end");
 }
 
@@ -386,7 +436,11 @@ fn check_statuses(id: ConversationId, entries: &[Value], calls: &HashMap<&str, V
         if taken {
             assert_eq!(ORDER[rank], "read", "{callback}: the provider's last word is read");
         } else {
-            assert!(matches!(ORDER[rank], "unknown" | "failed"), "{callback}: {} without having been taken", ORDER[rank]);
+            assert!(
+                matches!(ORDER[rank], "unknown" | "failed"),
+                "{callback}: {} without having been taken",
+                ORDER[rank]
+            );
             unknown += usize::from(ORDER[rank] == "unknown");
         }
     }

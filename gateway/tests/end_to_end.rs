@@ -23,7 +23,13 @@ struct World {
 async fn world() -> World {
     let dir = tempfile::tempdir().unwrap();
     let node = Node::start(dir.path()).await;
-    let simulator = Simulator::start("127.0.0.1:0".parse().unwrap(), 1, Faults { delay_ms: 2, receipt_delay_ms: 5, ..Faults::default() }).await.unwrap();
+    let simulator = Simulator::start(
+        "127.0.0.1:0".parse().unwrap(),
+        1,
+        Faults { delay_ms: 2, receipt_delay_ms: 5, ..Faults::default() },
+    )
+    .await
+    .unwrap();
     let key = node.tenant("acme", &format!("http://{}", simulator.address()), NUMBER).await;
     let webhook_url = node.url("/webhooks/acme/wa");
     simulator.add_number(NUMBER, Number { webhook_url, app_secret: common::APP_SECRET.into() });
@@ -41,20 +47,40 @@ async fn a_customer_writes_an_agent_answers_receipts_climb() {
     let token = w.node.token(&w.key, "anna", 600).await;
     let mut anna = w.node.socket(&token).await;
     anna.subscribe("inbox:main").await.unwrap();
-    w.simulator.customer_writes(NUMBER, &Customer { from: "34600111222".into(), name: "Luz".into(), text: "hola".into() });
+    w.simulator.customer_writes(
+        NUMBER,
+        &Customer { from: "34600111222".into(), name: "Luz".into(), text: "hola".into() },
+    );
     let push = anna.push().await.unwrap();
     let summary = &push["pub"]["data"]["conversation"];
-    assert_eq!((push["channel"].as_str(), summary["id"].as_str()), (Some("inbox:main"), Some(id.to_string().as_str())));
+    assert_eq!(
+        (push["channel"].as_str(), summary["id"].as_str()),
+        (Some("inbox:main"), Some(id.to_string().as_str()))
+    );
     assert_eq!((summary["unread"].as_u64(), summary["contact"]["name"].as_str()), (Some(1), Some("Luz")));
     let channel = format!("conversation:{id}");
     let subscribed = anna.subscribe(&channel).await.unwrap();
-    assert_eq!((subscribed["offset"].as_u64(), subscribed["recoverable"].as_bool(), subscribed["positioned"].as_bool()), (Some(2), Some(true), Some(true)));
-    let message = json!({"conversation": id, "client_id": "c1", "content": {"type": "text", "text": "buenas"}});
+    assert_eq!(
+        (
+            subscribed["offset"].as_u64(),
+            subscribed["recoverable"].as_bool(),
+            subscribed["positioned"].as_bool()
+        ),
+        (Some(2), Some(true), Some(true))
+    );
+    let message =
+        json!({"conversation": id, "client_id": "c1", "content": {"type": "text", "text": "buenas"}});
     let sent = anna.rpc("message.send", message.clone()).await.unwrap();
     assert_eq!((sent["seq"].as_u64(), sent["duplicate"].as_bool()), (Some(3), Some(false)));
     let again = anna.rpc("message.send", message).await.unwrap();
     assert_eq!((again["seq"].as_u64(), again["duplicate"].as_bool()), (Some(3), Some(true)));
-    let other = anna.rpc("message.send", json!({"conversation": id, "client_id": "c1", "content": {"type": "text", "text": "other"}})).await.unwrap_err();
+    let other = anna
+        .rpc(
+            "message.send",
+            json!({"conversation": id, "client_id": "c1", "content": {"type": "text", "text": "other"}}),
+        )
+        .await
+        .unwrap_err();
     assert_eq!((other["code"].as_u64(), other["temporary"].as_bool().unwrap_or(false)), (Some(409), false));
     let entries = until("the message is read", async || {
         let entries = w.node.entries(&w.key, id).await;
@@ -71,7 +97,10 @@ async fn a_customer_writes_an_agent_answers_receipts_climb() {
     assert_eq!(record.calls[0].callback, format!("{id}-3"));
     let read = anna.rpc("conversation.read", json!({"conversation": id, "up_to_seq": 99})).await.unwrap();
     assert!(read["seq"].as_u64().unwrap() >= 4);
-    until("the customer sees that it was read", async || (w.simulator.record().read.len() == 1).then_some(())).await;
+    until("the customer sees that it was read", async || {
+        (w.simulator.record().read.len() == 1).then_some(())
+    })
+    .await;
     let got = anna.rpc("conversation.get", json!({"conversation": id})).await.unwrap();
     assert_eq!(got["unread"].as_u64(), Some(0));
 }
@@ -94,30 +123,59 @@ async fn recovery_covers_the_durable_log_across_a_kill() {
     let mut ws = w.node.socket(&token).await;
     let request = |offset: u64, epoch: &str, flag: u64| json!({"subscribe": {"channel": channel, "recover": true, "offset": offset, "epoch": epoch, "flag": flag}});
     let found = ws.call(request(5, &epoch, 1)).await.unwrap()["subscribe"].take();
-    assert_eq!((found["recovered"].as_bool(), found["was_recovering"].as_bool(), found["offset"].as_u64()), (Some(true), Some(true), Some(5)));
-    let offsets: Vec<u64> = found["publications"].as_array().unwrap().iter().map(|p| p["offset"].as_u64().unwrap()).collect();
+    assert_eq!(
+        (found["recovered"].as_bool(), found["was_recovering"].as_bool(), found["offset"].as_u64()),
+        (Some(true), Some(true), Some(5))
+    );
+    let offsets: Vec<u64> =
+        found["publications"].as_array().unwrap().iter().map(|p| p["offset"].as_u64().unwrap()).collect();
     assert_eq!(offsets, (6..=21).collect::<Vec<u64>>());
     for (offset, wrong) in [(5, "abcdefgh"), (22, epoch.as_str())] {
         ws.call(json!({"unsubscribe": {"channel": channel}})).await.unwrap();
         let found = ws.call(request(offset, wrong, 0)).await.unwrap()["subscribe"].take();
-        assert_eq!((found["recovered"].as_bool().unwrap_or(false), found["offset"].as_u64(), found["publications"].as_array()), (false, Some(21), None));
+        assert_eq!(
+            (
+                found["recovered"].as_bool().unwrap_or(false),
+                found["offset"].as_u64(),
+                found["publications"].as_array()
+            ),
+            (false, Some(21), None)
+        );
     }
     ws.call(json!({"unsubscribe": {"channel": channel}})).await.unwrap();
     assert_eq!(ws.call(request(99, &epoch, 3)).await.unwrap_err()["code"], 112);
     let page = |body: Value| json!({"history": body});
     let h = ws.call(page(json!({"channel": channel, "limit": 3}))).await.unwrap();
-    let seqs = |h: &Value| h["history"]["publications"].as_array().unwrap().iter().map(|p| p["offset"].as_u64().unwrap()).collect::<Vec<_>>();
+    let seqs = |h: &Value| {
+        h["history"]["publications"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|p| p["offset"].as_u64().unwrap())
+            .collect::<Vec<_>>()
+    };
     assert_eq!((seqs(&h), h["history"]["offset"].as_u64()), (vec![1, 2, 3], Some(21)));
     let h = ws.call(page(json!({"channel": channel, "limit": 3, "reverse": true}))).await.unwrap();
     assert_eq!(seqs(&h), [21, 20, 19]);
-    let h = ws.call(page(json!({"channel": channel, "limit": 2, "since": {"offset": 10, "epoch": epoch}}))).await.unwrap();
+    let h = ws
+        .call(page(json!({"channel": channel, "limit": 2, "since": {"offset": 10, "epoch": epoch}})))
+        .await
+        .unwrap();
     assert_eq!(seqs(&h), [11, 12]);
-    let h = ws.call(page(json!({"channel": channel, "limit": 2, "reverse": true, "since": {"offset": 10, "epoch": epoch}}))).await.unwrap();
+    let h = ws
+        .call(page(
+            json!({"channel": channel, "limit": 2, "reverse": true, "since": {"offset": 10, "epoch": epoch}}),
+        ))
+        .await
+        .unwrap();
     assert_eq!(seqs(&h), [9, 8]);
     let h = ws.call(page(json!({"channel": channel}))).await.unwrap();
     assert_eq!((seqs(&h), h["history"]["offset"].as_u64()), (vec![], Some(21)));
     assert_eq!(seqs(&ws.call(page(json!({"channel": channel, "limit": -1}))).await.unwrap()).len(), 21);
-    let wrong = ws.call(page(json!({"channel": channel, "limit": 1, "since": {"offset": 1, "epoch": "nonsense"}}))).await.unwrap_err();
+    let wrong = ws
+        .call(page(json!({"channel": channel, "limit": 1, "since": {"offset": 1, "epoch": "nonsense"}})))
+        .await
+        .unwrap_err();
     assert_eq!(wrong["code"], 112);
 }
 
@@ -135,7 +193,8 @@ async fn the_same_body_fifty_times_in_parallel_is_one_entry() {
 #[tokio::test(flavor = "multi_thread")]
 async fn one_poisoned_item_among_ninety_nine_good_ones() {
     let w = world().await;
-    let mut items: Vec<Value> = (0..99).map(|n| text_item(&format!("3460011{n:04}"), &format!("wamid.{n}"), "x")).collect();
+    let mut items: Vec<Value> =
+        (0..99).map(|n| text_item(&format!("3460011{n:04}"), &format!("wamid.{n}"), "x")).collect();
     items.insert(50, json!({"type": "text", "text": {"body": "no id, no sender"}}));
     assert_eq!(w.node.webhook("acme", "wa", &webhook_body(NUMBER, &items, &[])).await, 200);
     let listed = w.node.get(&w.key, "/conversations?limit=1000").await;
@@ -153,7 +212,11 @@ async fn webhooks_get_the_contracts_answers() {
     let bad = w.node.signed("acme", "wa", &body, "wrong").await;
     assert_eq!(bad.0, 401);
     for (tenant, account) in [("nobody", "wa"), ("acme", "none"), ("ACME", "%20")] {
-        assert_eq!(w.node.signed(tenant, account, &body, common::APP_SECRET).await, bad, "{tenant}/{account}");
+        assert_eq!(
+            w.node.signed(tenant, account, &body, common::APP_SECRET).await,
+            bad,
+            "{tenant}/{account}"
+        );
     }
     assert_eq!(w.node.webhook("acme", "wa", b"not json").await, 400);
     let large = vec![b' '; (4 << 20) + 1];
@@ -163,12 +226,16 @@ async fn webhooks_get_the_contracts_answers() {
         let kind = answer.headers().get("content-type").map(|v| v.to_str().unwrap().to_owned());
         (answer.status().as_u16(), kind, answer.text().await.unwrap())
     };
-    let (status, kind, text) = get("hub.mode=subscribe&hub.verify_token=verify&hub.challenge=1158201444").await;
+    let (status, kind, text) =
+        get("hub.mode=subscribe&hub.verify_token=verify&hub.challenge=1158201444").await;
     assert_eq!((status, kind.as_deref(), text.as_str()), (200, Some("text/plain"), "1158201444"));
     assert_eq!(get("hub.mode=subscribe&hub.verify_token=wrong&hub.challenge=1").await.0, 403);
     let dead = w.node.get(&w.key, "/dead-letters").await;
     assert_eq!(dead["dead_letters"].as_array().unwrap().len(), 1, "the signed body that is no JSON");
-    assert!(w.node.get(&w.key, "/conversations").await["conversations"].as_array().unwrap().is_empty(), "nothing stored");
+    assert!(
+        w.node.get(&w.key, "/conversations").await["conversations"].as_array().unwrap().is_empty(),
+        "nothing stored"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -191,7 +258,9 @@ async fn sockets_get_the_contracts_answers() {
     let _ = ws.send_raw(Message::binary(vec![0xff; 10])).await;
     assert_eq!(ws.close_code().await, Some(3501), "a binary frame to a JSON socket");
     let mut ws = w.node.socket(&token).await;
-    let _ = ws.send_raw(Message::text(format!("{{\"id\":9,\"send\":{{\"data\":\"{}\"}}}}", "x".repeat(70_000)))).await;
+    let _ = ws
+        .send_raw(Message::text(format!("{{\"id\":9,\"send\":{{\"data\":\"{}\"}}}}", "x".repeat(70_000))))
+        .await;
     assert_eq!(ws.close_code().await, Some(1009), "a command over 64 KiB");
     for bad in ["", "a.b.c", &format!("{}x", token)] {
         let mut ws = open().await;
@@ -205,7 +274,15 @@ async fn sockets_get_the_contracts_answers() {
     assert_eq!(ws.close_code().await, Some(3500), "alg none");
 
     let mut ws = w.node.socket(&token).await;
-    for (channel, code) in [("inbox:none", 103), ("conversation:117hm6cewq8ptd8sg97y11y4xd", 103), ("conversation:x", 103), ("agent:bob", 103), ("cluster", 102), ("cluster:", 103), ("news:1", 102)] {
+    for (channel, code) in [
+        ("inbox:none", 103),
+        ("conversation:117hm6cewq8ptd8sg97y11y4xd", 103),
+        ("conversation:x", 103),
+        ("agent:bob", 103),
+        ("cluster", 103),
+        ("cluster:", 103),
+        ("news:1", 102),
+    ] {
         assert_eq!(ws.subscribe(channel).await.unwrap_err()["code"], code, "{channel}");
     }
     ws.subscribe("inbox:main").await.unwrap();
@@ -213,11 +290,21 @@ async fn sockets_get_the_contracts_answers() {
     assert_eq!(ws.rpc("nothing", json!({})).await.unwrap_err()["code"], 104);
     let unknown = ws.rpc("message.send", json!({"conversation": "117hm6cewq8ptd8sg97y11y4xd", "client_id": "1", "content": {"type": "text", "text": "x"}})).await.unwrap_err();
     assert_eq!(unknown["code"], 404);
-    let strict = ws.rpc("typing.set", json!({"conversation": "117hm6cewq8ptd8sg97y11y4xd", "on": true, "x": 1})).await.unwrap_err();
+    let strict = ws
+        .rpc("typing.set", json!({"conversation": "117hm6cewq8ptd8sg97y11y4xd", "on": true, "x": 1}))
+        .await
+        .unwrap_err();
     assert_eq!(strict["code"], 400);
-    assert!(strict["message"].as_str().unwrap().starts_with("invalid_request {") && strict["message"].as_str().unwrap().contains("`x`"), "{strict}");
+    assert!(
+        strict["message"].as_str().unwrap().starts_with("invalid_request {")
+            && strict["message"].as_str().unwrap().contains("`x`"),
+        "{strict}"
+    );
     assert!(ws.call(json!({"unsubscribe": {"channel": "never"}})).await.is_ok());
-    assert_eq!(ws.call(json!({"publish": {"channel": "inbox:main", "data": {}}})).await.unwrap_err()["code"], 108);
+    assert_eq!(
+        ws.call(json!({"publish": {"channel": "inbox:main", "data": {}}})).await.unwrap_err()["code"],
+        108
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -255,7 +342,11 @@ async fn an_agent_who_loses_an_inbox_or_its_tokens_is_told() {
     let id = conversation("acme", "wa", "34600111222");
     let mut bob = w.node.socket(&token).await;
     bob.subscribe(&format!("conversation:{id}")).await.unwrap();
-    assert_eq!(bob.rpc("conversation.assign", json!({"conversation": id, "agent": "anna"})).await.unwrap_err()["code"], 103, "assigns himself or nobody");
+    assert_eq!(
+        bob.rpc("conversation.assign", json!({"conversation": id, "agent": "anna"})).await.unwrap_err()["code"],
+        103,
+        "assigns himself or nobody"
+    );
     bob.rpc("conversation.assign", json!({"conversation": id, "agent": "bob"})).await.unwrap();
     assert_eq!(w.node.api(&w.key, "PUT", "/agents/bob", agent("second")).await.0, 200);
     loop {
@@ -276,11 +367,21 @@ async fn an_agent_who_loses_an_inbox_or_its_tokens_is_told() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_window_closes_and_templates_still_go() {
     let w = world().await;
-    let old = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs() - 25 * 3600;
+    let old =
+        std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs() - 25 * 3600;
     let item = json!({"from": "34600111222", "id": "wamid.old", "timestamp": old.to_string(), "type": "text", "text": {"body": "long ago"}});
     assert_eq!(w.node.webhook("acme", "wa", &webhook_body(NUMBER, &[item], &[])).await, 200);
     let id = conversation("acme", "wa", "34600111222");
-    let send = async |client_id: &str, content: Value| w.node.api(&w.key, "POST", &format!("/conversations/{id}/messages"), Some(json!({"client_id": client_id, "content": content}))).await;
+    let send = async |client_id: &str, content: Value| {
+        w.node
+            .api(
+                &w.key,
+                "POST",
+                &format!("/conversations/{id}/messages"),
+                Some(json!({"client_id": client_id, "content": content})),
+            )
+            .await
+    };
     let (status, problem) = send("1", json!({"type": "text", "text": "late"})).await;
     assert_eq!((status, problem["code"].as_str()), (409, Some("window_closed")));
     let (status, sent) = send("2", json!({"type": "template", "name": "hello", "language": "en_US"})).await;
@@ -290,11 +391,18 @@ async fn the_window_closes_and_templates_still_go() {
         (calls.len() == 1 && calls[0].kind == "template").then_some(())
     })
     .await;
-    let new = Some(json!({"to": "+34 600", "client_id": "x", "content": {"type": "template", "name": "hello", "language": "en"}}));
+    let new = Some(
+        json!({"to": "+34 600", "client_id": "x", "content": {"type": "template", "name": "hello", "language": "en"}}),
+    );
     assert_eq!(w.node.api(&w.key, "POST", "/accounts/wa/messages", new).await.0, 422);
-    let new = Some(json!({"to": "+34600999888", "client_id": "x", "content": {"type": "template", "name": "hello", "language": "en"}}));
+    let new = Some(
+        json!({"to": "+34600999888", "client_id": "x", "content": {"type": "template", "name": "hello", "language": "en"}}),
+    );
     let (status, sent) = w.node.api(&w.key, "POST", "/accounts/wa/messages", new.clone()).await;
-    assert_eq!((status, sent["conversation"].as_str()), (200, Some(conversation("acme", "wa", "34600999888").to_string().as_str())));
+    assert_eq!(
+        (status, sent["conversation"].as_str()),
+        (200, Some(conversation("acme", "wa", "34600999888").to_string().as_str()))
+    );
     assert_eq!(w.node.api(&w.key, "POST", "/accounts/wa/messages", new).await.1["duplicate"], json!(true));
 }
 
@@ -304,8 +412,13 @@ async fn a_node_drains_on_sigterm_and_its_snooze_survives() {
     let body = webhook_body(NUMBER, &[text_item("34600111222", "wamid.1", "x")], &[]);
     assert_eq!(w.node.webhook("acme", "wa", &body).await, 200);
     let id = conversation("acme", "wa", "34600111222");
-    let until_at = patchbay_protocol::Timestamp::from_millis(patchbay_actors::clock::Clock::System.now().as_millis() + 1500);
-    let (status, _) = w.node.api(&w.key, "POST", &format!("/conversations/{id}/snooze"), Some(json!({"until": until_at}))).await;
+    let until_at = patchbay_protocol::Timestamp::from_millis(
+        patchbay_actors::clock::Clock::System.now().as_millis() + 1500,
+    );
+    let (status, _) = w
+        .node
+        .api(&w.key, "POST", &format!("/conversations/{id}/snooze"), Some(json!({"until": until_at})))
+        .await;
     assert_eq!(status, 200);
     let token = w.node.token(&w.key, "anna", 600).await;
     let mut ws = w.node.socket(&token).await;

@@ -174,7 +174,14 @@ pub fn documentation() -> String {
     );
     for e in ErrorCode::ALL {
         let temporary = if e.is_temporary() { "yes" } else { "no" };
-        page += &format!("| {} | `{}` | {} | {} | {} |\n", e.code(), e.name(), temporary, e.http_status(), e.meaning());
+        page += &format!(
+            "| {} | `{}` | {} | {} | {} |\n",
+            e.code(),
+            e.name(),
+            temporary,
+            e.http_status(),
+            e.meaning()
+        );
     }
     page += "\n`message` is the name, then optionally a space and one JSON object: `overloaded {\"retry_after_ms\":250}`.\n\n## Disconnects\n\n| code | reason | SDK comes back | meaning |\n|---|---|---|---|\n";
     for d in Disconnect::ALL {

@@ -209,7 +209,11 @@ pub struct Opening {
 #[allow(missing_docs)]
 pub enum Request {
     /// From an agent, the API or an automation. `opening` when it may be the thread's first message.
-    Send { message: SendMessage, lane: Lane, opening: Option<Opening> },
+    Send {
+        message: SendMessage,
+        lane: Lane,
+        opening: Option<Opening>,
+    },
     Edit(EditMessage),
     Delete(DeleteMessage),
     React(ReactMessage),
@@ -222,13 +226,24 @@ pub enum Request {
     Tag(TagConversation),
     Note(AddNote),
     /// From the provider.
-    Receive { opening: Opening, event: ThreadEvent },
+    Receive {
+        opening: Opening,
+        event: ThreadEvent,
+    },
     /// A receipt, by the entry that it names or by the provider's id.
-    Receipt { message_seq: Option<u64>, update: StatusUpdate },
+    Receipt {
+        message_seq: Option<u64>,
+        update: StatusUpdate,
+    },
     /// The Account's word on a send.
-    Outcome { message_seq: u64, update: StatusUpdate },
+    Outcome {
+        message_seq: u64,
+        update: StatusUpdate,
+    },
     /// The Account found that another conversation is with the same contact.
-    Link { other: ConversationId },
+    Link {
+        other: ConversationId,
+    },
     /// Somebody is writing to the customer, who may be shown it. Writes nothing.
     Typing,
     /// A timer of this conversation came due.

@@ -212,9 +212,12 @@ impl Content {
     pub fn preview(&self) -> String {
         let text = match self {
             Self::Text { text } => text.as_str(),
-            Self::Image(m) | Self::Video(m) | Self::Audio(m) | Self::Voice(m) | Self::Document(m) | Self::Sticker(m) => {
-                m.caption.as_deref().unwrap_or("")
-            }
+            Self::Image(m)
+            | Self::Video(m)
+            | Self::Audio(m)
+            | Self::Voice(m)
+            | Self::Document(m)
+            | Self::Sticker(m) => m.caption.as_deref().unwrap_or(""),
             Self::Button { title, .. } => title,
             Self::Interactive(
                 Interactive::Buttons { body, .. }
@@ -224,7 +227,9 @@ impl Content {
                 | Interactive::CtaUrl { body, .. },
             ) => body,
             Self::Template { name, .. } => name,
-            Self::Location { .. } | Self::Contacts { .. } | Self::Order { .. } | Self::Unsupported { .. } => "",
+            Self::Location { .. } | Self::Contacts { .. } | Self::Order { .. } | Self::Unsupported { .. } => {
+                ""
+            }
         };
         if text.is_empty() { format!("[{}]", self.kind()) } else { text.chars().take(100).collect() }
     }
@@ -238,9 +243,12 @@ mod tests {
     fn contents_are_tagged_by_type_and_strict() {
         let text: Content = serde_json::from_str(r#"{"type":"text","text":"hi"}"#).unwrap();
         assert_eq!(serde_json::to_string(&text).unwrap(), r#"{"type":"text","text":"hi"}"#);
-        let e = serde_json::from_str::<Content>(r#"{"type":"text","text":"hi","x":1}"#).unwrap_err().to_string();
+        let e =
+            serde_json::from_str::<Content>(r#"{"type":"text","text":"hi","x":1}"#).unwrap_err().to_string();
         assert!(e.contains("unknown field `x`"), "{e}");
-        let e = serde_json::from_str::<Content>(r#"{"type":"image","media":{"id":"1","mime":"image/png"},"x":1}"#);
+        let e = serde_json::from_str::<Content>(
+            r#"{"type":"image","media":{"id":"1","mime":"image/png"},"x":1}"#,
+        );
         assert!(e.is_err());
         let list = r#"{"type":"interactive","kind":"location_request","body":"where?"}"#;
         let list: Content = serde_json::from_str(list).unwrap();

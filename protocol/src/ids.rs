@@ -291,10 +291,21 @@ mod tests {
 
     #[test]
     fn a_non_canonical_id_is_refused() {
-        for bad in ["", "117HM6CEWQ8PTD8SG97Y11Y4XD", "817hm6cewq8ptd8sg97y11y4xd", "117hm6cewq8ptd8sg97y11y4x", "i17hm6cewq8ptd8sg97y11y4xd"] {
+        for bad in [
+            "",
+            "117HM6CEWQ8PTD8SG97Y11Y4XD",
+            "817hm6cewq8ptd8sg97y11y4xd",
+            "117hm6cewq8ptd8sg97y11y4x",
+            "i17hm6cewq8ptd8sg97y11y4xd",
+        ] {
             assert!(bad.parse::<ConversationId>().is_err(), "{bad}");
         }
-        for bad in ["117hm6cewq8ptd8sg97y11y4xd-", "117hm6cewq8ptd8sg97y11y4xd-01", "117hm6cewq8ptd8sg97y11y4xd-+1", "x-1"] {
+        for bad in [
+            "117hm6cewq8ptd8sg97y11y4xd-",
+            "117hm6cewq8ptd8sg97y11y4xd-01",
+            "117hm6cewq8ptd8sg97y11y4xd-+1",
+            "x-1",
+        ] {
             assert!(bad.parse::<EntryId>().is_err(), "{bad}");
         }
     }

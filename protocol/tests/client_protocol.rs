@@ -23,7 +23,14 @@ fn the_first_frame_of_an_sdk_decodes() {
 fn golden_protobuf_frames() {
     let command = Command {
         id: 2,
-        subscribe: Some(SubscribeRequest { channel: "c".into(), recover: true, epoch: "E".into(), offset: 7, flag: 1, ..Default::default() }),
+        subscribe: Some(SubscribeRequest {
+            channel: "c".into(),
+            recover: true,
+            epoch: "E".into(),
+            offset: 7,
+            flag: 1,
+            ..Default::default()
+        }),
         ..Default::default()
     };
     let golden = [0x10, 0x08, 2, 0x2a, 12, 0x0a, 1, b'c', 0x18, 1, 0x32, 1, b'E', 0x38, 7, 0x70, 1];
@@ -31,22 +38,39 @@ fn golden_protobuf_frames() {
     assert_eq!(protobuf::decode_commands(&Bytes::from(golden.to_vec())).unwrap(), [command]);
     assert!(protobuf::decode_commands(&Bytes::from_static(&[0])).unwrap()[0].is_pong());
     let publication = protobuf::encode_publication("c", &Bytes::from_static(b"{}"), 300);
-    assert_eq!(publication[..], [14, 0x22, 12, 0x12, 1, b'c', 0x22, 7, 0x22, 2, b'{', b'}', 0x30, 0xac, 0x02]);
+    assert_eq!(
+        publication[..],
+        [14, 0x22, 12, 0x12, 1, b'c', 0x22, 7, 0x22, 2, b'{', b'}', 0x30, 0xac, 0x02]
+    );
 }
 
 #[test]
 fn golden_json_frames() {
     let reply = |r: Reply| String::from_utf8(Encoding::Json.encode_reply(&r).unwrap().to_vec()).unwrap();
     assert_eq!(reply(Reply::default()), "{}");
-    assert_eq!(reply(Reply { id: 4, unsubscribe: Some(Default::default()), ..Default::default() }), r#"{"id":4,"unsubscribe":{}}"#);
+    assert_eq!(
+        reply(Reply { id: 4, unsubscribe: Some(Default::default()), ..Default::default() }),
+        r#"{"id":4,"unsubscribe":{}}"#
+    );
     let connect = ConnectResult { client: "x".into(), ping: 25, pong: true, ..Default::default() };
-    assert_eq!(reply(Reply { id: 1, connect: Some(connect), ..Default::default() }), r#"{"id":1,"connect":{"client":"x","ping":25,"pong":true}}"#);
+    assert_eq!(
+        reply(Reply { id: 1, connect: Some(connect), ..Default::default() }),
+        r#"{"id":1,"connect":{"client":"x","ping":25,"pong":true}}"#
+    );
     let pretty = RpcResult { data: Bytes::from_static(b"{\n \"a\": 1\n}") };
-    assert_eq!(reply(Reply { id: 3, rpc: Some(pretty), ..Default::default() }), r#"{"id":3,"rpc":{"data":{"a":1}}}"#);
+    assert_eq!(
+        reply(Reply { id: 3, rpc: Some(pretty), ..Default::default() }),
+        r#"{"id":3,"rpc":{"data":{"a":1}}}"#
+    );
     let by_hand = json::encode_publication("conversation:x", br#"{"a":1}"#, 9);
-    let publication = Publication { data: Bytes::from_static(br#"{"a":1}"#), offset: 9, ..Default::default() };
-    let push = Push { channel: "conversation:x".into(), publication: Some(publication), ..Default::default() };
-    assert_eq!(by_hand, Encoding::Json.encode_reply(&Reply { push: Some(push), ..Default::default() }).unwrap());
+    let publication =
+        Publication { data: Bytes::from_static(br#"{"a":1}"#), offset: 9, ..Default::default() };
+    let push =
+        Push { channel: "conversation:x".into(), publication: Some(publication), ..Default::default() };
+    assert_eq!(
+        by_hand,
+        Encoding::Json.encode_reply(&Reply { push: Some(push), ..Default::default() }).unwrap()
+    );
 }
 
 #[test]
@@ -61,7 +85,8 @@ fn limits_are_part_of_the_decoder() {
     assert_eq!(json::decode_commands(long.as_bytes()), Err(DecodeError::TooLarge));
     let many = "{}\n".repeat(5000);
     assert_eq!(json::decode_commands(many.as_bytes()), Err(DecodeError::TooMany));
-    let deep = format!(r#"{{"id":1,"rpc":{{"data":{}1{},"method":"m"}}}}"#, "[".repeat(30_000), "]".repeat(30_000));
+    let deep =
+        format!(r#"{{"id":1,"rpc":{{"data":{}1{},"method":"m"}}}}"#, "[".repeat(30_000), "]".repeat(30_000));
     let _ = json::decode_commands(deep.as_bytes());
     let mut connect = vec![];
     for n in 0..100u8 {
@@ -77,13 +102,26 @@ fn limits_are_part_of_the_decoder() {
 }
 
 fn any_command() -> impl Strategy<Value = Command> {
-    (any::<u32>(), "[a-z:]{0,20}", any::<bool>(), 0u64..1 << 50, "[A-Z]{0,8}", any::<i32>()).prop_map(|(id, text, flag, offset, epoch, limit)| Command {
-        id,
-        subscribe: flag.then(|| SubscribeRequest { channel: text.clone(), recover: flag, offset, epoch: epoch.clone(), ..Default::default() }),
-        history: Some(HistoryRequest { channel: text.clone(), limit, since: Some(StreamPosition { offset, epoch }), reverse: flag }),
-        rpc: Some(RpcRequest { data: Bytes::from_static(br#"{"a":[1,"x"]}"#), method: text }),
-        ..Default::default()
-    })
+    (any::<u32>(), "[a-z:]{0,20}", any::<bool>(), 0u64..1 << 50, "[A-Z]{0,8}", any::<i32>()).prop_map(
+        |(id, text, flag, offset, epoch, limit)| Command {
+            id,
+            subscribe: flag.then(|| SubscribeRequest {
+                channel: text.clone(),
+                recover: flag,
+                offset,
+                epoch: epoch.clone(),
+                ..Default::default()
+            }),
+            history: Some(HistoryRequest {
+                channel: text.clone(),
+                limit,
+                since: Some(StreamPosition { offset, epoch }),
+                reverse: flag,
+            }),
+            rpc: Some(RpcRequest { data: Bytes::from_static(br#"{"a":[1,"x"]}"#), method: text }),
+            ..Default::default()
+        },
+    )
 }
 
 proptest! {

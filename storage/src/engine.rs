@@ -106,7 +106,14 @@ pub struct Batch {
 
 impl Batch {
     /// A batch of one row.
-    pub fn put(shard: u32, table: Table, partition: Bytes, clustering: Bytes, stamp: Stamp, value: Bytes) -> Self {
+    pub fn put(
+        shard: u32,
+        table: Table,
+        partition: Bytes,
+        clustering: Bytes,
+        stamp: Stamp,
+        value: Bytes,
+    ) -> Self {
         Self { shard, table, partition, rows: vec![RowWrite { clustering, stamp, cell: Cell::Put(value) }] }
     }
 
@@ -199,7 +206,12 @@ pub trait Engine: Send + Sync + 'static {
     async fn write(&self, batch: Batch) -> Result<(), WriteError>;
 
     /// One row.
-    async fn get(&self, table: Table, partition: &Bytes, clustering: &Bytes) -> Result<Option<Row>, ReadError>;
+    async fn get(
+        &self,
+        table: Table,
+        partition: &Bytes,
+        clustering: &Bytes,
+    ) -> Result<Option<Row>, ReadError>;
 
     /// Rows of a partition in order.
     async fn scan(&self, scan: Scan) -> Result<Vec<Row>, ReadError>;
@@ -211,8 +223,19 @@ pub trait Engine: Send + Sync + 'static {
     async fn document(&self, key: &DocumentKey) -> Result<Option<Document>, ReadError>;
 
     /// Replaces (`value`) or deletes (`None`) a document if its version is `expected` (`None`: it is not there).
-    async fn compare_and_set(&self, key: DocumentKey, expected: Option<u64>, value: Option<Bytes>) -> Result<CasOutcome, WriteError>;
+    async fn compare_and_set(
+        &self,
+        key: DocumentKey,
+        expected: Option<u64>,
+        value: Option<Bytes>,
+    ) -> Result<CasOutcome, WriteError>;
 
     /// Documents of a scope and kind with ids after `after`, ascending by id.
-    async fn documents(&self, scope: &str, kind: &'static str, after: &str, limit: usize) -> Result<Vec<(String, Document)>, ReadError>;
+    async fn documents(
+        &self,
+        scope: &str,
+        kind: &'static str,
+        after: &str,
+        limit: usize,
+    ) -> Result<Vec<(String, Document)>, ReadError>;
 }

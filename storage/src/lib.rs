@@ -20,5 +20,7 @@ pub mod stamp;
 pub mod tables;
 mod value;
 
-pub use engine::{Batch, CasOutcome, Cell, Document, DocumentKey, Engine, ReadError, Row, RowWrite, Scan, Table, WriteError};
+pub use engine::{
+    Batch, CasOutcome, Cell, Document, DocumentKey, Engine, ReadError, Row, RowWrite, Scan, Table, WriteError,
+};
 pub use stamp::{Stamp, Stamps};

@@ -61,11 +61,29 @@ pub struct Append {
 
 impl Append {
     /// The rows `payloads`, from `first` on.
-    pub fn new(key: LogKey, stamp: Stamp, first: u64, confirmed: u64, payloads: &[(CommandId, Bytes)]) -> Self {
+    pub fn new(
+        key: LogKey,
+        stamp: Stamp,
+        first: u64,
+        confirmed: u64,
+        payloads: &[(CommandId, Bytes)],
+    ) -> Self {
         let length = u8::try_from(payloads.len()).unwrap_or(u8::MAX);
         debug_assert!(!payloads.is_empty() && payloads.len() <= APPEND_ROWS_MAX);
         let rows = (first..).zip(payloads).map(|(seq, (command, payload))| {
-            (seq, LogRow { seq, stamp, first, length, origin: stamp, confirmed, command: *command, payload: payload.clone() })
+            (
+                seq,
+                LogRow {
+                    seq,
+                    stamp,
+                    first,
+                    length,
+                    origin: stamp,
+                    confirmed,
+                    command: *command,
+                    payload: payload.clone(),
+                },
+            )
         });
         Self { batches: by_bucket(key, stamp, rows), last: first + u64::from(length) - 1 }
     }
@@ -78,7 +96,9 @@ fn by_bucket(key: LogKey, stamp: Stamp, rows: impl Iterator<Item = (u64, LogRow)
         let write = RowWrite { clustering: clustering(seq), stamp, cell: Cell::Put(encode(&row)) };
         match batches.last_mut() {
             Some(b) if b.partition == partition => b.rows.push(write),
-            _ => batches.push(Batch { shard: key.shard, table: Table::Entries, partition, rows: vec![write] }),
+            _ => {
+                batches.push(Batch { shard: key.shard, table: Table::Entries, partition, rows: vec![write] })
+            }
         }
     }
     batches
@@ -114,10 +134,20 @@ fn decode(row: &Row) -> Result<LogRow, ReadError> {
     if rest.len() < HEADER {
         return Err(ReadError::Damaged);
     }
-    let (first, length, origin, confirmed) = (rest.get_u64(), rest.get_u8(), Stamp::from_u64(rest.get_u64()), rest.get_u64());
+    let (first, length, origin, confirmed) =
+        (rest.get_u64(), rest.get_u8(), Stamp::from_u64(rest.get_u64()), rest.get_u64());
     let mut command = [0; 16];
     rest.copy_to_slice(&mut command);
-    Ok(LogRow { seq: u64::from_be_bytes(seq), stamp: row.stamp, first, length, origin, confirmed, command: CommandId(command), payload: rest })
+    Ok(LogRow {
+        seq: u64::from_be_bytes(seq),
+        stamp: row.stamp,
+        first,
+        length,
+        origin,
+        confirmed,
+        command: CommandId(command),
+        payload: rest,
+    })
 }
 
 /// A fold of the log up to a seq.
@@ -282,7 +312,14 @@ impl Logs {
 
     /// Rows after `after` up to and including `to`, ascending; at most `limit` rows and about `bytes_max` bytes
     /// (always at least one row where there is one).
-    pub async fn forward(&self, key: LogKey, after: u64, to: u64, limit: usize, bytes_max: usize) -> Result<Vec<LogRow>, ReadError> {
+    pub async fn forward(
+        &self,
+        key: LogKey,
+        after: u64,
+        to: u64,
+        limit: usize,
+        bytes_max: usize,
+    ) -> Result<Vec<LogRow>, ReadError> {
         let mut page = Page::new(limit, bytes_max);
         let mut next = after + 1;
         while next <= to && !page.is_full() {
@@ -307,12 +344,19 @@ impl Logs {
     }
 
     /// Rows before `before` down to seq 1, descending; bounded as [`Self::forward`].
-    pub async fn backward(&self, key: LogKey, before: u64, limit: usize, bytes_max: usize) -> Result<Vec<LogRow>, ReadError> {
+    pub async fn backward(
+        &self,
+        key: LogKey,
+        before: u64,
+        limit: usize,
+        bytes_max: usize,
+    ) -> Result<Vec<LogRow>, ReadError> {
         let mut page = Page::new(limit, bytes_max);
         let mut next = before.saturating_sub(1);
         while next >= 1 && !page.is_full() {
             let bucket = next / BUCKET_ROWS;
-            let found = self.range(key, bucket, (bucket * BUCKET_ROWS).max(1), next, true, page.room()).await?;
+            let found =
+                self.range(key, bucket, (bucket * BUCKET_ROWS).max(1), next, true, page.room()).await?;
             if found.is_empty() {
                 return Err(ReadError::Damaged);
             }
@@ -329,7 +373,15 @@ impl Logs {
         Ok(page.rows)
     }
 
-    async fn range(&self, key: LogKey, bucket: u64, from: u64, to: u64, reverse: bool, limit: usize) -> Result<Vec<LogRow>, ReadError> {
+    async fn range(
+        &self,
+        key: LogKey,
+        bucket: u64,
+        from: u64,
+        to: u64,
+        reverse: bool,
+        limit: usize,
+    ) -> Result<Vec<LogRow>, ReadError> {
         let scan = Scan {
             table: Table::Entries,
             partition: partition(key, bucket),
@@ -343,13 +395,17 @@ impl Logs {
 
     /// One row.
     pub async fn row(&self, key: LogKey, seq: u64) -> Result<Option<LogRow>, ReadError> {
-        let found = self.engine.get(Table::Entries, &partition(key, seq / BUCKET_ROWS), &clustering(seq)).await?;
+        let found =
+            self.engine.get(Table::Entries, &partition(key, seq / BUCKET_ROWS), &clustering(seq)).await?;
         found.as_ref().map(decode).transpose()
     }
 
     /// The entity's snapshot, checked against the entry that it names.
     pub async fn snapshot(&self, key: LogKey) -> Result<Option<Snapshot>, AdoptError> {
-        let found = self.engine.get(Table::Snapshots, &Bytes::copy_from_slice(&key.entity), &Bytes::from_static(b"s")).await?;
+        let found = self
+            .engine
+            .get(Table::Snapshots, &Bytes::copy_from_slice(&key.entity), &Bytes::from_static(b"s"))
+            .await?;
         let Some(found) = found else { return Ok(None) };
         let mut rest = value::open(&found.value)?;
         if rest.len() < 24 {
@@ -372,7 +428,14 @@ impl Logs {
             out.put_slice(&snapshot.entry_hash);
             out.put_slice(&snapshot.state);
         });
-        Batch::put(key.shard, Table::Snapshots, Bytes::copy_from_slice(&key.entity), Bytes::from_static(b"s"), stamp, value)
+        Batch::put(
+            key.shard,
+            Table::Snapshots,
+            Bytes::copy_from_slice(&key.entity),
+            Bytes::from_static(b"s"),
+            stamp,
+            value,
+        )
     }
 }
 

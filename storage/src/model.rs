@@ -13,7 +13,9 @@ use bytes::Bytes;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
-use crate::engine::{Batch, CasOutcome, Cell, Document, DocumentKey, Engine, ReadError, Row, RowWrite, Scan, Table, WriteError};
+use crate::engine::{
+    Batch, CasOutcome, Cell, Document, DocumentKey, Engine, ReadError, Row, RowWrite, Scan, Table, WriteError,
+};
 use crate::stamp::Stamp;
 
 /// How often what goes wrong, in parts of a thousand writes (or reads).
@@ -102,7 +104,14 @@ impl Model {
     /// An empty store whose faults follow from `seed`.
     pub fn with_faults(seed: u64, faults: Faults) -> Self {
         let random = SmallRng::seed_from_u64(seed);
-        let inner = Inner { store: Store::default(), random, faults, writes: 0, writes_by_table: BTreeMap::new(), stop_after: None };
+        let inner = Inner {
+            store: Store::default(),
+            random,
+            faults,
+            writes: 0,
+            writes_by_table: BTreeMap::new(),
+            stop_after: None,
+        };
         Self { inner: Arc::new(Mutex::new(inner)) }
     }
 
@@ -211,7 +220,12 @@ impl Engine for Model {
         }
     }
 
-    async fn get(&self, table: Table, partition: &Bytes, clustering: &Bytes) -> Result<Option<Row>, ReadError> {
+    async fn get(
+        &self,
+        table: Table,
+        partition: &Bytes,
+        clustering: &Bytes,
+    ) -> Result<Option<Row>, ReadError> {
         if self.read_fails() {
             return Err(ReadError::Unavailable);
         }
@@ -238,8 +252,14 @@ impl Engine for Model {
             };
             low && high
         };
-        let partition = inner.store.rows.range(start..).take_while(|((t, p, _), _)| *t == scan.table && *p == scan.partition);
-        let rows = partition.filter(|((_, _, c), _)| inside(c)).filter_map(|((_, _, c), (stamp, cell))| row(c, *stamp, cell));
+        let partition = inner
+            .store
+            .rows
+            .range(start..)
+            .take_while(|((t, p, _), _)| *t == scan.table && *p == scan.partition);
+        let rows = partition
+            .filter(|((_, _, c), _)| inside(c))
+            .filter_map(|((_, _, c), (stamp, cell))| row(c, *stamp, cell));
         let mut rows: Vec<Row> = rows.collect();
         if scan.reverse {
             rows.reverse();
@@ -260,7 +280,12 @@ impl Engine for Model {
         Ok(self.lock().store.documents.get(key).cloned())
     }
 
-    async fn compare_and_set(&self, key: DocumentKey, expected: Option<u64>, value: Option<Bytes>) -> Result<CasOutcome, WriteError> {
+    async fn compare_and_set(
+        &self,
+        key: DocumentKey,
+        expected: Option<u64>,
+        value: Option<Bytes>,
+    ) -> Result<CasOutcome, WriteError> {
         let fate = self.fate(None);
         if matches!(fate, Fate::Refuse | Fate::Lose) {
             return Err(WriteError::Unknown);
@@ -281,7 +306,13 @@ impl Engine for Model {
         if matches!(fate, Fate::Work(_)) { Ok(outcome) } else { Err(WriteError::Unknown) }
     }
 
-    async fn documents(&self, scope: &str, kind: &'static str, after: &str, limit: usize) -> Result<Vec<(String, Document)>, ReadError> {
+    async fn documents(
+        &self,
+        scope: &str,
+        kind: &'static str,
+        after: &str,
+        limit: usize,
+    ) -> Result<Vec<(String, Document)>, ReadError> {
         if self.read_fails() {
             return Err(ReadError::Unavailable);
         }

@@ -65,7 +65,8 @@ impl Stamps {
     /// The next stamp.
     pub fn next(&self) -> Result<Stamp, OutOfStamps> {
         let step = |n: u32| n.checked_add(1);
-        let n = self.next.fetch_update(Ordering::Relaxed, Ordering::Relaxed, step).map_err(|_| OutOfStamps)?;
+        let n =
+            self.next.fetch_update(Ordering::Relaxed, Ordering::Relaxed, step).map_err(|_| OutOfStamps)?;
         Ok(Stamp::new(self.epoch, n))
     }
 }

@@ -11,7 +11,9 @@ use patchbay_protocol::timestamp::Timestamp;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::engine::{Batch, CasOutcome, Document, DocumentKey, Engine, ReadError, Row, Scan, Table, WriteError};
+use crate::engine::{
+    Batch, CasOutcome, Document, DocumentKey, Engine, ReadError, Row, Scan, Table, WriteError,
+};
 use crate::log::LogKey;
 use crate::stamp::Stamp;
 use crate::value;
@@ -210,7 +212,14 @@ impl Tables {
         for (id, seq) in ids {
             let partition = reference_partition(&key.entity, *id);
             let value = value::seal(8, |out| out.put_u64(*seq));
-            let one = Batch::put(key.shard, Table::References, partition, Bytes::copy_from_slice(&id.0), stamp, value);
+            let one = Batch::put(
+                key.shard,
+                Table::References,
+                partition,
+                Bytes::copy_from_slice(&id.0),
+                stamp,
+                value,
+            );
             match batches.iter_mut().find(|b| b.partition == one.partition) {
                 Some(batch) => batch.rows.extend(one.rows),
                 None => batches.push(one),
@@ -221,7 +230,10 @@ impl Tables {
 
     /// The seq that is said to carry `id`. A hint: only that row's own id makes a duplicate.
     pub async fn reference(&self, key: LogKey, id: IdKey) -> Result<Option<u64>, ReadError> {
-        let found = self.engine.get(Table::References, &reference_partition(&key.entity, id), &Bytes::copy_from_slice(&id.0)).await?;
+        let found = self
+            .engine
+            .get(Table::References, &reference_partition(&key.entity, id), &Bytes::copy_from_slice(&id.0))
+            .await?;
         let Some(row) = found else { return Ok(None) };
         let mut value = value::open(&row.value)?;
         if value.len() < 8 { Err(ReadError::Damaged) } else { Ok(Some(value.get_u64())) }
@@ -231,13 +243,25 @@ impl Tables {
     pub fn activity_write(shard: u32, bucket: Mark, stamp: Stamp, activity: &Activity) -> Batch {
         let record = ActivityRecord { entity: (&activity.entity).into(), lowest: activity.lowest };
         let clustering = Bytes::copy_from_slice(&activity.entity.key());
-        Batch::put(shard, Table::Activity, activity_partition(shard, bucket), clustering, stamp, json(&record))
+        Batch::put(
+            shard,
+            Table::Activity,
+            activity_partition(shard, bucket),
+            clustering,
+            stamp,
+            json(&record),
+        )
     }
 
     /// Which entities wrote in a bucket.
     pub async fn activity(&self, shard: u32, bucket: Mark) -> Result<Vec<Activity>, ReadError> {
-        let rows = self.engine.scan(Scan::all(Table::Activity, activity_partition(shard, bucket), usize::MAX)).await?;
-        let read = |row: &Row| parse::<ActivityRecord>(row).map(|r| Activity { entity: r.entity.into(), lowest: r.lowest });
+        let rows = self
+            .engine
+            .scan(Scan::all(Table::Activity, activity_partition(shard, bucket), usize::MAX))
+            .await?;
+        let read = |row: &Row| {
+            parse::<ActivityRecord>(row).map(|r| Activity { entity: r.entity.into(), lowest: r.lowest })
+        };
         rows.iter().map(read).collect()
     }
 
@@ -248,50 +272,93 @@ impl Tables {
 
     /// The write that moves the shard's mark.
     pub fn mark_write(shard: u32, stamp: Stamp, mark: Mark) -> Batch {
-        Batch::put(shard, Table::Marks, shard_partition(shard), Bytes::from_static(b"settled_until"), stamp, json(&mark))
+        Batch::put(
+            shard,
+            Table::Marks,
+            shard_partition(shard),
+            Bytes::from_static(b"settled_until"),
+            stamp,
+            json(&mark),
+        )
     }
 
     /// Up to where the shard is settled.
     pub async fn mark(&self, shard: u32) -> Result<Option<Mark>, ReadError> {
-        let row = self.engine.get(Table::Marks, &shard_partition(shard), &Bytes::from_static(b"settled_until")).await?;
+        let row = self
+            .engine
+            .get(Table::Marks, &shard_partition(shard), &Bytes::from_static(b"settled_until"))
+            .await?;
         row.as_ref().map(parse).transpose()
     }
 
     /// The write that moves the shard's timer mark: timers of earlier hours have fired and are acked.
     pub fn fired_write(shard: u32, stamp: Stamp, hour: i64) -> Batch {
-        Batch::put(shard, Table::Marks, shard_partition(shard), Bytes::from_static(b"fired_until"), stamp, json(&hour))
+        Batch::put(
+            shard,
+            Table::Marks,
+            shard_partition(shard),
+            Bytes::from_static(b"fired_until"),
+            stamp,
+            json(&hour),
+        )
     }
 
     /// The hour from which timers have to be read.
     pub async fn fired_until(&self, shard: u32) -> Result<Option<i64>, ReadError> {
-        let row = self.engine.get(Table::Marks, &shard_partition(shard), &Bytes::from_static(b"fired_until")).await?;
+        let row = self
+            .engine
+            .get(Table::Marks, &shard_partition(shard), &Bytes::from_static(b"fired_until"))
+            .await?;
         row.as_ref().map(parse).transpose()
     }
 
     /// The write that parks an entity by name: nothing more is tried with it until an operator looks.
     pub fn park_write(shard: u32, stamp: Stamp, entity: &EntityId, reason: &str) -> Batch {
         let clustering = [&b"parked"[..], &entity.key()].concat().into();
-        Batch::put(shard, Table::Marks, shard_partition(shard), clustering, stamp, json(&(EntityName::from(entity), reason)))
+        Batch::put(
+            shard,
+            Table::Marks,
+            shard_partition(shard),
+            clustering,
+            stamp,
+            json(&(EntityName::from(entity), reason)),
+        )
     }
 
     /// What is parked of a shard, with the reason.
     pub async fn parked(&self, shard: u32) -> Result<Vec<(EntityId, String)>, ReadError> {
         let from = Bound::Included(Bytes::from_static(b"parked"));
-        let rows = self.engine.scan(Scan { from, to: Bound::Excluded(Bytes::from_static(b"parkee")), ..Scan::all(Table::Marks, shard_partition(shard), 1000) }).await?;
+        let rows = self
+            .engine
+            .scan(Scan {
+                from,
+                to: Bound::Excluded(Bytes::from_static(b"parkee")),
+                ..Scan::all(Table::Marks, shard_partition(shard), 1000)
+            })
+            .await?;
         rows.iter().map(|r| parse::<(EntityName, String)>(r).map(|(e, why)| (e.into(), why))).collect()
     }
 
     /// The write that arms a timer. One due before `fired_hour` goes into that hour.
     pub fn timer_write(shard: u32, stamp: Stamp, timer: &Timer, fired_hour: i64) -> Batch {
         let hour = hour_of(timer.due).max(fired_hour);
-        Batch::put(shard, Table::Timers, hour_partition(shard, hour), timer_clustering(timer), stamp, json(&EntityName::from(&timer.entity)))
+        Batch::put(
+            shard,
+            Table::Timers,
+            hour_partition(shard, hour),
+            timer_clustering(timer),
+            stamp,
+            json(&EntityName::from(&timer.entity)),
+        )
     }
 
     /// Timers of an hour, the earliest first.
     pub async fn timers(&self, shard: u32, hour: i64) -> Result<Vec<Timer>, ReadError> {
-        let rows = self.engine.scan(Scan::all(Table::Timers, hour_partition(shard, hour), usize::MAX)).await?;
+        let rows =
+            self.engine.scan(Scan::all(Table::Timers, hour_partition(shard, hour), usize::MAX)).await?;
         let read = |row: &Row| {
-            let due: [u8; 8] = row.clustering.get(..8).and_then(|b| b.try_into().ok()).ok_or(ReadError::Damaged)?;
+            let due: [u8; 8] =
+                row.clustering.get(..8).and_then(|b| b.try_into().ok()).ok_or(ReadError::Damaged)?;
             let entity = parse::<EntityName>(row)?.into();
             Ok(Timer { entity, due: Timestamp::from_millis(i64::from_be_bytes(due)) })
         };
@@ -318,10 +385,18 @@ impl Tables {
     }
 
     /// Every summary of an account's set, in no order.
-    pub async fn summaries(&self, tenant: &TenantId, account: &AccountId, set: Set) -> Result<Vec<Summary>, ReadError> {
+    pub async fn summaries(
+        &self,
+        tenant: &TenantId,
+        account: &AccountId,
+        set: Set,
+    ) -> Result<Vec<Summary>, ReadError> {
         let mut found = Vec::new();
         for part in 0..INBOX_PARTS {
-            let rows = self.engine.scan(Scan::all(Table::Inbox, inbox_partition(tenant, account, set, part), usize::MAX)).await?;
+            let rows = self
+                .engine
+                .scan(Scan::all(Table::Inbox, inbox_partition(tenant, account, set, part), usize::MAX))
+                .await?;
             for row in &rows {
                 found.push(parse(row)?);
             }
@@ -330,58 +405,117 @@ impl Tables {
     }
 
     /// The stored summary of one conversation.
-    pub async fn summary(&self, tenant: &TenantId, account: &AccountId, id: ConversationId) -> Result<Option<Summary>, ReadError> {
+    pub async fn summary(
+        &self,
+        tenant: &TenantId,
+        account: &AccountId,
+        id: ConversationId,
+    ) -> Result<Option<Summary>, ReadError> {
         let partition = inbox_partition(tenant, account, Set::All, id.as_bytes()[0] % INBOX_PARTS);
-        self.engine.get(Table::Inbox, &partition, &entity_partition(id.as_bytes())).await?.as_ref().map(parse).transpose()
+        self.engine
+            .get(Table::Inbox, &partition, &entity_partition(id.as_bytes()))
+            .await?
+            .as_ref()
+            .map(parse)
+            .transpose()
     }
 
     /// The write of an agent's session.
     pub fn session_write(agent: LogKey, stamp: Stamp, session: &Session) -> Batch {
         let clustering = Bytes::copy_from_slice(session.connection.as_bytes());
-        Batch::put(agent.shard, Table::Sessions, entity_partition(&agent.entity), clustering, stamp, json(session))
+        Batch::put(
+            agent.shard,
+            Table::Sessions,
+            entity_partition(&agent.entity),
+            clustering,
+            stamp,
+            json(session),
+        )
     }
 
     /// The write that ends it.
     pub fn session_delete(agent: LogKey, stamp: Stamp, connection: &str) -> Batch {
-        Batch::delete(agent.shard, Table::Sessions, entity_partition(&agent.entity), Bytes::copy_from_slice(connection.as_bytes()), stamp)
+        Batch::delete(
+            agent.shard,
+            Table::Sessions,
+            entity_partition(&agent.entity),
+            Bytes::copy_from_slice(connection.as_bytes()),
+            stamp,
+        )
     }
 
     /// An agent's sessions.
     pub async fn sessions(&self, agent: LogKey) -> Result<Vec<Session>, ReadError> {
-        let rows = self.engine.scan(Scan::all(Table::Sessions, entity_partition(&agent.entity), 1000)).await?;
+        let rows =
+            self.engine.scan(Scan::all(Table::Sessions, entity_partition(&agent.entity), 1000)).await?;
         rows.iter().map(parse).collect()
     }
 
     /// The write of a dead letter.
     pub fn dead_letter_write(shard: u32, stamp: Stamp, tenant: &TenantId, letter: &DeadLetter) -> Batch {
-        Batch::put(shard, Table::DeadLetters, text(&[tenant.as_str()]), Bytes::copy_from_slice(letter.id.as_bytes()), stamp, json(letter))
+        Batch::put(
+            shard,
+            Table::DeadLetters,
+            text(&[tenant.as_str()]),
+            Bytes::copy_from_slice(letter.id.as_bytes()),
+            stamp,
+            json(letter),
+        )
     }
 
     /// The write that removes one.
     pub fn dead_letter_delete(shard: u32, stamp: Stamp, tenant: &TenantId, id: &str) -> Batch {
-        Batch::delete(shard, Table::DeadLetters, text(&[tenant.as_str()]), Bytes::copy_from_slice(id.as_bytes()), stamp)
+        Batch::delete(
+            shard,
+            Table::DeadLetters,
+            text(&[tenant.as_str()]),
+            Bytes::copy_from_slice(id.as_bytes()),
+            stamp,
+        )
     }
 
     /// A tenant's dead letters after `after`, the oldest first.
-    pub async fn dead_letters(&self, tenant: &TenantId, after: &str, limit: usize) -> Result<Vec<DeadLetter>, ReadError> {
+    pub async fn dead_letters(
+        &self,
+        tenant: &TenantId,
+        after: &str,
+        limit: usize,
+    ) -> Result<Vec<DeadLetter>, ReadError> {
         let from = Bound::Excluded(Bytes::copy_from_slice(after.as_bytes()));
-        let rows = self.engine.scan(Scan { from, ..Scan::all(Table::DeadLetters, text(&[tenant.as_str()]), limit) }).await?;
+        let rows = self
+            .engine
+            .scan(Scan { from, ..Scan::all(Table::DeadLetters, text(&[tenant.as_str()]), limit) })
+            .await?;
         rows.iter().map(parse).collect()
     }
 
     /// A document read as `T`, with its version.
-    pub async fn document<T: DeserializeOwned>(&self, key: &DocumentKey) -> Result<Option<(u64, T)>, ReadError> {
+    pub async fn document<T: DeserializeOwned>(
+        &self,
+        key: &DocumentKey,
+    ) -> Result<Option<(u64, T)>, ReadError> {
         let found = self.engine.document(key).await?;
         found.as_ref().map(parse_document).transpose()
     }
 
     /// Writes a document if its version is `expected`.
-    pub async fn put_document<T: Serialize>(&self, key: DocumentKey, expected: Option<u64>, record: &T) -> Result<CasOutcome, WriteError> {
+    pub async fn put_document<T: Serialize>(
+        &self,
+        key: DocumentKey,
+        expected: Option<u64>,
+        record: &T,
+    ) -> Result<CasOutcome, WriteError> {
         self.engine.compare_and_set(key, expected, Some(json(record))).await
     }
 
     /// Documents of a scope and kind with ids after `after`.
-    pub async fn documents<T: DeserializeOwned>(&self, scope: &str, kind: &'static str, after: &str, limit: usize) -> Result<Vec<(String, T)>, ReadError> {
+    pub async fn documents<T: DeserializeOwned>(
+        &self,
+        scope: &str,
+        kind: &'static str,
+        after: &str,
+        limit: usize,
+    ) -> Result<Vec<(String, T)>, ReadError> {
         let found = self.engine.documents(scope, kind, after, limit).await?;
         found.iter().map(|(id, d)| Ok((id.clone(), parse_document(d)?.1))).collect()
     }

@@ -20,11 +20,20 @@ use crate::shard::log_actor::Handle;
 /// The longest pause between two tries to tell a conversation.
 const TELL_PAUSE_MAX: Duration = Duration::from_secs(2);
 
-pub(super) async fn act(shared: &Account, tenant: &TenantId, account: &AccountId, effect: Effect, me: &Handle<Account>) {
+pub(super) async fn act(
+    shared: &Account,
+    tenant: &TenantId,
+    account: &AccountId,
+    effect: Effect,
+    me: &Handle<Account>,
+) {
     match effect {
         Effect::Call(outbound) => {
             // Whatever fails on our side after this point, nobody knows whether the provider has seen it.
-            let verdict = AssertUnwindSafe(call(shared, tenant, account, &outbound)).catch_unwind().await.unwrap_or(Verdict::Unknown);
+            let verdict = AssertUnwindSafe(call(shared, tenant, account, &outbound))
+                .catch_unwind()
+                .await
+                .unwrap_or(Verdict::Unknown);
             me.tell(AccountCommand::Called { entry: outbound.entry, verdict, jitter: rand::random() });
         }
         Effect::Tell { entry, update } => {
@@ -45,7 +54,8 @@ pub(super) async fn act(shared: &Account, tenant: &TenantId, account: &AccountId
 }
 
 fn not_ready(title: &str) -> Verdict {
-    let error = ProviderError { code: super::commands::NOT_SENT.into(), title: title.into(), retryable: true };
+    let error =
+        ProviderError { code: super::commands::NOT_SENT.into(), title: title.into(), retryable: true };
     Verdict::Retry { error, after_ms: Some(1000), scope: Backoff::Account }
 }
 
@@ -53,12 +63,18 @@ async fn call(shared: &Account, tenant: &TenantId, account: &AccountId, outbound
     let document = match shared.directory.account(tenant, account).await {
         Ok(Some(document)) => document,
         Ok(None) => {
-            let error = ProviderError { code: "account_deleted".into(), title: "the account is no more".into(), retryable: false };
+            let error = ProviderError {
+                code: "account_deleted".into(),
+                title: "the account is no more".into(),
+                retryable: false,
+            };
             return Verdict::Refused { error, closes_window: false };
         }
         Err(_) => return not_ready("the account cannot be read"),
     };
-    let Some(connector) = patchbay_connectors::by_name(&document.connector) else { return not_ready("the connector is not there") };
+    let Some(connector) = patchbay_connectors::by_name(&document.connector) else {
+        return not_ready("the connector is not there");
+    };
     let call = match connector.render(&document.external_id, outbound) {
         Ok(call) => call,
         Err(error) => return Verdict::Refused { error, closes_window: false },
@@ -70,25 +86,38 @@ async fn call(shared: &Account, tenant: &TenantId, account: &AccountId, outbound
         CallResult::NotSent => "not_sent",
         CallResult::Lost => "lost",
     };
-    metrics::histogram!("patchbay_outbound_call_seconds", "outcome" => outcome).record(started.elapsed().as_secs_f64());
+    metrics::histogram!("patchbay_outbound_call_seconds", "outcome" => outcome)
+        .record(started.elapsed().as_secs_f64());
     connector.classify(&result)
 }
 
 async fn send_signal(shared: &Account, tenant: &TenantId, account: &AccountId, signal: &Signal) {
     let Ok(Some(document)) = shared.directory.account(tenant, account).await else { return };
-    let call = patchbay_connectors::by_name(&document.connector).and_then(|c| c.signal(&document.external_id, signal));
+    let call = patchbay_connectors::by_name(&document.connector)
+        .and_then(|c| c.signal(&document.external_id, signal));
     if let Some(call) = call {
         shared.provider.call(&document, call).await;
     }
 }
 
 /// A command of the account to one of its conversations.
-async fn ask(shared: &Account, tenant: &TenantId, account: &AccountId, id: ConversationId, request: Request) -> Option<Reply> {
+async fn ask(
+    shared: &Account,
+    tenant: &TenantId,
+    account: &AccountId,
+    id: ConversationId,
+    request: Request,
+) -> Option<Reply> {
     let router = shared.router.get()?.upgrade()?;
     let scope = match shared.directory.scope(tenant, account).await.ok()? {
         Some(scope) => scope,
         // The account is gone; its conversations are still told.
-        None => Scope { tenant: tenant.clone(), account: account.clone(), inbox: InboxId::nobody(), channel: crate::router::no_channel() },
+        None => Scope {
+            tenant: tenant.clone(),
+            account: account.clone(),
+            inbox: InboxId::nobody(),
+            channel: crate::router::no_channel(),
+        },
     };
     let command = patchbay_protocol::command::Command {
         id: command_id(),
@@ -100,7 +129,13 @@ async fn ask(shared: &Account, tenant: &TenantId, account: &AccountId, id: Conve
     router.conversation(id, command).ok()?.wait().await.ok()
 }
 
-async fn tell(shared: &Account, tenant: &TenantId, account: &AccountId, entry: EntryId, update: StatusUpdate) {
+async fn tell(
+    shared: &Account,
+    tenant: &TenantId,
+    account: &AccountId,
+    entry: EntryId,
+    update: StatusUpdate,
+) {
     let mut pause = Duration::from_millis(20);
     loop {
         let request = Request::Outcome { message_seq: entry.seq, update: update.clone() };

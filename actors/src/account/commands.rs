@@ -2,13 +2,13 @@
 
 use std::time::Duration;
 
+use patchbay_protocol::CommandError;
 use patchbay_protocol::entry::ProviderError;
 use patchbay_protocol::ids::{ConversationId, EntryId, TenantId};
 use patchbay_protocol::inbound::{AccountEvent, Address, StatusUpdate};
 use patchbay_protocol::outbound::{Outbound, Signal, Verdict};
 use patchbay_protocol::receipt::MessageStatus;
 use patchbay_protocol::timestamp::Timestamp;
-use patchbay_protocol::CommandError;
 use patchbay_storage::tables::{DeadLetter, Tables};
 
 use super::entity::{Account, Effect};
@@ -127,8 +127,12 @@ type Outcome = Result<Decision<Account>, CommandError>;
 
 pub(super) fn lookups(command: &AccountCommand) -> Vec<Lookup> {
     match command {
-        AccountCommand::Resolve { addresses } | AccountCommand::Find { addresses } => addresses.iter().map(|a| Lookup::Id(address_id(a))).collect(),
-        AccountCommand::Called { verdict: Verdict::Accepted { aliases, .. }, .. } => aliases.iter().map(|a| Lookup::Id(address_id(a))).collect(),
+        AccountCommand::Resolve { addresses } | AccountCommand::Find { addresses } => {
+            addresses.iter().map(|a| Lookup::Id(address_id(a))).collect()
+        }
+        AccountCommand::Called { verdict: Verdict::Accepted { aliases, .. }, .. } => {
+            aliases.iter().map(|a| Lookup::Id(address_id(a))).collect()
+        }
         AccountCommand::Enqueue(outbound) => vec![Lookup::Id(send_id(outbound.entry))],
         _ => vec![],
     }
@@ -137,16 +141,27 @@ pub(super) fn lookups(command: &AccountCommand) -> Vec<Lookup> {
 pub(super) fn decide(state: &State, found: &Found<Record>, command: &AccountCommand, now: &Now) -> Outcome {
     match command {
         AccountCommand::Resolve { addresses } => resolve(found, addresses, now),
-        AccountCommand::Find { addresses } => Ok(Decision::reply(AccountReply::Thread(threads(found, addresses)))),
+        AccountCommand::Find { addresses } => {
+            Ok(Decision::reply(AccountReply::Thread(threads(found, addresses))))
+        }
         AccountCommand::Enqueue(outbound) => enqueue(state, found, outbound, now),
         AccountCommand::Keep(receipt) => keep(state, receipt, now),
         AccountCommand::Event(event) => Ok(entries(now, [AccountEntry::Event((**event).clone())])),
-        AccountCommand::DeadLetter { tenant, letter, kept } => Ok(dead_letter(state, tenant, letter, *kept, now)),
-        AccountCommand::Signal(signal) => Ok(Decision::reply(AccountReply::Taken).effect(Effect::Signal(signal.clone()))),
+        AccountCommand::DeadLetter { tenant, letter, kept } => {
+            Ok(dead_letter(state, tenant, letter, *kept, now))
+        }
+        AccountCommand::Signal(signal) => {
+            Ok(Decision::reply(AccountReply::Taken).effect(Effect::Signal(signal.clone())))
+        }
         AccountCommand::Resume if state.paused.is_some() => Ok(entries(now, [AccountEntry::Resumed {}])),
         AccountCommand::Resume => Ok(Decision::reply(AccountReply::Taken)),
-        AccountCommand::Status => Ok(Decision::reply(AccountReply::Status { paused: state.paused.clone(), unsettled: state.sends.len() })),
-        AccountCommand::Called { entry, verdict, jitter } => called(state, found, *entry, verdict, *jitter, now),
+        AccountCommand::Status => Ok(Decision::reply(AccountReply::Status {
+            paused: state.paused.clone(),
+            unsettled: state.sends.len(),
+        })),
+        AccountCommand::Called { entry, verdict, jitter } => {
+            called(state, found, *entry, verdict, *jitter, now)
+        }
         AccountCommand::Told { entry } => Ok(told(state, *entry, now)),
         AccountCommand::Placed { kept } => {
             let there = state.kept.contains_key(kept);
@@ -169,7 +184,9 @@ fn entries(now: &Now, bodies: impl IntoIterator<Item = AccountEntry>) -> Decisio
 fn threads(found: &Found<Record>, addresses: &[Address]) -> Option<ThreadReply> {
     let mut known: Vec<(u64, String)> = Vec::new();
     for address in addresses {
-        if let Some((seq, Record { body: AccountEntry::AliasAdded { thread, .. }, .. })) = found.id(address_id(address)) {
+        if let Some((seq, Record { body: AccountEntry::AliasAdded { thread, .. }, .. })) =
+            found.id(address_id(address))
+        {
             known.push((seq, thread.clone()));
         }
     }
@@ -185,9 +202,11 @@ fn unknown(found: &Found<Record>, addresses: &[Address]) -> Vec<Address> {
 
 fn resolve(found: &Found<Record>, addresses: &[Address], now: &Now) -> Outcome {
     let first = addresses.first().ok_or_else(|| CommandError::invalid("no address"))?;
-    let reply = threads(found, addresses).unwrap_or_else(|| ThreadReply { thread: first.value.clone(), other: None });
+    let reply =
+        threads(found, addresses).unwrap_or_else(|| ThreadReply { thread: first.value.clone(), other: None });
     let new = unknown(found, addresses);
-    let added = (!new.is_empty()).then(|| record(now, AccountEntry::AliasAdded { addresses: new, thread: reply.thread.clone() }));
+    let added = (!new.is_empty())
+        .then(|| record(now, AccountEntry::AliasAdded { addresses: new, thread: reply.thread.clone() }));
     Ok(Decision::entries(added.into_iter().collect(), AccountReply::Thread(Some(reply))))
 }
 
@@ -197,7 +216,8 @@ fn enqueue(state: &State, found: &Found<Record>, outbound: &Outbound, now: &Now)
         return Ok(Decision::reply(AccountReply::Taken));
     }
     let attempted = state.may_call_at_once(outbound, now.at, IN_FLIGHT_MAX);
-    let mut decision = entries(now, [AccountEntry::Queued { outbound: Box::new(outbound.clone()), attempted }]);
+    let mut decision =
+        entries(now, [AccountEntry::Queued { outbound: Box::new(outbound.clone()), attempted }]);
     if attempted {
         decision.effects.push(Effect::Call(Box::new(outbound.clone())));
     }
@@ -209,7 +229,11 @@ fn wake(state: &State, now: &Now) -> Outcome {
     let mut effects = Vec::new();
     for entry in state.expired(now.at, CHOSEN_MAX / 2) {
         let mut update = StatusUpdate::bare(MessageStatus::Failed);
-        update.error = Some(ProviderError { code: "expired".into(), title: "pending for too long".into(), retryable: false });
+        update.error = Some(ProviderError {
+            code: "expired".into(),
+            title: "pending for too long".into(),
+            retryable: false,
+        });
         bodies.push(AccountEntry::Outcome { entry, update: Box::new(update.clone()) });
         effects.push(Effect::Tell { entry, update: Box::new(update) });
     }
@@ -233,24 +257,50 @@ fn keep(state: &State, receipt: &KeptReceipt, now: &Now) -> Outcome {
     }
     let id = receipt.update.provider_id.as_deref().unwrap_or("");
     let settled = state.conversation_of(id);
-    let in_flight = state.sends.values().find_map(|s| matches!(&s.phase, Phase::Known(u) if u.provider_id.as_deref() == Some(id)).then_some(s.outbound.entry.conversation));
+    let in_flight = state.sends.values().find_map(|s| {
+        matches!(&s.phase, Phase::Known(u) if u.provider_id.as_deref() == Some(id))
+            .then_some(s.outbound.entry.conversation)
+    });
     let conversation = receipt.conversation.or(settled).or(in_flight);
-    let body = AccountEntry::Kept { conversation, message_seq: receipt.message_seq, update: Box::new(receipt.update.clone()) };
+    let body = AccountEntry::Kept {
+        conversation,
+        message_seq: receipt.message_seq,
+        update: Box::new(receipt.update.clone()),
+    };
     let decision = entries(now, [body]);
-    let effect = Effect::Place { kept: now.next_seq, receipt: Box::new(KeptReceipt { conversation, ..receipt.clone() }) };
+    let effect = Effect::Place {
+        kept: now.next_seq,
+        receipt: Box::new(KeptReceipt { conversation, ..receipt.clone() }),
+    };
     // Its message was told while it was on its way here: it finds it at once.
     Ok(if settled.is_some() { decision.effect(effect) } else { decision })
 }
 
-fn dead_letter(state: &State, tenant: &TenantId, letter: &DeadLetter, kept: Option<u64>, now: &Now) -> Decision<Account> {
+fn dead_letter(
+    state: &State,
+    tenant: &TenantId,
+    letter: &DeadLetter,
+    kept: Option<u64>,
+    now: &Now,
+) -> Decision<Account> {
     let (tenant, letter) = (tenant.clone(), letter.clone());
-    let released = kept.filter(|seq| state.kept.contains_key(seq)).map(|kept| AccountEntry::Released { kept });
+    let released =
+        kept.filter(|seq| state.kept.contains_key(seq)).map(|kept| AccountEntry::Released { kept });
     let mut decision = entries(now, released);
-    decision.writes.push(Box::new(move |key, stamp| Tables::dead_letter_write(key.shard, stamp, &tenant, &letter)));
+    decision
+        .writes
+        .push(Box::new(move |key, stamp| Tables::dead_letter_write(key.shard, stamp, &tenant, &letter)));
     decision
 }
 
-fn called(state: &State, found: &Found<Record>, entry: EntryId, verdict: &Verdict, jitter: f64, now: &Now) -> Outcome {
+fn called(
+    state: &State,
+    found: &Found<Record>,
+    entry: EntryId,
+    verdict: &Verdict,
+    jitter: f64,
+    now: &Now,
+) -> Outcome {
     let Some(send) = state.sends.get(&entry).filter(|s| s.phase == Phase::Attempted) else {
         return Ok(late(entry, verdict));
     };
@@ -261,7 +311,8 @@ fn called(state: &State, found: &Found<Record>, entry: EntryId, verdict: &Verdic
             update.provider_id = Some(provider_id.clone());
             // The customer writes from the address that the answer names: it leads to the same thread from now on.
             let new = unknown(found, aliases);
-            let learnt = (!new.is_empty() && !send.outbound.thread.is_empty()).then(|| AccountEntry::AliasAdded { addresses: new, thread: send.outbound.thread.clone() });
+            let learnt = (!new.is_empty() && !send.outbound.thread.is_empty())
+                .then(|| AccountEntry::AliasAdded { addresses: new, thread: send.outbound.thread.clone() });
             learnt.into_iter().chain([outcome(update)]).collect()
         }
         Verdict::Unknown => vec![outcome(StatusUpdate::bare(MessageStatus::Unknown))],
@@ -272,18 +323,31 @@ fn called(state: &State, found: &Found<Record>, entry: EntryId, verdict: &Verdic
             vec![outcome(update)]
         }
         Verdict::Retry { error, after_ms, scope } => {
-            let pause = pacing::backoff(send.attempts, jitter).max(Duration::from_millis(after_ms.unwrap_or(0)));
-            vec![AccountEntry::Retried { entry, error: error.clone(), not_before: now.at.plus(pause), scope: *scope }]
+            let pause =
+                pacing::backoff(send.attempts, jitter).max(Duration::from_millis(after_ms.unwrap_or(0)));
+            vec![AccountEntry::Retried {
+                entry,
+                error: error.clone(),
+                not_before: now.at.plus(pause),
+                scope: *scope,
+            }]
         }
         Verdict::Paused { error } => {
-            let back = AccountEntry::Retried { entry, error: error.clone(), not_before: now.at, scope: patchbay_protocol::outbound::Backoff::Message };
+            let back = AccountEntry::Retried {
+                entry,
+                error: error.clone(),
+                not_before: now.at,
+                scope: patchbay_protocol::outbound::Backoff::Message,
+            };
             vec![back, AccountEntry::Paused { reason: format!("error {}", error.code) }]
         }
     };
     let told: Vec<Effect> = bodies
         .iter()
         .filter_map(|b| match b {
-            AccountEntry::Outcome { entry, update } => Some(Effect::Tell { entry: *entry, update: update.clone() }),
+            AccountEntry::Outcome { entry, update } => {
+                Some(Effect::Tell { entry: *entry, update: update.clone() })
+            }
             _ => None,
         })
         .collect();
@@ -320,7 +384,11 @@ fn told(state: &State, entry: EntryId, now: &Now) -> Decision<Account> {
         let same = state.kept.iter().filter(|(_, k)| k.update.provider_id.as_ref() == Some(id));
         decision.effects = same
             .map(|(seq, k)| {
-                let receipt = KeptReceipt { conversation: Some(entry.conversation), message_seq: Some(entry.seq), update: k.update.clone() };
+                let receipt = KeptReceipt {
+                    conversation: Some(entry.conversation),
+                    message_seq: Some(entry.seq),
+                    update: k.update.clone(),
+                };
                 Effect::Place { kept: *seq, receipt: Box::new(receipt) }
             })
             .collect();
@@ -339,7 +407,9 @@ fn loaded(state: &State, now: &Now) -> Decision<Account> {
                 bodies.push(AccountEntry::Outcome { entry: send.outbound.entry, update: update.clone() });
                 effects.push(Effect::Tell { entry: send.outbound.entry, update });
             }
-            Phase::Known(update) => effects.push(Effect::Tell { entry: send.outbound.entry, update: update.clone() }),
+            Phase::Known(update) => {
+                effects.push(Effect::Tell { entry: send.outbound.entry, update: update.clone() })
+            }
         }
     }
     let mut decision = entries(now, bodies);

@@ -10,9 +10,9 @@ use patchbay_protocol::ids::{CommandId, EntityId, EntryId};
 use patchbay_protocol::inbound::StatusUpdate;
 use patchbay_protocol::outbound::{Outbound, Signal};
 use patchbay_protocol::{CommandError, Timestamp};
+use patchbay_storage::Stamp;
 use patchbay_storage::log::LogKey;
 use patchbay_storage::tables::IdKey;
-use patchbay_storage::Stamp;
 
 use super::commands::{self, AccountCommand, AccountReply, IN_FLIGHT_MAX, KeptReceipt};
 use super::log::{AccountEntry, Record, address_id, send_id};
@@ -137,7 +137,12 @@ impl LogEntity for Account {
         commands::lookups(command)
     }
 
-    fn decide(state: &State, found: &Found<Record>, command: &AccountCommand, now: &Now) -> Result<Decision<Self>, CommandError> {
+    fn decide(
+        state: &State,
+        found: &Found<Record>,
+        command: &AccountCommand,
+        now: &Now,
+    ) -> Result<Decision<Self>, CommandError> {
         commands::decide(state, found, command, now)
     }
 

@@ -33,7 +33,13 @@ impl Bucket {
     /// When there will be one.
     pub fn ready_at(&self, now: Timestamp) -> Timestamp {
         let lacking = 1.0 - self.tokens(now);
-        if lacking <= 0.0 { now } else { now.plus(Duration::from_secs_f64((lacking / self.per_second).min(86_400.0)) + Duration::from_millis(1)) }
+        if lacking <= 0.0 {
+            now
+        } else {
+            now.plus(
+                Duration::from_secs_f64((lacking / self.per_second).min(86_400.0)) + Duration::from_millis(1),
+            )
+        }
     }
 
     /// Whether it is full, so that forgetting it changes nothing.

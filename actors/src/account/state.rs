@@ -134,7 +134,12 @@ impl State {
     pub fn freeze(&self) -> Frozen {
         let mut sends: Vec<Send> = self.sends.values().cloned().collect();
         sends.sort_by_key(|s| s.arrival);
-        let held = self.lines.iter().filter(|(_, l)| l.not_before > Timestamp::default()).map(|(r, l)| (r.clone(), l.not_before)).collect();
+        let held = self
+            .lines
+            .iter()
+            .filter(|(_, l)| l.not_before > Timestamp::default())
+            .map(|(r, l)| (r.clone(), l.not_before))
+            .collect();
         Frozen {
             sends,
             arrivals: self.arrivals,
@@ -177,7 +182,9 @@ impl State {
     /// Whether a message may be called at once, with nothing before it.
     pub fn may_call_at_once(&self, outbound: &Outbound, now: Timestamp, in_flight_max: usize) -> bool {
         let free = self.room(now, in_flight_max) > 0 && self.due.is_empty();
-        free && self.lines.get(outbound.recipient.key()).is_none_or(|l| l.queue.is_empty() && !l.calling && l.not_before <= now && l.bucket.ready_at(now) <= now)
+        free && self.lines.get(outbound.recipient.key()).is_none_or(|l| {
+            l.queue.is_empty() && !l.calling && l.not_before <= now && l.bucket.ready_at(now) <= now
+        })
     }
 
     /// How many calls may be begun now.
@@ -210,19 +217,34 @@ impl State {
     pub fn expired(&self, now: Timestamp, at_most: usize) -> Vec<EntryId> {
         // Whoever came first is the oldest.
         let in_order = self.by_arrival.values().filter_map(|e| self.sends.get(e));
-        let old = in_order.filter(|s| s.phase == Phase::Waiting).take_while(|s| now.since(s.outbound.at) >= self.max_age);
+        let old = in_order
+            .filter(|s| s.phase == Phase::Waiting)
+            .take_while(|s| now.since(s.outbound.at) >= self.max_age);
         old.take(at_most).map(|s| s.outbound.entry).collect()
     }
 
     /// When there may be something to call, or to expire.
     pub fn next_due(&self, now: Timestamp, in_flight_max: usize) -> Option<Timestamp> {
-        let oldest = self.by_arrival.values().filter_map(|e| self.sends.get(e)).find(|s| s.phase == Phase::Waiting);
+        let oldest =
+            self.by_arrival.values().filter_map(|e| self.sends.get(e)).find(|s| s.phase == Phase::Waiting);
         let expiry = oldest.map(|s| s.outbound.at.plus(self.max_age));
         if self.paused.is_some() || self.calling >= self.breaker.in_flight_max(in_flight_max) {
             return expiry;
         }
-        let first = Lane::ALL.iter().filter_map(|lane| self.due.range((*lane, Timestamp::from_millis(i64::MIN), 0)..=(*lane, Timestamp::from_millis(i64::MAX), u64::MAX)).next()).map(|((_, at, _), _)| *at).min();
-        let call = first.map(|at| at.max(self.not_before).max(self.breaker.open_until()).max(self.bucket.ready_at(now)));
+        let first = Lane::ALL
+            .iter()
+            .filter_map(|lane| {
+                self.due
+                    .range(
+                        (*lane, Timestamp::from_millis(i64::MIN), 0)
+                            ..=(*lane, Timestamp::from_millis(i64::MAX), u64::MAX),
+                    )
+                    .next()
+            })
+            .map(|((_, at, _), _)| *at)
+            .min();
+        let call = first
+            .map(|at| at.max(self.not_before).max(self.breaker.open_until()).max(self.bucket.ready_at(now)));
         [call, expiry].into_iter().flatten().min()
     }
 
@@ -238,7 +260,11 @@ impl State {
             AccountEntry::Queued { outbound, attempted } => self.queued(outbound, *attempted, at),
             AccountEntry::Attempted { entry } => self.attempted(*entry, at),
             AccountEntry::Retried { entry, error, not_before, scope } => {
-                if error.code == super::commands::NOT_SENT { self.breaker.failed(at) } else { self.breaker.worked() }
+                if error.code == super::commands::NOT_SENT {
+                    self.breaker.failed(at)
+                } else {
+                    self.breaker.worked()
+                }
                 self.retried(*entry, *not_before, *scope, at);
             }
             AccountEntry::Outcome { entry, update } => self.outcome(*entry, update, at),
@@ -252,7 +278,12 @@ impl State {
                 }
             }
             AccountEntry::Kept { conversation, message_seq, update } => {
-                let kept = Kept { at, conversation: *conversation, message_seq: *message_seq, update: (**update).clone() };
+                let kept = Kept {
+                    at,
+                    conversation: *conversation,
+                    message_seq: *message_seq,
+                    update: (**update).clone(),
+                };
                 self.kept.insert(seq, kept);
             }
             AccountEntry::Released { kept } => {
@@ -275,7 +306,10 @@ impl State {
         let entry = outbound.entry;
         let recipient = outbound.recipient.key().to_owned();
         self.by_arrival.insert(arrival, entry);
-        self.sends.insert(entry, Send { outbound: outbound.clone(), arrival, attempts: 0, not_before: at, phase: Phase::Waiting });
+        self.sends.insert(
+            entry,
+            Send { outbound: outbound.clone(), arrival, attempts: 0, not_before: at, phase: Phase::Waiting },
+        );
         self.line(&recipient, at).queue.push_back(entry);
         self.place(&recipient, at);
         if attempted {
@@ -318,7 +352,11 @@ impl State {
         let called = send.phase == Phase::Attempted;
         if called {
             self.calling -= 1;
-            if update.status == patchbay_protocol::receipt::MessageStatus::Unknown { self.breaker.failed(at) } else { self.breaker.worked() }
+            if update.status == patchbay_protocol::receipt::MessageStatus::Unknown {
+                self.breaker.failed(at)
+            } else {
+                self.breaker.worked()
+            }
         }
         send.phase = Phase::Known(Box::new(update.clone()));
         let recipient = send.outbound.recipient.key().to_owned();

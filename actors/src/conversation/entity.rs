@@ -10,9 +10,9 @@ use patchbay_protocol::ids::{AgentId, CommandId, ConversationId, EntityId, Entry
 use patchbay_protocol::outbound::{Lane, Outbound, Recipient, Signal};
 use patchbay_protocol::receipt::MessageStatus;
 use patchbay_protocol::{CommandError, Timestamp};
+use patchbay_storage::Stamp;
 use patchbay_storage::log::LogKey;
 use patchbay_storage::tables::{IdKey, Tables};
-use patchbay_storage::Stamp;
 use serde_json::json;
 
 use super::{commands, ids, state::State};
@@ -110,19 +110,27 @@ impl Conversation {
             entry: EntryId { conversation: id, seq },
             at: entry.at,
             thread: opened.thread.clone(),
-            recipient: Recipient { address: opened.contact.address.clone(), user_id: opened.contact.user_id.clone() },
+            recipient: Recipient {
+                address: opened.contact.address.clone(),
+                user_id: opened.contact.user_id.clone(),
+            },
             content: sent.content.clone(),
             reply_to,
             lane,
         };
-        let answer = self.router()?.account(&opened.tenant, &opened.account, AccountCommand::Enqueue(Box::new(outbound))).ok()?;
+        let answer = self
+            .router()?
+            .account(&opened.tenant, &opened.account, AccountCommand::Enqueue(Box::new(outbound)))
+            .ok()?;
         answer.wait().await.ok().map(|_| ())
     }
 
     /// Where the conversation is at home now, and whether message `seq` is still pending: told by itself.
     async fn home(&self, me: &Handle<Self>, seq: u64) -> Option<(super::state::Home, bool)> {
         let (reply, answer) = tokio::sync::oneshot::channel();
-        me.peek(move |state: &State| drop(reply.send(state.home.clone().map(|h| (h, state.pending.contains(&seq))))));
+        me.peek(move |state: &State| {
+            drop(reply.send(state.home.clone().map(|h| (h, state.pending.contains(&seq)))))
+        });
         answer.await.ok()?
     }
 
@@ -131,7 +139,9 @@ impl Conversation {
         let recipient = Recipient { address: home.contact.address, user_id: home.contact.user_id };
         let Some(router) = self.router() else { return };
         // A signal that cannot be handed over now is not worth repeating.
-        if let Ok(answer) = router.account(&home.tenant, &home.account, AccountCommand::Signal(signal(recipient))) {
+        if let Ok(answer) =
+            router.account(&home.tenant, &home.account, AccountCommand::Signal(signal(recipient)))
+        {
             let _ = answer.wait().await;
         }
     }
@@ -177,7 +187,12 @@ impl LogEntity for Conversation {
         commands::lookups(state, found, command)
     }
 
-    fn decide(state: &State, found: &Found<Entry>, command: &Command, now: &Now) -> Result<Decision<Self>, CommandError> {
+    fn decide(
+        state: &State,
+        found: &Found<Entry>,
+        command: &Command,
+        now: &Now,
+    ) -> Result<Decision<Self>, CommandError> {
         commands::decide(state, found, command, now)
     }
 
@@ -225,7 +240,9 @@ impl LogEntity for Conversation {
     fn derived(&self, state: &State, key: LogKey, stamp: Stamp) -> Derived {
         let Some(home) = &state.home else { return Derived::default() };
         let (inbox, window) = self.directory.presentation(home);
-        let Some(mut summary) = state.summary(inbox.clone(), window, Timestamp::default()) else { return Derived::default() };
+        let Some(mut summary) = state.summary(inbox.clone(), window, Timestamp::default()) else {
+            return Derived::default();
+        };
         // Rows keep the end of the window, past or not: whoever reads them knows the time.
         summary.window_until = state.window_until(window);
         let rows = Tables::inbox_writes(key, stamp, &home.tenant, &summary).to_vec();
@@ -241,8 +258,14 @@ impl LogEntity for Conversation {
 
     fn replay(state: &State, seq: u64, entry: &Entry) -> Option<Effect> {
         let Body::Sent(sent) = &entry.body else { return None };
-        let pending = sent.provider_id.is_none() && state.pending.contains(&seq) && state.status_of(seq).is_none_or(|s| s == MessageStatus::Pending);
-        let lane = if entry.actor.kind == patchbay_protocol::ActorType::Agent { Lane::Agent } else { Lane::Automation };
+        let pending = sent.provider_id.is_none()
+            && state.pending.contains(&seq)
+            && state.status_of(seq).is_none_or(|s| s == MessageStatus::Pending);
+        let lane = if entry.actor.kind == patchbay_protocol::ActorType::Agent {
+            Lane::Agent
+        } else {
+            Lane::Automation
+        };
         pending.then_some(Effect::HandOn { seq, lane })
     }
 
@@ -276,7 +299,13 @@ impl LogEntity for Conversation {
             Effect::HandOn { seq, lane } => self.hand_on(&me, conversation, seq, lane).await,
             Effect::MarkRead { provider_id } => {
                 let marks = match self.home(&me, 0).await {
-                    Some((home, _)) => self.directory.account(&home.tenant, &home.account).await.ok().flatten().is_some_and(|a| a.settings.mark_read),
+                    Some((home, _)) => self
+                        .directory
+                        .account(&home.tenant, &home.account)
+                        .await
+                        .ok()
+                        .flatten()
+                        .is_some_and(|a| a.settings.mark_read),
                     None => false,
                 };
                 if marks {
@@ -284,7 +313,9 @@ impl LogEntity for Conversation {
                 }
             }
             Effect::Typing { provider_id } => self.signal(&me, |_| Signal::Typing { provider_id }).await,
-            Effect::React { provider_id, emoji } => self.signal(&me, |recipient| Signal::React { recipient, provider_id, emoji }).await,
+            Effect::React { provider_id, emoji } => {
+                self.signal(&me, |recipient| Signal::React { recipient, provider_id, emoji }).await
+            }
             Effect::Assigned { agent, seq } => {
                 let Some((home, _)) = self.home(&me, 0).await else { return };
                 let push = json!({"type": "assigned", "conversation": conversation, "seq": seq});

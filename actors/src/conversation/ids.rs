@@ -53,7 +53,9 @@ pub fn of(entry: &Entry) -> Vec<IdKey> {
             ids
         }
         Body::Edited { provider_id, .. } | Body::Deleted { provider_id, .. } => vec![provider(provider_id)],
-        Body::Reacted { provider_id: Some(id), .. } | Body::ContactUpdated { provider_id: Some(id), .. } => vec![provider(id)],
+        Body::Reacted { provider_id: Some(id), .. } | Body::ContactUpdated { provider_id: Some(id), .. } => {
+            vec![provider(id)]
+        }
         Body::Opened(_)
         | Body::Resolved { .. }
         | Body::Reopened { .. }

@@ -56,7 +56,14 @@ impl ActivityLog {
     /// A reign without activity.
     pub fn new(count: u32, epoch: u32, clock: Clock) -> Self {
         let opened = clock.now();
-        let fresh = || Shard { bucket: 0, opened, written: HashSet::new(), begun: 0, open: BTreeMap::new(), settled: 0 };
+        let fresh = || Shard {
+            bucket: 0,
+            opened,
+            written: HashSet::new(),
+            begun: 0,
+            open: BTreeMap::new(),
+            settled: 0,
+        };
         Self { epoch, clock, shards: (0..count).map(|_| Arc::new(Mutex::new(fresh()))).collect() }
     }
 

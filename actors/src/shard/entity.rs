@@ -138,7 +138,12 @@ pub trait LogEntity: Sized + Send + Sync + 'static {
     fn lookups(state: &Self::State, found: &Found<Self::Entry>, command: &Self::Command) -> Vec<Lookup>;
 
     /// Pure: what the command does to this state.
-    fn decide(state: &Self::State, found: &Found<Self::Entry>, command: &Self::Command, now: &Now) -> Result<Decision<Self>, CommandError>;
+    fn decide(
+        state: &Self::State,
+        found: &Found<Self::Entry>,
+        command: &Self::Command,
+        now: &Now,
+    ) -> Result<Decision<Self>, CommandError>;
 
     /// Pure: the state after an entry at `seq`.
     fn apply(state: &mut Self::State, seq: u64, entry: &Self::Entry);

@@ -189,7 +189,11 @@ impl<E: LogEntity> Actor for LogActor<E> {
     type State = Loop<E>;
     type Arguments = (EntityId, Arc<Mutex<()>>);
 
-    async fn pre_start(&self, _: ActorRef<Msg<E>>, (id, gate): Self::Arguments) -> Result<Loop<E>, ActorProcessingErr> {
+    async fn pre_start(
+        &self,
+        _: ActorRef<Msg<E>>,
+        (id, gate): Self::Arguments,
+    ) -> Result<Loop<E>, ActorProcessingErr> {
         let key = LogKey { entity: id.key(), shard: id.shard(self.shards.count) };
         Ok(Loop {
             id,
@@ -207,7 +211,12 @@ impl<E: LogEntity> Actor for LogActor<E> {
         })
     }
 
-    async fn handle(&self, me: ActorRef<Msg<E>>, msg: Msg<E>, at: &mut Loop<E>) -> Result<(), ActorProcessingErr> {
+    async fn handle(
+        &self,
+        me: ActorRef<Msg<E>>,
+        msg: Msg<E>,
+        at: &mut Loop<E>,
+    ) -> Result<(), ActorProcessingErr> {
         match msg {
             Msg::Command(queued) => at.queue.push_back(queued),
             Msg::Appended(result) => self.appended(&me, at, result).await,
@@ -280,7 +289,10 @@ impl<E: LogEntity> LogActor<E> {
             }
         }
         if let Phase::Parked(reason) = &at.phase {
-            let e = CommandError::with(ErrorCode::Unavailable, serde_json::json!({"detail": format!("parked: {reason}")}));
+            let e = CommandError::with(
+                ErrorCode::Unavailable,
+                serde_json::json!({"detail": format!("parked: {reason}")}),
+            );
             refuse_all(at, &e);
             return false;
         }
@@ -291,7 +303,10 @@ impl<E: LogEntity> LogActor<E> {
         metrics::counter!("patchbay_actors_parked_total", "kind" => at.id.kind()).increment(1);
         tracing::error!(kind = at.id.kind(), shard = at.key.shard, reason, "an entity is parked");
         if let Ok(stamp) = self.shards.stamps[at.key.shard as usize].next() {
-            self.shards.logs.write_until_answered(Tables::park_write(at.key.shard, stamp, &at.id, reason)).await;
+            self.shards
+                .logs
+                .write_until_answered(Tables::park_write(at.key.shard, stamp, &at.id, reason))
+                .await;
         }
     }
 
@@ -314,7 +329,8 @@ impl<E: LogEntity> LogActor<E> {
             // The successor of a crash here must find this entity again.
             let activity = Activity { entity: at.id.clone(), lowest: base + 1 };
             let stamp = stamps.next().map_err(|_| AdoptError::Unavailable)?;
-            logs.write_until_answered(Tables::activity_write(at.key.shard, ticket.bucket, stamp, &activity)).await;
+            logs.write_until_answered(Tables::activity_write(at.key.shard, ticket.bucket, stamp, &activity))
+                .await;
             ticket.row_written();
             if adopted > tail.confirmed {
                 let stamp = stamps.next().map_err(|_| AdoptError::Unavailable)?;
@@ -354,7 +370,11 @@ impl<E: LogEntity> LogActor<E> {
 
     /// After a load: what an earlier owner may not have shown, derived or handed on.
     fn resume(&self, me: &ActorRef<Msg<E>>, at: &mut Loop<E>, live: &Live<E>) {
-        at.ordered = live.recent.iter().filter_map(|(seq, e)| E::replay(&live.state, *seq, e).map(|f| (*seq, f))).collect();
+        at.ordered = live
+            .recent
+            .iter()
+            .filter_map(|(seq, e)| E::replay(&live.state, *seq, e).map(|f| (*seq, f)))
+            .collect();
         at.acting = None;
         self.act_next(me, at);
         if let Some(command) = self.entity.on_load(&live.state) {
@@ -367,7 +387,14 @@ impl<E: LogEntity> LogActor<E> {
     }
 
     async fn decide_batch(&self, me: &ActorRef<Msg<E>>, at: &mut Loop<E>) {
-        let mut batch = InFlight { answers: Vec::new(), effects: Vec::new(), rows: Vec::new(), last: 0, ticket: None, timer: None };
+        let mut batch = InFlight {
+            answers: Vec::new(),
+            effects: Vec::new(),
+            rows: Vec::new(),
+            last: 0,
+            ticket: None,
+            timer: None,
+        };
         let mut intents: Vec<RowIntent> = Vec::new();
         let mut payloads: Vec<(CommandId, Bytes)> = Vec::new();
         while let Some(queued) = at.queue.pop_front() {
@@ -427,7 +454,12 @@ impl<E: LogEntity> LogActor<E> {
         }
     }
 
-    async fn look_up(&self, key: LogKey, live: &Live<E>, command: &E::Command) -> Result<Found<E::Entry>, ReadError> {
+    async fn look_up(
+        &self,
+        key: LogKey,
+        live: &Live<E>,
+        command: &E::Command,
+    ) -> Result<Found<E::Entry>, ReadError> {
         let mut found = Found::default();
         for _ in 0..LOOKUP_ROUNDS {
             let wanted = E::lookups(&live.state, &found, command);
@@ -447,7 +479,12 @@ impl<E: LogEntity> LogActor<E> {
     }
 
     /// The entry that carries `id`. The reference is a hint; only the row's own ids count.
-    async fn find(&self, key: LogKey, live: &Live<E>, id: IdKey) -> Result<Option<(u64, Arc<E::Entry>)>, ReadError> {
+    async fn find(
+        &self,
+        key: LogKey,
+        live: &Live<E>,
+        id: IdKey,
+    ) -> Result<Option<(u64, Arc<E::Entry>)>, ReadError> {
         if let Some(seq) = live.recent_ids.get(&id) {
             return Ok(live.recent.get(seq).map(|e| (*seq, e.clone())));
         }
@@ -471,10 +508,18 @@ impl<E: LogEntity> LogActor<E> {
     }
 
     /// Sends the append and the rows that must be durable with it; or answers at once when nothing was decided.
-    fn write(&self, me: &ActorRef<Msg<E>>, at: &mut Loop<E>, mut batch: InFlight<E>, payloads: Vec<(CommandId, Bytes)>, intents: Vec<RowIntent>) {
+    fn write(
+        &self,
+        me: &ActorRef<Msg<E>>,
+        at: &mut Loop<E>,
+        mut batch: InFlight<E>,
+        payloads: Vec<(CommandId, Bytes)>,
+        intents: Vec<RowIntent>,
+    ) {
         let Phase::Live(live) = &mut at.phase else { return };
         let now = self.shards.clock.now();
-        batch.timer = E::timer(&live.state, live.armed, now).filter(|due| live.armed.is_none_or(|armed| armed != *due));
+        batch.timer =
+            E::timer(&live.state, live.armed, now).filter(|due| live.armed.is_none_or(|armed| armed != *due));
         if payloads.is_empty() && intents.is_empty() && batch.timer.is_none() {
             self.finish(me, at, batch);
             return;
@@ -583,7 +628,8 @@ impl<E: LogEntity> LogActor<E> {
         }
         let Some((seq, effect)) = at.ordered.pop_front() else { return };
         at.acting = Some(seq);
-        let (entity, id, handle, me) = (self.entity.clone(), at.id.clone(), self.handle_of(me, at.key), me.clone());
+        let (entity, id, handle, me) =
+            (self.entity.clone(), at.id.clone(), self.handle_of(me, at.key), me.clone());
         let act: Pin<Box<dyn Future<Output = ()> + Send>> = Box::pin(async move {
             entity.act(&id, effect, handle).await;
             let _ = me.cast(Msg::HandedOn(seq));
@@ -602,7 +648,11 @@ impl<E: LogEntity> LogActor<E> {
         };
         let Ok(stamp) = self.shards.stamps[at.key.shard as usize].next() else { return };
         let upto = live.confirmed;
-        let ids: Vec<(IdKey, u64)> = live.recent.iter().flat_map(|(seq, e)| E::ids(e, *seq).into_iter().map(|id| (id, *seq))).collect();
+        let ids: Vec<(IdKey, u64)> = live
+            .recent
+            .iter()
+            .flat_map(|(seq, e)| E::ids(e, *seq).into_iter().map(|id| (id, *seq)))
+            .collect();
         // Of one id the last entry wins; a batch must not name a row twice.
         let last: HashMap<IdKey, u64> = ids.into_iter().collect();
         let last: Vec<(IdKey, u64)> = last.into_iter().collect();
@@ -647,7 +697,10 @@ impl<E: LogEntity> LogActor<E> {
                 shards.logs.write_until_answered(Tables::mark_write(shard, stamp, mark)).await;
                 if let Some(below) = mark.bucket.checked_sub(1) {
                     // What a lost drop leaves is read and found settled by the next sweep.
-                    let _ = shards.tables.drop_activity(shard, patchbay_storage::tables::Mark { bucket: below, ..mark }).await;
+                    let _ = shards
+                        .tables
+                        .drop_activity(shard, patchbay_storage::tables::Mark { bucket: below, ..mark })
+                        .await;
                 }
             });
         }
@@ -669,7 +722,8 @@ impl<E: LogEntity> LogActor<E> {
         }
         let Ok(stamp) = self.shards.stamps[at.key.shard as usize].next() else { return };
         live.snapshot_seq = snapshot.seq;
-        let (logs, write) = (self.shards.logs.clone(), patchbay_storage::log::Logs::snapshot_write(at.key, stamp, &snapshot));
+        let (logs, write) =
+            (self.shards.logs.clone(), patchbay_storage::log::Logs::snapshot_write(at.key, stamp, &snapshot));
         tokio::spawn(async move { logs.write_until_answered(write).await });
     }
 
@@ -677,7 +731,11 @@ impl<E: LogEntity> LogActor<E> {
     fn snapshot(&self, at: &mut Loop<E>) -> Option<Batch> {
         let quiet = at.in_flight.is_none() && at.ordered.is_empty() && at.acting.is_none();
         let Phase::Live(live) = &mut at.phase else { return None };
-        if !quiet || live.derived < live.confirmed || live.last != live.confirmed || live.snapshot_seq == live.confirmed {
+        if !quiet
+            || live.derived < live.confirmed
+            || live.last != live.confirmed
+            || live.snapshot_seq == live.confirmed
+        {
             return None;
         }
         let stamp = self.shards.stamps[at.key.shard as usize].next().ok()?;
@@ -687,7 +745,11 @@ impl<E: LogEntity> LogActor<E> {
 
     /// Makes ready to be forgotten, and stops when nobody minds.
     async fn idle(&self, me: &ActorRef<Msg<E>>, at: &mut Loop<E>) {
-        let busy = at.in_flight.is_some() || !at.queue.is_empty() || !at.ordered.is_empty() || at.acting.is_some() || at.derive != Derive::Clean;
+        let busy = at.in_flight.is_some()
+            || !at.queue.is_empty()
+            || !at.ordered.is_empty()
+            || at.acting.is_some()
+            || at.derive != Derive::Clean;
         if busy {
             return;
         }

@@ -99,7 +99,8 @@ impl<E: LogEntity> Slots<E> {
         let shard_load = (0..shards.count).map(|_| Arc::default()).collect();
         let map = Map { slots: HashMap::new(), by_actor: HashMap::new(), gates: HashMap::new() };
         let (entity, map, supervisor) = (Arc::new(entity), Mutex::new(map), OnceLock::new());
-        let slots = Arc::new_cyclic(|me| Self { entity, shards, map, shard_load, supervisor, me: me.clone() });
+        let slots =
+            Arc::new_cyclic(|me| Self { entity, shards, map, shard_load, supervisor, me: me.clone() });
         let (supervisor, _) = Actor::spawn(None, Supervisor(Arc::downgrade(&slots)), ()).await?;
         // Set once, here.
         let _ = slots.supervisor.set(supervisor.get_cell());
@@ -132,7 +133,12 @@ impl<E: LogEntity> Slots<E> {
         Ok(Answer(answer))
     }
 
-    fn active(&self, map: &mut Map<E>, id: &EntityId, key: [u8; 16]) -> Result<(ActorRef<Msg<E>>, Arc<AtomicU32>), CommandError> {
+    fn active(
+        &self,
+        map: &mut Map<E>,
+        id: &EntityId,
+        key: [u8; 16],
+    ) -> Result<(ActorRef<Msg<E>>, Arc<AtomicU32>), CommandError> {
         let now = Instant::now();
         let failures = match map.slots.get_mut(&key) {
             Some(Slot::Active { actor, in_flight, used, .. }) => {
@@ -150,12 +156,17 @@ impl<E: LogEntity> Slots<E> {
         map.gates.insert(key, Arc::downgrade(&gate));
         let supervisor = self.supervisor.get().ok_or_else(|| CommandError::overloaded(RETRY_AFTER_MS))?;
         let args = (id.clone(), gate);
-        let actor = LogActor { entity: self.entity.clone(), shards: self.shards.clone(), slots: self.me.clone() };
+        let actor =
+            LogActor { entity: self.entity.clone(), shards: self.shards.clone(), slots: self.me.clone() };
         // Without a name nothing can be taken already.
-        let (actor, _) = ActorRuntime::spawn_linked_instant(None, actor, args, supervisor.clone()).map_err(|_| CommandError::overloaded(RETRY_AFTER_MS))?;
+        let (actor, _) = ActorRuntime::spawn_linked_instant(None, actor, args, supervisor.clone())
+            .map_err(|_| CommandError::overloaded(RETRY_AFTER_MS))?;
         let in_flight = Arc::default();
         map.by_actor.insert(actor.get_id(), key);
-        map.slots.insert(key, Slot::Active { actor: actor.clone(), in_flight: Arc::clone(&in_flight), used: now, failures });
+        map.slots.insert(
+            key,
+            Slot::Active { actor: actor.clone(), in_flight: Arc::clone(&in_flight), used: now, failures },
+        );
         Ok((actor, in_flight))
     }
 
@@ -179,7 +190,8 @@ impl<E: LogEntity> Slots<E> {
     pub(super) fn release(&self, key: [u8; 16], actor: ActorId) -> bool {
         let mut map = self.lock();
         match map.slots.get(&key) {
-            Some(Slot::Active { actor: a, in_flight, .. }) if a.get_id() == actor && in_flight.load(Ordering::Relaxed) == 0 => {}
+            Some(Slot::Active { actor: a, in_flight, .. })
+                if a.get_id() == actor && in_flight.load(Ordering::Relaxed) == 0 => {}
             _ => return false,
         }
         map.slots.remove(&key);
@@ -195,14 +207,18 @@ impl<E: LogEntity> Slots<E> {
     fn ended(&self, actor: &ActorCell, failed: bool) {
         let mut map = self.lock();
         let Some(key) = map.by_actor.remove(&actor.get_id()) else { return };
-        
+
         let Some(Slot::Active { actor: present, failures, .. }) = map.slots.get(&key) else { return };
         if present.get_id() != actor.get_id() {
             return;
         }
         if failed {
             let failures = failures + 1;
-            let pause = if failures >= FAILURES_MAX { LONG_PAUSE } else { Duration::from_millis(50 << failures.min(6)) };
+            let pause = if failures >= FAILURES_MAX {
+                LONG_PAUSE
+            } else {
+                Duration::from_millis(50 << failures.min(6))
+            };
             map.slots.insert(key, Slot::Resting { until: Instant::now() + pause, failures });
         } else {
             map.slots.remove(&key);
@@ -222,7 +238,12 @@ impl<E: LogEntity> Actor for Supervisor<E> {
         Ok(())
     }
 
-    async fn handle_supervisor_evt(&self, _: ActorRef<()>, event: SupervisionEvent, (): &mut ()) -> Result<(), ActorProcessingErr> {
+    async fn handle_supervisor_evt(
+        &self,
+        _: ActorRef<()>,
+        event: SupervisionEvent,
+        (): &mut (),
+    ) -> Result<(), ActorProcessingErr> {
         let Some(slots) = self.0.upgrade() else { return Ok(()) };
         match event {
             SupervisionEvent::ActorFailed(cell, error) => {

@@ -31,7 +31,13 @@ pub trait SoftEntity: Sized + Send + Sync + 'static {
     fn load(&self, id: &EntityId) -> impl Future<Output = Result<Self::State, CommandError>> + Send;
 
     /// Answers a command. `again` hands it another one, now or later.
-    fn handle(&self, id: &EntityId, state: &mut Self::State, command: Self::Command, again: &Again<Self>) -> impl Future<Output = Result<Self::Reply, CommandError>> + Send;
+    fn handle(
+        &self,
+        id: &EntityId,
+        state: &mut Self::State,
+        command: Self::Command,
+        again: &Again<Self>,
+    ) -> impl Future<Output = Result<Self::Reply, CommandError>> + Send;
 
     /// Whether it may be forgotten.
     fn may_passivate(state: &Self::State) -> bool;
@@ -100,7 +106,8 @@ impl<E: SoftEntity> SoftSlots<E> {
         let mut map = self.lock();
         if !map.contains_key(id) {
             let actor = SoftActor { entity: self.entity.clone(), slots: self.me.clone() };
-            let (actor, _) = ActorRuntime::spawn_instant(None, actor, id.clone()).map_err(|_| CommandError::overloaded(RETRY_AFTER_MS))?;
+            let (actor, _) = ActorRuntime::spawn_instant(None, actor, id.clone())
+                .map_err(|_| CommandError::overloaded(RETRY_AFTER_MS))?;
             map.insert(id.clone(), Slot { actor, in_flight: Arc::default(), used: Instant::now() });
         }
         let slot = map.get_mut(id).ok_or_else(|| CommandError::overloaded(RETRY_AFTER_MS))?;
@@ -160,7 +167,12 @@ impl<E: SoftEntity> Actor for SoftActor<E> {
         Ok(Holding { id, state: None })
     }
 
-    async fn handle(&self, me: ActorRef<Msg<E>>, msg: Msg<E>, at: &mut Holding<E>) -> Result<(), ActorProcessingErr> {
+    async fn handle(
+        &self,
+        me: ActorRef<Msg<E>>,
+        msg: Msg<E>,
+        at: &mut Holding<E>,
+    ) -> Result<(), ActorProcessingErr> {
         match msg {
             Msg::Command(command, reply, permit) => {
                 let outcome = self.answer(&me, at, command).await;
@@ -182,7 +194,12 @@ impl<E: SoftEntity> Actor for SoftActor<E> {
 }
 
 impl<E: SoftEntity> SoftActor<E> {
-    async fn answer(&self, me: &ActorRef<Msg<E>>, at: &mut Holding<E>, command: E::Command) -> Result<E::Reply, CommandError> {
+    async fn answer(
+        &self,
+        me: &ActorRef<Msg<E>>,
+        at: &mut Holding<E>,
+        command: E::Command,
+    ) -> Result<E::Reply, CommandError> {
         let mut state = match at.state.take() {
             Some(state) => state,
             None => self.entity.load(&at.id).await?,

@@ -38,7 +38,11 @@ pub(super) fn closes_window(code: i64) -> bool {
 /// then anything else than an answer that Graph documents.
 pub(super) fn verdict(result: &CallResult) -> Verdict {
     match result {
-        CallResult::NotSent => Verdict::Retry { error: ours("not_sent", "no connection"), after_ms: None, scope: Backoff::Account },
+        CallResult::NotSent => Verdict::Retry {
+            error: ours("not_sent", "no connection"),
+            after_ms: None,
+            scope: Backoff::Account,
+        },
         CallResult::Lost => Verdict::Unknown,
         CallResult::Answered { status, retry_after, body } => answered(*status, *retry_after, body),
     }
@@ -60,10 +64,14 @@ fn answered(status: u16, retry_after: Option<Duration>, body: &[u8]) -> Verdict 
 }
 
 fn accepted(body: &Value) -> Verdict {
-    let Some(provider_id) = body["messages"][0]["id"].as_str().filter(|id| !id.is_empty()) else { return Verdict::Unknown };
+    let Some(provider_id) = body["messages"][0]["id"].as_str().filter(|id| !id.is_empty()) else {
+        return Verdict::Unknown;
+    };
     let contact = &body["contacts"][0];
     let mut aliases = Vec::new();
-    if let Some(wa_id) = contact["wa_id"].as_str().filter(|w| !w.is_empty() && w.bytes().all(|b| b.is_ascii_digit())) {
+    if let Some(wa_id) =
+        contact["wa_id"].as_str().filter(|w| !w.is_empty() && w.bytes().all(|b| b.is_ascii_digit()))
+    {
         aliases.push(Address { kind: AddressKind::WaId, value: wa_id.into() });
     }
     if let Some(user_id) = contact["user_id"].as_str().filter(|u| !u.is_empty()) {
@@ -75,11 +83,13 @@ fn accepted(body: &Value) -> Verdict {
 fn refused(status: u16, retry_after: Option<Duration>, error: &Value) -> Verdict {
     let code = error["code"].as_i64().unwrap_or(-1);
     let transient = error["is_transient"] == json!(true);
-    let retryable = transient || is_retryable(code) || status == 429 || (status >= 500 && !pauses_account(code));
+    let retryable =
+        transient || is_retryable(code) || status == 429 || (status >= 500 && !pauses_account(code));
     // Held back for the customer's sake for a day at least: longer than a message may wait, so it fails, and may be
     // sent anew later.
     let held = code == HELD_FOR_A_DAY;
-    let title = error["error_user_title"].as_str().or_else(|| error["type"].as_str()).unwrap_or("").to_owned();
+    let title =
+        error["error_user_title"].as_str().or_else(|| error["type"].as_str()).unwrap_or("").to_owned();
     let error = ProviderError { code: code.to_string(), title, retryable: retryable || held };
     if pauses_account(code) {
         return Verdict::Paused { error };
@@ -105,24 +115,43 @@ mod tests {
     use bytes::Bytes;
 
     fn answer(status: u16, body: &str) -> Verdict {
-        verdict(&CallResult::Answered { status, retry_after: None, body: Bytes::copy_from_slice(body.as_bytes()) })
+        verdict(&CallResult::Answered {
+            status,
+            retry_after: None,
+            body: Bytes::copy_from_slice(body.as_bytes()),
+        })
     }
 
     #[test]
     fn only_what_graph_documents_is_an_answer() {
         assert_eq!(verdict(&CallResult::Lost), Verdict::Unknown);
         assert!(matches!(verdict(&CallResult::NotSent), Verdict::Retry { .. }));
-        for (status, body) in [(200, ""), (200, "{}"), (200, r#"{"messages":[]}"#), (408, ""), (500, "oops"), (502, ""), (302, ""), (404, "<html>"), (429, "")] {
+        for (status, body) in [
+            (200, ""),
+            (200, "{}"),
+            (200, r#"{"messages":[]}"#),
+            (408, ""),
+            (500, "oops"),
+            (502, ""),
+            (302, ""),
+            (404, "<html>"),
+            (429, ""),
+        ] {
             assert_eq!(answer(status, body), Verdict::Unknown, "{status} {body}");
         }
-        let ok = answer(200, r#"{"contacts":[{"input":"5511","wa_id":"55911","user_id":"BR.1"}],"messages":[{"id":"wamid.X"}]}"#);
+        let ok = answer(
+            200,
+            r#"{"contacts":[{"input":"5511","wa_id":"55911","user_id":"BR.1"}],"messages":[{"id":"wamid.X"}]}"#,
+        );
         let Verdict::Accepted { provider_id, aliases } = ok else { panic!("{ok:?}") };
         assert_eq!((provider_id.as_str(), aliases.len()), ("wamid.X", 2));
     }
 
     #[test]
     fn codes_decide() {
-        let error = |status, code: i64| answer(status, &format!(r#"{{"error":{{"code":{code},"type":"T","message":"m"}}}}"#));
+        let error = |status, code: i64| {
+            answer(status, &format!(r#"{{"error":{{"code":{code},"type":"T","message":"m"}}}}"#))
+        };
         for code in [1, 2, 4, 80_007, 130_429, 131_056, 131_000, 131_016, 131_057] {
             assert!(matches!(error(400, code), Verdict::Retry { .. }), "{code}");
         }

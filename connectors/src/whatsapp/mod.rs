@@ -35,8 +35,13 @@ pub struct Credentials {
 
 impl Credentials {
     fn read(value: &Value) -> Result<Self, CommandError> {
-        let c: Self = Self::deserialize(value).map_err(|e| CommandError::invalid(format!("credentials: {e}")))?;
-        for (name, secret) in [("app_secret", &c.app_secret), ("verify_token", &c.verify_token), ("access_token", &c.access_token)] {
+        let c: Self =
+            Self::deserialize(value).map_err(|e| CommandError::invalid(format!("credentials: {e}")))?;
+        for (name, secret) in [
+            ("app_secret", &c.app_secret),
+            ("verify_token", &c.verify_token),
+            ("access_token", &c.access_token),
+        ] {
             if secret.is_empty() {
                 return Err(CommandError::invalid(format!("credentials.{name} is empty")));
             }
@@ -57,7 +62,12 @@ impl Connector for WhatsApp {
     }
 
     fn channel(&self) -> Channel {
-        Channel { window: Some(Duration::from_secs(24 * 3600)), can_edit: false, can_delete: false, can_react: true }
+        Channel {
+            window: Some(Duration::from_secs(24 * 3600)),
+            can_edit: false,
+            can_delete: false,
+            can_react: true,
+        }
     }
 
     fn limits(&self) -> SendLimits {
@@ -90,7 +100,11 @@ impl Connector for WhatsApp {
     fn recipient(&self, to: &str) -> Result<String, CommandError> {
         let digits = to.strip_prefix('+').unwrap_or(to);
         let valid = (5..=20).contains(&digits.len()) && digits.bytes().all(|b| b.is_ascii_digit());
-        if valid { Ok(digits.to_owned()) } else { Err(CommandError::invalid("to must be a phone number: digits only, with the country code")) }
+        if valid {
+            Ok(digits.to_owned())
+        } else {
+            Err(CommandError::invalid("to must be a phone number: digits only, with the country code"))
+        }
     }
 
     fn render(&self, external_id: &str, message: &Outbound) -> Result<Call, ProviderError> {

@@ -2,7 +2,10 @@
 
 use patchbay_protocol::content::{Content, Interactive, Media, MediaContent};
 use patchbay_protocol::entry::ProviderError;
-use patchbay_protocol::inbound::{AccountEvent, Address, AddressKind, InboundMessage, Item, ItemKind, StatusItem, StatusUpdate, ThreadEvent, ThreadItem};
+use patchbay_protocol::inbound::{
+    AccountEvent, Address, AddressKind, InboundMessage, Item, ItemKind, StatusItem, StatusUpdate,
+    ThreadEvent, ThreadItem,
+};
 use patchbay_protocol::receipt::MessageStatus;
 use patchbay_protocol::summary::Contact;
 use patchbay_protocol::timestamp::Timestamp;
@@ -41,7 +44,11 @@ pub(super) fn items(body: &[u8]) -> Result<Vec<Item>, NotUnderstood> {
 }
 
 fn broken(raw: &Value, reason: &str) -> Item {
-    Item { external_id: String::new(), kind: ItemKind::Broken { reason: reason.to_owned() }, raw: raw.clone() }
+    Item {
+        external_id: String::new(),
+        kind: ItemKind::Broken { reason: reason.to_owned() },
+        raw: raw.clone(),
+    }
 }
 
 fn list(value: &Value) -> &[Value] {
@@ -85,7 +92,10 @@ fn messages(value: &Value, items: &mut Vec<Item>) {
     for message in list(&value["messages"]) {
         let kind = match thread_item(message, contacts) {
             // A notice of the channel that changes nobody's address is no message of the customer.
-            Ok(item) if message["type"] == "system" && !matches!(item.event, ThreadEvent::ContactChanged { .. }) => {
+            Ok(item)
+                if message["type"] == "system"
+                    && !matches!(item.event, ThreadEvent::ContactChanged { .. }) =>
+            {
                 ItemKind::Account(AccountEvent { kind: "system".into(), data: message.clone(), pauses: None })
             }
             Ok(item) => ItemKind::Thread(item),
@@ -97,15 +107,29 @@ fn messages(value: &Value, items: &mut Vec<Item>) {
         let kind = status_item(status).map_or_else(|reason| ItemKind::Broken { reason }, ItemKind::Status);
         items.push(Item { external_id: external_id.clone(), kind, raw: status.clone() });
         // Authorisation, billing and bans show in receipts as well.
-        if let Some(code) = list(&status["errors"]).iter().filter_map(code_of).find(|c| classify::pauses_account(*c)) {
-            let event = AccountEvent { kind: "error".into(), data: status["errors"].clone(), pauses: Some(format!("error {code}")) };
-            items.push(Item { external_id: external_id.clone(), kind: ItemKind::Account(event), raw: status.clone() });
+        if let Some(code) =
+            list(&status["errors"]).iter().filter_map(code_of).find(|c| classify::pauses_account(*c))
+        {
+            let event = AccountEvent {
+                kind: "error".into(),
+                data: status["errors"].clone(),
+                pauses: Some(format!("error {code}")),
+            };
+            items.push(Item {
+                external_id: external_id.clone(),
+                kind: ItemKind::Account(event),
+                raw: status.clone(),
+            });
         }
     }
     for error in list(&value["errors"]) {
         let pauses = code_of(error).filter(|c| classify::pauses_account(*c)).map(|c| format!("error {c}"));
         let event = AccountEvent { kind: "error".into(), data: error.clone(), pauses };
-        items.push(Item { external_id: external_id.clone(), kind: ItemKind::Account(event), raw: error.clone() });
+        items.push(Item {
+            external_id: external_id.clone(),
+            kind: ItemKind::Account(event),
+            raw: error.clone(),
+        });
     }
 }
 
@@ -141,7 +165,11 @@ fn echo_item(message: &Value) -> Result<ThreadItem, String> {
     let contact = contact_of(&addresses, &Value::Null);
     let provider_id = text(&message["id"]).ok_or("an echo without an id")?;
     let sent_at = seconds(&message["timestamp"]).ok_or("an echo without a timestamp")?;
-    Ok(ThreadItem { addresses, contact, event: ThreadEvent::Echo { provider_id, content: content(message), sent_at } })
+    Ok(ThreadItem {
+        addresses,
+        contact,
+        event: ThreadEvent::Echo { provider_id, content: content(message), sent_at },
+    })
 }
 
 fn contact_of(addresses: &[Address], profile: &Value) -> Contact {
@@ -161,8 +189,13 @@ fn thread_item(message: &Value, contacts: &[Value]) -> Result<ThreadItem, String
     // The contact card of this sender; with one sender in the change, the only one there.
     let card = contacts
         .iter()
-        .find(|c| (from.is_some() && digits(&c["wa_id"]) == from) || (from_user.is_some() && text(&c["user_id"]) == from_user))
-        .or_else(|| if contacts.len() == 1 && from.is_none() && from_user.is_none() { contacts.first() } else { None })
+        .find(|c| {
+            (from.is_some() && digits(&c["wa_id"]) == from)
+                || (from_user.is_some() && text(&c["user_id"]) == from_user)
+        })
+        .or_else(|| {
+            if contacts.len() == 1 && from.is_none() && from_user.is_none() { contacts.first() } else { None }
+        })
         .unwrap_or(&Value::Null);
     let group = text(&message["group_id"]);
     let mut addresses = Vec::new();
@@ -170,7 +203,11 @@ fn thread_item(message: &Value, contacts: &[Value]) -> Result<ThreadItem, String
     if group.is_none() {
         push(&mut addresses, AddressKind::WaId, from.clone().or_else(|| digits(&card["wa_id"])));
         push(&mut addresses, AddressKind::UserId, from_user.clone().or_else(|| text(&card["user_id"])));
-        push(&mut addresses, AddressKind::ParentUserId, text(&message["from_parent_user_id"]).or_else(|| text(&card["parent_user_id"])));
+        push(
+            &mut addresses,
+            AddressKind::ParentUserId,
+            text(&message["from_parent_user_id"]).or_else(|| text(&card["parent_user_id"])),
+        );
     }
     if addresses.is_empty() {
         return Err("a message without a sender".into());
@@ -206,26 +243,33 @@ fn changed_number(message: &Value, item: &mut ThreadItem) {
             AddressKind::ParentUserId | AddressKind::Group => {}
         }
     }
-    item.event = ThreadEvent::ContactChanged { provider_id: item.event.provider_id().to_owned(), new_addresses: new };
+    item.event =
+        ThreadEvent::ContactChanged { provider_id: item.event.provider_id().to_owned(), new_addresses: new };
 }
 
 fn event(message: &Value, provider_id: String, participant: Option<String>) -> Result<ThreadEvent, String> {
     match message["type"].as_str().unwrap_or("") {
         "reaction" => {
             let target = text(&message["reaction"]["message_id"]).ok_or("a reaction without a target")?;
-            Ok(ThreadEvent::Reaction { provider_id, target, emoji: text(&message["reaction"]["emoji"]).unwrap_or_default() })
+            Ok(ThreadEvent::Reaction {
+                provider_id,
+                target,
+                emoji: text(&message["reaction"]["emoji"]).unwrap_or_default(),
+            })
         }
         "edit" => {
             let target = text(&message["edit"]["original_message_id"]).ok_or("an edit without a target")?;
             Ok(ThreadEvent::Edit { provider_id, target, content: content(&message["edit"]["message"]) })
         }
         "revoke" => {
-            let target = text(&message["revoke"]["original_message_id"]).ok_or("a revoke without a target")?;
+            let target =
+                text(&message["revoke"]["original_message_id"]).ok_or("a revoke without a target")?;
             Ok(ThreadEvent::Delete { provider_id, target })
         }
         _ => {
             let context = &message["context"];
-            let forwarded = context["forwarded"] == json!(true) || context["frequently_forwarded"] == json!(true);
+            let forwarded =
+                context["forwarded"] == json!(true) || context["frequently_forwarded"] == json!(true);
             Ok(ThreadEvent::Message(Box::new(InboundMessage {
                 provider_id,
                 content: content(message),
@@ -264,7 +308,11 @@ fn content(message: &Value) -> Content {
         "sticker" => media(inner).map(Content::Sticker),
         "location" => location(inner),
         "contacts" => inner.is_array().then(|| Content::Contacts { contacts: inner.clone() }),
-        "button" => text(&inner["text"]).map(|title| Content::Button { id: text(&inner["payload"]).unwrap_or_else(|| title.clone()), title, description: None }),
+        "button" => text(&inner["text"]).map(|title| Content::Button {
+            id: text(&inner["payload"]).unwrap_or_else(|| title.clone()),
+            title,
+            description: None,
+        }),
         "interactive" => interactive(inner),
         "order" => inner.is_object().then(|| Content::Order { order: inner.clone() }),
         "system" => text(&inner["body"]).map(|body| Content::Text { text: body }),
@@ -308,13 +356,19 @@ fn interactive(inner: &Value) -> Option<Content> {
     let kind = inner["type"].as_str()?;
     let reply = &inner[kind];
     match kind {
-        "button_reply" | "list_reply" => {
-            Some(Content::Button { id: text(&reply["id"])?, title: text(&reply["title"]).unwrap_or_default(), description: text(&reply["description"]) })
-        }
+        "button_reply" | "list_reply" => Some(Content::Button {
+            id: text(&reply["id"])?,
+            title: text(&reply["title"]).unwrap_or_default(),
+            description: text(&reply["description"]),
+        }),
         "nfm_reply" => {
             let answers = reply["response_json"].as_str().and_then(|s| serde_json::from_str(s).ok());
             let parameters = answers.unwrap_or_else(|| reply["response_json"].clone());
-            Some(Content::Interactive(Interactive::Flow { body: text(&reply["body"]).unwrap_or_default(), parameters, name: text(&reply["name"]) }))
+            Some(Content::Interactive(Interactive::Flow {
+                body: text(&reply["body"]).unwrap_or_default(),
+                parameters,
+                name: text(&reply["name"]),
+            }))
         }
         _ => None,
     }
@@ -340,7 +394,9 @@ fn status_item(status: &Value) -> Result<StatusItem, String> {
         }
         push(&mut recipient, AddressKind::UserId, text(&status["recipient_user_id"]));
     }
-    let participant = ["recipient_participant_id", "recipient_participant_user_id"].iter().find_map(|name| text(&status[*name]));
+    let participant = ["recipient_participant_id", "recipient_participant_user_id"]
+        .iter()
+        .find_map(|name| text(&status[*name]));
     let first_error = list(&status["errors"]).first();
     let update = StatusUpdate {
         provider_id: Some(provider_id),
@@ -351,5 +407,9 @@ fn status_item(status: &Value) -> Result<StatusItem, String> {
         error: first_error.map(error),
         closes_window: first_error.and_then(code_of).is_some_and(classify::closes_window),
     };
-    Ok(StatusItem { callback: status["biz_opaque_callback_data"].as_str().and_then(|s| s.parse().ok()), recipient, update })
+    Ok(StatusItem {
+        callback: status["biz_opaque_callback_data"].as_str().and_then(|s| s.parse().ok()),
+        recipient,
+        update,
+    })
 }

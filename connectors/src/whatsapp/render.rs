@@ -28,7 +28,11 @@ pub(super) fn check(content: &Content) -> Result<(), CommandError> {
         }
         Content::Location { latitude, longitude, .. } => {
             let inside = (-90.0..=90.0).contains(latitude) && (-180.0..=180.0).contains(longitude);
-            if inside { Ok(()) } else { Err(CommandError::invalid("content.latitude or content.longitude is out of range")) }
+            if inside {
+                Ok(())
+            } else {
+                Err(CommandError::invalid("content.latitude or content.longitude is out of range"))
+            }
         }
         Content::Contacts { contacts } => match contacts.as_array() {
             Some(cards) if !cards.is_empty() => Ok(()),
@@ -37,24 +41,38 @@ pub(super) fn check(content: &Content) -> Result<(), CommandError> {
         Content::Template { name, language, components } => {
             length("content.name", name, 1, 512)?;
             length("content.language", language, 1, 16)?;
-            if components.is_null() || components.is_array() { Ok(()) } else { Err(CommandError::invalid("content.components must be a list")) }
+            if components.is_null() || components.is_array() {
+                Ok(())
+            } else {
+                Err(CommandError::invalid("content.components must be a list"))
+            }
         }
         Content::Interactive(i) => interactive_fits(i),
         Content::Button { .. } | Content::Order { .. } | Content::Unsupported { .. } => {
-            Err(CommandError::with(ErrorCode::NotSupported, json!({"detail": format!("{} cannot be sent on whatsapp", content.kind())})))
+            Err(CommandError::with(
+                ErrorCode::NotSupported,
+                json!({"detail": format!("{} cannot be sent on whatsapp", content.kind())}),
+            ))
         }
     }
 }
 
 fn length(field: &str, text: &str, min: usize, max: usize) -> Result<(), CommandError> {
     let n = text.chars().count();
-    if (min..=max).contains(&n) { Ok(()) } else { Err(CommandError::invalid(format!("{field} must have {min} to {max} characters"))) }
+    if (min..=max).contains(&n) {
+        Ok(())
+    } else {
+        Err(CommandError::invalid(format!("{field} must have {min} to {max} characters")))
+    }
 }
 
 fn caption(m: &MediaContent, allowed: bool) -> Result<(), CommandError> {
     match &m.caption {
         None => Ok(()),
-        Some(_) if !allowed => Err(CommandError::with(ErrorCode::NotSupported, json!({"detail": "this kind of media takes no caption on whatsapp"}))),
+        Some(_) if !allowed => Err(CommandError::with(
+            ErrorCode::NotSupported,
+            json!({"detail": "this kind of media takes no caption on whatsapp"}),
+        )),
         Some(caption) => length("content.caption", caption, 0, CAPTION_MAX),
     }
 }
@@ -64,32 +82,52 @@ fn interactive_fits(i: &Interactive) -> Result<(), CommandError> {
         Interactive::Buttons { body, buttons, .. } => {
             length("content.body", body, 1, CAPTION_MAX)?;
             if buttons.is_empty() || buttons.len() > BUTTONS_MAX {
-                return Err(CommandError::invalid(format!("content.buttons must have 1 to {BUTTONS_MAX} buttons")));
+                return Err(CommandError::invalid(format!(
+                    "content.buttons must have 1 to {BUTTONS_MAX} buttons"
+                )));
             }
-            buttons.iter().try_for_each(|b| length("content.buttons.title", &b.title, 1, BUTTON_TITLE_MAX).and_then(|()| length("content.buttons.id", &b.id, 1, 256)))
+            buttons.iter().try_for_each(|b| {
+                length("content.buttons.title", &b.title, 1, BUTTON_TITLE_MAX)
+                    .and_then(|()| length("content.buttons.id", &b.id, 1, 256))
+            })
         }
         Interactive::List { body, button, sections, .. } => {
             length("content.body", body, 1, TEXT_MAX)?;
             length("content.button", button, 1, BUTTON_TITLE_MAX)?;
             let rows: Vec<&Choice> = sections.iter().flat_map(|s| &s.rows).collect();
             if rows.is_empty() || rows.len() > ROWS_MAX {
-                return Err(CommandError::invalid(format!("content.sections must have 1 to {ROWS_MAX} rows in all")));
+                return Err(CommandError::invalid(format!(
+                    "content.sections must have 1 to {ROWS_MAX} rows in all"
+                )));
             }
             rows.iter().try_for_each(|r| {
                 length("content.sections.rows.title", &r.title, 1, ROW_TITLE_MAX)?;
                 length("content.sections.rows.id", &r.id, 1, 200)?;
-                length("content.sections.rows.description", r.description.as_deref().unwrap_or(""), 0, ROW_DESCRIPTION_MAX)
+                length(
+                    "content.sections.rows.description",
+                    r.description.as_deref().unwrap_or(""),
+                    0,
+                    ROW_DESCRIPTION_MAX,
+                )
             })
         }
         Interactive::Flow { body, parameters, .. } => {
             length("content.body", body, 1, CAPTION_MAX)?;
-            if parameters.is_object() { Ok(()) } else { Err(CommandError::invalid("content.parameters must be an object")) }
+            if parameters.is_object() {
+                Ok(())
+            } else {
+                Err(CommandError::invalid("content.parameters must be an object"))
+            }
         }
         Interactive::LocationRequest { body } => length("content.body", body, 1, CAPTION_MAX),
         Interactive::CtaUrl { body, display_text, url } => {
             length("content.body", body, 1, CAPTION_MAX)?;
             length("content.display_text", display_text, 1, BUTTON_TITLE_MAX)?;
-            if url.starts_with("https://") || url.starts_with("http://") { Ok(()) } else { Err(CommandError::invalid("content.url must be an http or https address")) }
+            if url.starts_with("https://") || url.starts_with("http://") {
+                Ok(())
+            } else {
+                Err(CommandError::invalid("content.url must be an http or https address"))
+            }
         }
     }
 }
@@ -97,8 +135,11 @@ fn interactive_fits(i: &Interactive) -> Result<(), CommandError> {
 /// The call that sends `message`. A business-scoped id goes into `recipient`, never into `to`, where the provider
 /// answers 200 and drops it.
 pub(super) fn message(external_id: &str, message: &Outbound) -> Result<Call, ProviderError> {
-    let (kind, value) = body(&message.content)
-        .ok_or_else(|| ProviderError { code: "not_supported".into(), title: message.content.kind().into(), retryable: false })?;
+    let (kind, value) = body(&message.content).ok_or_else(|| ProviderError {
+        code: "not_supported".into(),
+        title: message.content.kind().into(),
+        retryable: false,
+    })?;
     let mut frame = envelope(kind, value, &message.recipient);
     frame["biz_opaque_callback_data"] = json!(message.entry.to_string());
     if let Some(id) = &message.reply_to {
@@ -130,13 +171,15 @@ fn body(content: &Content) -> Option<(&'static str, Value)> {
         Content::Audio(m) | Content::Voice(m) => ("audio", media(m)),
         Content::Document(m) => ("document", media(m)),
         Content::Sticker(m) => ("sticker", media(m)),
-        Content::Location { latitude, longitude, name, address } => {
-            ("location", compact(json!({"latitude": latitude, "longitude": longitude, "name": name, "address": address})))
-        }
+        Content::Location { latitude, longitude, name, address } => (
+            "location",
+            compact(json!({"latitude": latitude, "longitude": longitude, "name": name, "address": address})),
+        ),
         Content::Contacts { contacts } => ("contacts", contacts.clone()),
-        Content::Template { name, language, components } => {
-            ("template", compact(json!({"name": name, "language": {"code": language}, "components": components})))
-        }
+        Content::Template { name, language, components } => (
+            "template",
+            compact(json!({"name": name, "language": {"code": language}, "components": components})),
+        ),
         Content::Interactive(i) => ("interactive", interactive(i)),
         Content::Button { .. } | Content::Order { .. } | Content::Unsupported { .. } => return None,
     })
@@ -166,27 +209,52 @@ fn interactive(i: &Interactive) -> Value {
     };
     match i {
         Interactive::Buttons { body, header, footer, buttons } => {
-            let buttons: Vec<Value> = buttons.iter().map(|b| json!({"type": "reply", "reply": {"id": b.id, "title": b.title}})).collect();
+            let buttons: Vec<Value> = buttons
+                .iter()
+                .map(|b| json!({"type": "reply", "reply": {"id": b.id, "title": b.title}}))
+                .collect();
             frame("button", body, header.as_ref(), footer.as_ref(), json!({"buttons": buttons}))
         }
         Interactive::List { body, header, footer, button, sections } => {
-            let row = |r: &Choice| compact(json!({"id": r.id, "title": r.title, "description": r.description}));
-            let sections: Vec<Value> = sections.iter().map(|s| json!({"title": s.title, "rows": s.rows.iter().map(row).collect::<Vec<_>>()})).collect();
-            frame("list", body, header.as_ref(), footer.as_ref(), json!({"button": button, "sections": sections}))
+            let row =
+                |r: &Choice| compact(json!({"id": r.id, "title": r.title, "description": r.description}));
+            let sections: Vec<Value> = sections
+                .iter()
+                .map(|s| json!({"title": s.title, "rows": s.rows.iter().map(row).collect::<Vec<_>>()}))
+                .collect();
+            frame(
+                "list",
+                body,
+                header.as_ref(),
+                footer.as_ref(),
+                json!({"button": button, "sections": sections}),
+            )
         }
-        Interactive::Flow { body, parameters, .. } => frame("flow", body, None, None, json!({"name": "flow", "parameters": parameters})),
-        Interactive::LocationRequest { body } => frame("location_request_message", body, None, None, json!({"name": "send_location"})),
-        Interactive::CtaUrl { body, display_text, url } => {
-            frame("cta_url", body, None, None, json!({"name": "cta_url", "parameters": {"display_text": display_text, "url": url}}))
+        Interactive::Flow { body, parameters, .. } => {
+            frame("flow", body, None, None, json!({"name": "flow", "parameters": parameters}))
         }
+        Interactive::LocationRequest { body } => {
+            frame("location_request_message", body, None, None, json!({"name": "send_location"}))
+        }
+        Interactive::CtaUrl { body, display_text, url } => frame(
+            "cta_url",
+            body,
+            None,
+            None,
+            json!({"name": "cta_url", "parameters": {"display_text": display_text, "url": url}}),
+        ),
     }
 }
 
 /// Read and typing: the same path. Typing also marks read.
 pub(super) fn signal(external_id: &str, signal: &Signal) -> Call {
     let frame = match signal {
-        Signal::Read { provider_id } => json!({"messaging_product": "whatsapp", "status": "read", "message_id": provider_id}),
-        Signal::React { recipient, provider_id, emoji } => envelope("reaction", json!({"message_id": provider_id, "emoji": emoji}), recipient),
+        Signal::Read { provider_id } => {
+            json!({"messaging_product": "whatsapp", "status": "read", "message_id": provider_id})
+        }
+        Signal::React { recipient, provider_id, emoji } => {
+            envelope("reaction", json!({"message_id": provider_id, "emoji": emoji}), recipient)
+        }
         Signal::Typing { provider_id } => {
             json!({"messaging_product": "whatsapp", "status": "read", "message_id": provider_id, "typing_indicator": {"type": "text"}})
         }

@@ -90,7 +90,11 @@ mod tests {
         }
         assert!(!WhatsApp.verify(&c, &|_| Some(sign("new", b"body")), b"body\n"), "other bytes");
         assert!(!WhatsApp.verify(&c, &|_| None, b"body"), "no header");
-        let upper = String::from_utf8(sign("new", b"body")).unwrap().to_uppercase().replace("SHA256", "sha256").into_bytes();
+        let upper = String::from_utf8(sign("new", b"body"))
+            .unwrap()
+            .to_uppercase()
+            .replace("SHA256", "sha256")
+            .into_bytes();
         assert!(!WhatsApp.verify(&c, &|_| Some(upper.clone()), b"body"), "lower hex only");
         assert!(!WhatsApp.verify(&json!({}), &|_| Some(sign("", b"body")), b"body"), "no credentials");
     }
@@ -99,10 +103,19 @@ mod tests {
     fn the_challenge_is_echoed_only_for_our_token_and_plain_text() {
         let c = json!({"app_secret": "s", "verify_token": "vt", "access_token": "t"});
         let q = |mode: &str, token: &str, challenge: &str| {
-            [("hub.mode", mode), ("hub.verify_token", token), ("hub.challenge", challenge)].map(|(a, b)| (a.to_owned(), b.to_owned())).to_vec()
+            [("hub.mode", mode), ("hub.verify_token", token), ("hub.challenge", challenge)]
+                .map(|(a, b)| (a.to_owned(), b.to_owned()))
+                .to_vec()
         };
         assert_eq!(WhatsApp.challenge(&c, &q("subscribe", "vt", "12_a-B")), Ok("12_a-B".into()));
-        for bad in [q("subscribe", "x", "12"), q("unsubscribe", "vt", "12"), q("subscribe", "vt", "<b>"), q("subscribe", "vt", ""), q("subscribe", "vt", &"1".repeat(257)), vec![]] {
+        for bad in [
+            q("subscribe", "x", "12"),
+            q("unsubscribe", "vt", "12"),
+            q("subscribe", "vt", "<b>"),
+            q("subscribe", "vt", ""),
+            q("subscribe", "vt", &"1".repeat(257)),
+            vec![],
+        ] {
             assert_eq!(WhatsApp.challenge(&c, &bad), Err(Refused), "{bad:?}");
         }
     }

@@ -30,15 +30,31 @@ pub fn hash(secret: &str) -> String {
 }
 
 /// Stores a new key of a tenant; the secret is told only here.
-pub async fn create(directory: &Directory, tenant: &TenantId, name: &str, now: Timestamp) -> Result<String, CommandError> {
+pub async fn create(
+    directory: &Directory,
+    tenant: &TenantId,
+    name: &str,
+    now: Timestamp,
+) -> Result<String, CommandError> {
     let secret = fresh_secret();
     put(directory, tenant, name, &secret, now).await?;
     Ok(secret)
 }
 
 /// Stores a given secret as a key of a tenant.
-pub async fn put(directory: &Directory, tenant: &TenantId, name: &str, secret: &str, now: Timestamp) -> Result<(), CommandError> {
-    let key = Key { tenant: tenant.clone(), name: name.to_owned(), prefix: secret.chars().take(10).collect(), created_at: now };
+pub async fn put(
+    directory: &Directory,
+    tenant: &TenantId,
+    name: &str,
+    secret: &str,
+    now: Timestamp,
+) -> Result<(), CommandError> {
+    let key = Key {
+        tenant: tenant.clone(),
+        name: name.to_owned(),
+        prefix: secret.chars().take(10).collect(),
+        created_at: now,
+    };
     directory.put_key(&hash(secret), &key).await.map(|_| ())
 }
 
@@ -53,7 +69,8 @@ pub struct ApiAuth {
 impl ApiAuth {
     /// Without an operator key nobody is the operator.
     pub fn new(operator_key: Option<&str>, directory: Arc<Directory>, auth: Arc<Auth>, clock: Clock) -> Self {
-        let operator_hash = operator_key.filter(|k| !k.is_empty()).map(|k| Sha256::digest(k.as_bytes()).into());
+        let operator_hash =
+            operator_key.filter(|k| !k.is_empty()).map(|k| Sha256::digest(k.as_bytes()).into());
         Self { operator_hash, directory, auth, clock }
     }
 }
@@ -74,7 +91,14 @@ impl Authenticator for ApiAuth {
 
 #[async_trait]
 impl TokenIssuer for ApiAuth {
-    fn issue(&self, tenant: &TenantId, agent: &AgentId, role: Role, ttl_s: u64, not_before: Option<Timestamp>) -> Result<(String, Timestamp), CommandError> {
+    fn issue(
+        &self,
+        tenant: &TenantId,
+        agent: &AgentId,
+        role: Role,
+        ttl_s: u64,
+        not_before: Option<Timestamp>,
+    ) -> Result<(String, Timestamp), CommandError> {
         let now = self.clock.now().max(not_before.unwrap_or_default()).as_millis() / 1000;
         let exp = now.saturating_add(i64::try_from(ttl_s).unwrap_or(i64::MAX / 2));
         let jti: u128 = rand::random();

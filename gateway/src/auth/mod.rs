@@ -80,14 +80,21 @@ impl Auth {
             Some(Role::Operator) => Ok(Peer::Operator),
             Some(Role::Contact) => Err(Refusal::NotAvailable),
             Some(role @ (Role::Agent | Role::Supervisor | Role::Admin)) => {
-                let tenant: TenantId = claims.tenant.as_deref().unwrap_or("").parse().map_err(|_| Refusal::Invalid)?;
+                let tenant: TenantId =
+                    claims.tenant.as_deref().unwrap_or("").parse().map_err(|_| Refusal::Invalid)?;
                 let agent: AgentId = claims.sub.parse().map_err(|_| Refusal::Invalid)?;
                 let document = self.directory.agent(&tenant, &agent).await?.ok_or(Refusal::Invalid)?;
                 if document.not_before.is_some_and(|nb| Timestamp::from_seconds(claims.iat) < nb) {
                     return Err(Refusal::Revoked);
                 }
                 let role = lower(role, document.role);
-                Ok(Peer::Agent(AgentPrincipal { tenant, agent, name: document.name, role, inboxes: document.inboxes }))
+                Ok(Peer::Agent(AgentPrincipal {
+                    tenant,
+                    agent,
+                    name: document.name,
+                    role,
+                    inboxes: document.inboxes,
+                }))
             }
         }
     }

@@ -75,7 +75,12 @@ impl TokenKeys {
     pub fn new(mut keys: Vec<TokenKey>, own_secret: Option<&[u8]>) -> Self {
         if let Some(secret) = own_secret {
             let key = DecodingKey::from_secret(secret);
-            keys.push(TokenKey { id: Some(OWN_KEY.into()), algorithm: Algorithm::HS256, key, speaks: Speaks::Everyone });
+            keys.push(TokenKey {
+                id: Some(OWN_KEY.into()),
+                algorithm: Algorithm::HS256,
+                key,
+                speaks: Speaks::Everyone,
+            });
         }
         Self { keys, signing: own_secret.map(EncodingKey::from_secret) }
     }
@@ -98,7 +103,8 @@ impl TokenKeys {
         }
         let header = decode_header(token).map_err(|_| Refusal::Invalid)?;
         let fits = |k: &&TokenKey| k.algorithm == header.alg && (header.kid.is_none() || header.kid == k.id);
-        let claims = self.keys.iter().filter(fits).find_map(|key| verified(key, token)).ok_or(Refusal::Invalid)?;
+        let claims =
+            self.keys.iter().filter(fits).find_map(|key| verified(key, token)).ok_or(Refusal::Invalid)?;
         check(&claims, now.as_millis())?;
         Ok(claims)
     }
@@ -112,14 +118,19 @@ fn verified(key: &TokenKey, token: &str) -> Option<Claims> {
     let claims = decode::<Claims>(token, &key.key, &validation).ok()?.claims;
     let speaks = match &key.speaks {
         Speaks::Everyone => true,
-        Speaks::Tenants(tenants) => claims.tenant.as_ref().is_some_and(|t| tenants.contains(t)) && claims.role != Some(Role::Operator),
+        Speaks::Tenants(tenants) => {
+            claims.tenant.as_ref().is_some_and(|t| tenants.contains(t)) && claims.role != Some(Role::Operator)
+        }
     };
     speaks.then_some(claims)
 }
 
 fn check(claims: &Claims, now_ms: i64) -> Result<(), Refusal> {
     if let Some(role) = claims.role {
-        let complete = claims.iat > 0 && claims.exp.is_some() && claims.jti.as_ref().is_some_and(|j| !j.is_empty()) && !claims.sub.is_empty();
+        let complete = claims.iat > 0
+            && claims.exp.is_some()
+            && claims.jti.as_ref().is_some_and(|j| !j.is_empty())
+            && !claims.sub.is_empty();
         let tenant = claims.tenant.is_some() != (role == Role::Operator);
         let account = claims.account.is_some() || role != Role::Contact;
         if !(complete && tenant && account) {
@@ -163,7 +174,11 @@ mod tests {
         let token = keys.issue(&claims()).unwrap();
         assert_eq!(keys.verify(&token, now()), Ok(claims()));
         assert_eq!(keys.verify(&token, Timestamp::from_seconds(2000)), Err(Refusal::Expired));
-        assert_eq!(keys.verify(&token, Timestamp::from_seconds(10)), Err(Refusal::Invalid), "issued in the future");
+        assert_eq!(
+            keys.verify(&token, Timestamp::from_seconds(10)),
+            Err(Refusal::Invalid),
+            "issued in the future"
+        );
     }
 
     #[test]
@@ -171,20 +186,31 @@ mod tests {
         let keys = TokenKeys::new(vec![], Some(b"secret"));
         let token = keys.issue(&claims()).unwrap();
         let forged = TokenKeys::new(vec![], Some(b"other")).issue(&claims()).unwrap();
-        let none = format!("{}.{}.", B64.encode(r#"{"alg":"none","typ":"JWT"}"#), token.split('.').nth(1).unwrap());
+        let none =
+            format!("{}.{}.", B64.encode(r#"{"alg":"none","typ":"JWT"}"#), token.split('.').nth(1).unwrap());
         let mut cut = token.clone();
         cut.truncate(token.len() - 2);
         for bad in [forged.as_str(), &none, &cut, "", "a.b.c", &"x".repeat(10_000)] {
             assert_eq!(keys.verify(bad, now()), Err(Refusal::Invalid), "{bad}");
         }
-        assert_eq!(TokenKeys::new(vec![], None).verify(&token, now()), Err(Refusal::Invalid), "no key configured");
+        assert_eq!(
+            TokenKeys::new(vec![], None).verify(&token, now()),
+            Err(Refusal::Invalid),
+            "no key configured"
+        );
     }
 
     #[test]
     fn every_claim_of_a_role_is_required() {
         let keys = TokenKeys::new(vec![], Some(b"secret"));
-        let cases: [fn(&mut Claims); 6] =
-            [|c| c.tenant = None, |c| c.sub.clear(), |c| c.iat = 0, |c| c.exp = None, |c| c.jti = None, |c| c.role = Some(Role::Operator)];
+        let cases: [fn(&mut Claims); 6] = [
+            |c| c.tenant = None,
+            |c| c.sub.clear(),
+            |c| c.iat = 0,
+            |c| c.exp = None,
+            |c| c.jti = None,
+            |c| c.role = Some(Role::Operator),
+        ];
         for (n, change) in cases.iter().enumerate() {
             let mut c = claims();
             change(&mut c);
@@ -204,7 +230,8 @@ mod tests {
         let token = encode(&header, &claims(), &EncodingKey::from_secret(b"secret")).unwrap();
         assert!(TokenKeys::new(vec![key(&["demo"])], None).verify(&token, now()).is_ok());
         assert_eq!(TokenKeys::new(vec![key(&["other"])], None).verify(&token, now()), Err(Refusal::Invalid));
-        let longer = encode(&Header::new(Algorithm::HS512), &claims(), &EncodingKey::from_secret(b"secret")).unwrap();
+        let longer =
+            encode(&Header::new(Algorithm::HS512), &claims(), &EncodingKey::from_secret(b"secret")).unwrap();
         assert_eq!(TokenKeys::new(vec![key(&["demo"])], None).verify(&longer, now()), Err(Refusal::Invalid));
     }
 }

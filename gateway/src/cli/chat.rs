@@ -51,7 +51,9 @@ impl Client {
                 if reply["id"] != json!(self.id) {
                     self.pushes.push_back(reply);
                 } else if reply["error"].is_object() {
-                    return Err(Failure::Other(reply["error"]["message"].as_str().unwrap_or("refused").to_owned()));
+                    return Err(Failure::Other(
+                        reply["error"]["message"].as_str().unwrap_or("refused").to_owned(),
+                    ));
                 } else {
                     return Ok(reply);
                 }
@@ -106,9 +108,15 @@ impl Client {
 /// An entry in one line.
 pub(super) fn line(entry: &Value) -> String {
     let data = &entry["data"];
-    let who = format!("{} {}", entry["actor"]["type"].as_str().unwrap_or(""), entry["actor"]["id"].as_str().unwrap_or(""));
+    let who = format!(
+        "{} {}",
+        entry["actor"]["type"].as_str().unwrap_or(""),
+        entry["actor"]["id"].as_str().unwrap_or("")
+    );
     let what = match entry["type"].as_str().unwrap_or("") {
-        "message.received" | "message.sent" => data["content"]["text"].as_str().map_or_else(|| format!("[{}]", data["content"]["type"].as_str().unwrap_or("")), str::to_owned),
+        "message.received" | "message.sent" => data["content"]["text"]
+            .as_str()
+            .map_or_else(|| format!("[{}]", data["content"]["type"].as_str().unwrap_or("")), str::to_owned),
         "message.status" => format!("#{} is {}", data["message_seq"], data["status"].as_str().unwrap_or("")),
         "note.added" => format!("(note) {}", data["text"].as_str().unwrap_or("")),
         other => other.to_owned(),
@@ -123,7 +131,8 @@ impl Chat {
             let Some(id) = self.conversation else { return list(&mut client).await };
             let channel = format!("conversation:{id}");
             client.subscribe(&channel).await?;
-            let mut history = client.call(json!({"history": {"channel": channel, "limit": 30, "reverse": true}})).await?;
+            let mut history =
+                client.call(json!({"history": {"channel": channel, "limit": 30, "reverse": true}})).await?;
             if let Some(publications) = history["history"]["publications"].as_array_mut() {
                 publications.reverse();
                 publications.iter().for_each(|p| println!("{}", line(&p["data"])));
@@ -138,7 +147,13 @@ async fn list(client: &mut Client) -> Result<(), Failure> {
     let found = client.rpc("conversation.list", json!({"limit": 20})).await?;
     for c in found["conversations"].as_array().into_iter().flatten() {
         let field = |name: &str| c[name].as_str().unwrap_or("").to_owned();
-        println!("{}  {:<9} {:<16} {}", field("id"), field("status"), c["contact"]["address"].as_str().unwrap_or(""), field("preview"));
+        println!(
+            "{}  {:<9} {:<16} {}",
+            field("id"),
+            field("status"),
+            c["contact"]["address"].as_str().unwrap_or(""),
+            field("preview")
+        );
     }
     Ok(())
 }

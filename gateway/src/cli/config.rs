@@ -36,7 +36,8 @@ fn shown(config: &Config) -> Result<toml::Table, Failure> {
 }
 
 fn hide(table: &mut toml::Table) {
-    const SECRETS: [&str; 6] = ["operator_key", "hmac_secret_key", "secret", "password", "api_key", "public_key"];
+    const SECRETS: [&str; 6] =
+        ["operator_key", "hmac_secret_key", "secret", "password", "api_key", "public_key"];
     for (key, value) in table.iter_mut() {
         match value {
             toml::Value::String(_) if SECRETS.contains(&key.as_str()) => *value = "(secret)".into(),

@@ -54,11 +54,17 @@ async fn transcript(public: SocketAddr, simulator: &Simulator, demo: &Demo) -> R
     println!("A customer writes on WhatsApp (simulated), Anna answers on her socket:\n");
     anna.subscribe(&format!("inbox:{}", demo.inbox)).await?;
     let wrote = Instant::now();
-    simulator.customer_writes(PHONE_NUMBER_ID, &Customer { from: CUSTOMER.into(), name: "Luz".into(), text: "Hola, is my order on its way?".into() });
-    wait(&mut anna, |push| push["push"]["pub"]["data"]["conversation"]["id"] == json!(id.to_string())).await?;
+    simulator.customer_writes(
+        PHONE_NUMBER_ID,
+        &Customer { from: CUSTOMER.into(), name: "Luz".into(), text: "Hola, is my order on its way?".into() },
+    );
+    wait(&mut anna, |push| push["push"]["pub"]["data"]["conversation"]["id"] == json!(id.to_string()))
+        .await?;
     hop("customer -> webhook -> log -> inbox of the agent", wrote);
     let subscribed = anna.subscribe(&format!("conversation:{id}")).await?;
-    let history = anna.call(json!({"history": {"channel": format!("conversation:{id}"), "limit": 2, "reverse": true}})).await?;
+    let history = anna
+        .call(json!({"history": {"channel": format!("conversation:{id}"), "limit": 2, "reverse": true}}))
+        .await?;
     for publication in history["history"]["publications"].as_array().into_iter().flatten().rev() {
         println!("   {}", line(&publication["data"]));
     }
@@ -71,7 +77,9 @@ async fn transcript(public: SocketAddr, simulator: &Simulator, demo: &Demo) -> R
     for status in ["sent", "delivered", "read"] {
         let entry = wait(&mut anna, |push| {
             let data = &push["push"]["pub"]["data"];
-            data["type"] == "message.status" && data["data"]["message_seq"] == reply["seq"] && data["data"]["status"] == status
+            data["type"] == "message.status"
+                && data["data"]["message_seq"] == reply["seq"]
+                && data["data"]["status"] == status
         })
         .await?;
         println!("   {}", line(&entry["push"]["pub"]["data"]));
@@ -90,7 +98,9 @@ async fn wait(client: &mut Client, wanted: impl Fn(&Value) -> bool) -> Result<Va
             }
         }
     };
-    tokio::time::timeout(Duration::from_secs(20), found).await.unwrap_or_else(|_| Err(Failure::Other("nothing came for 20 s".into())))
+    tokio::time::timeout(Duration::from_secs(20), found)
+        .await
+        .unwrap_or_else(|_| Err(Failure::Other("nothing came for 20 s".into())))
 }
 
 fn hop(what: &str, since: Instant) {

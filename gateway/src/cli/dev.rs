@@ -130,7 +130,12 @@ fn named<T: std::str::FromStr>(name: &str) -> Result<T, CommandError> {
 async fn seed(server: &Server, simulator: &Simulator, secrets: &Secrets) -> Result<Demo, CommandError> {
     let directory: &Directory = server.node.directory();
     let now = server.node.shards().clock.now();
-    let (tenant, inbox, account, agent) = (named::<TenantId>("demo")?, named::<InboxId>("main")?, named::<AccountId>("wa")?, named::<AgentId>("anna")?);
+    let (tenant, inbox, account, agent) = (
+        named::<TenantId>("demo")?,
+        named::<InboxId>("main")?,
+        named::<AccountId>("wa")?,
+        named::<AgentId>("anna")?,
+    );
     match directory.create_tenant(&tenant, &Tenant { name: "Demo".into(), created_at: now }).await {
         Ok(()) => {}
         Err(e) if e.code == ErrorCode::Conflict => {}
@@ -141,7 +146,8 @@ async fn seed(server: &Server, simulator: &Simulator, secrets: &Secrets) -> Resu
         directory.put_inbox(&tenant, &inbox, &Inbox { name: "Main".into() }).await?;
     }
     if directory.agent(&tenant, &agent).await?.is_none() {
-        let anna = Agent { name: "Anna".into(), role: Role::Admin, inboxes: vec![inbox.clone()], not_before: None };
+        let anna =
+            Agent { name: "Anna".into(), role: Role::Admin, inboxes: vec![inbox.clone()], not_before: None };
         directory.put_agent(&tenant, &agent, &anna).await?;
     }
     let document = Account {
@@ -150,7 +156,12 @@ async fn seed(server: &Server, simulator: &Simulator, secrets: &Secrets) -> Resu
         name: "Demo on WhatsApp".into(),
         external_id: PHONE_NUMBER_ID.into(),
         credentials: json!({"app_secret": secrets.app_secret, "verify_token": "demo", "access_token": "demo"}),
-        settings: Settings { api_base: format!("http://{}", simulator.address()), api_version: "v23.0".into(), mark_read: true, typing: true },
+        settings: Settings {
+            api_base: format!("http://{}", simulator.address()),
+            api_version: "v23.0".into(),
+            mark_read: true,
+            typing: true,
+        },
     };
     directory.put_account(&tenant, &account, &document).await?;
     let webhook_url = format!("http://{}/webhooks/{tenant}/{account}", server.public);

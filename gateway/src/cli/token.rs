@@ -36,11 +36,20 @@ pub(crate) struct Token {
 }
 
 fn parse_role(text: &str) -> Result<Role, String> {
-    [Role::Agent, Role::Supervisor, Role::Admin].into_iter().find(|r| r.as_str() == text).ok_or_else(|| "agent, supervisor or admin".into())
+    [Role::Agent, Role::Supervisor, Role::Admin]
+        .into_iter()
+        .find(|r| r.as_str() == text)
+        .ok_or_else(|| "agent, supervisor or admin".into())
 }
 
 /// The claims of an agent's token that is issued now.
-pub(super) fn agent_claims(tenant: &TenantId, agent: &AgentId, role: Role, ttl_s: u32, now: Timestamp) -> Claims {
+pub(super) fn agent_claims(
+    tenant: &TenantId,
+    agent: &AgentId,
+    role: Role,
+    ttl_s: u32,
+    now: Timestamp,
+) -> Claims {
     let iat = now.as_millis() / 1000;
     let jti: u128 = rand::random();
     Claims {
@@ -66,7 +75,8 @@ impl Token {
         if self.operator {
             (claims.tenant, claims.sub, claims.role) = (None, "operator".into(), Some(Role::Operator));
         }
-        let token = keys.issue(&claims).ok_or_else(|| Failure::Other("there is no secret to sign with".into()))?;
+        let token =
+            keys.issue(&claims).ok_or_else(|| Failure::Other("there is no secret to sign with".into()))?;
         if self.json {
             println!("{}", json!({"token": token, "expires_at": claims.exp.map(Timestamp::from_seconds)}));
         } else {

@@ -23,7 +23,11 @@ impl std::error::Error for ConfigError {}
 const PREFIX: &str = "PATCHBAY__";
 
 /// Reads the file, lays the environment over it and `flags` (key, value) over both.
-pub fn load(file: Option<&Path>, environment: impl Iterator<Item = (String, String)>, flags: &[(&str, Value)]) -> Result<Config, ConfigError> {
+pub fn load(
+    file: Option<&Path>,
+    environment: impl Iterator<Item = (String, String)>,
+    flags: &[(&str, Value)],
+) -> Result<Config, ConfigError> {
     let mut faults = Vec::new();
     let mut table = match file {
         Some(path) => read(path, &mut faults),
@@ -42,7 +46,8 @@ pub fn load(file: Option<&Path>, environment: impl Iterator<Item = (String, Stri
     if !faults.is_empty() {
         return Err(ConfigError(faults));
     }
-    let config = Config::deserialize(Value::Table(table)).map_err(|e| ConfigError(vec![e.message().replace('\n', " ")]))?;
+    let config = Config::deserialize(Value::Table(table))
+        .map_err(|e| ConfigError(vec![e.message().replace('\n', " ")]))?;
     let faults = config.faults();
     if faults.is_empty() { Ok(config) } else { Err(ConfigError(faults)) }
 }
@@ -133,23 +138,44 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("p.toml");
         std::fs::write(&file, "[public]\nlisten = \"127.0.0.1:1\"\n[ops]\nlisten = \"127.0.0.1:2\"\n[drain]\ndeadline = \"5s\"\n").unwrap();
-        let vars = [("PATCHBAY__OPS__LISTEN", "127.0.0.1:3"), ("PATCHBAY__CLUSTER__SHARDS", "16"), ("HOME", "/"), ("PATCHBAY_X", "1")];
+        let vars = [
+            ("PATCHBAY__OPS__LISTEN", "127.0.0.1:3"),
+            ("PATCHBAY__CLUSTER__SHARDS", "16"),
+            ("HOME", "/"),
+            ("PATCHBAY_X", "1"),
+        ];
         let config = load(Some(&file), env(&vars), &[("cluster.shards", Value::Integer(8))]).unwrap();
-        assert_eq!((config.public.listen.as_str(), config.ops.listen.as_str(), config.cluster.shards), ("127.0.0.1:1", "127.0.0.1:3", 8));
+        assert_eq!(
+            (config.public.listen.as_str(), config.ops.listen.as_str(), config.cluster.shards),
+            ("127.0.0.1:1", "127.0.0.1:3", 8)
+        );
         assert_eq!(config.drain.deadline, Duration::from_secs(5));
     }
 
     #[test]
     fn every_unknown_key_is_named_with_the_nearest() {
-        let ConfigError(faults) = load(None, env(&[("PATCHBAY__PUBLIC__LISTN", "x"), ("PATCHBAY__OPPS__LISTEN", "y")]), &[]).unwrap_err();
+        let ConfigError(faults) =
+            load(None, env(&[("PATCHBAY__PUBLIC__LISTN", "x"), ("PATCHBAY__OPPS__LISTEN", "y")]), &[])
+                .unwrap_err();
         assert_eq!(faults.len(), 2, "{faults:?}");
-        assert!(faults.iter().any(|f| f.contains("`public.listn`") && f.contains("`public.listen`")), "{faults:?}");
-        assert!(faults.iter().any(|f| f.contains("`opps.listen`") && f.contains("`ops.listen`")), "{faults:?}");
+        assert!(
+            faults.iter().any(|f| f.contains("`public.listn`") && f.contains("`public.listen`")),
+            "{faults:?}"
+        );
+        assert!(
+            faults.iter().any(|f| f.contains("`opps.listen`") && f.contains("`ops.listen`")),
+            "{faults:?}"
+        );
     }
 
     #[test]
     fn wrong_values_are_faults() {
-        let ConfigError(faults) = load(None, env(&[("PATCHBAY__CLUSTER__SHARDS", "3"), ("PATCHBAY__PUBLIC__LISTEN", "nowhere")]), &[]).unwrap_err();
+        let ConfigError(faults) = load(
+            None,
+            env(&[("PATCHBAY__CLUSTER__SHARDS", "3"), ("PATCHBAY__PUBLIC__LISTEN", "nowhere")]),
+            &[],
+        )
+        .unwrap_err();
         assert_eq!(faults.len(), 2, "{faults:?}");
         assert!(load(None, env(&[("PATCHBAY__DRAIN__DEADLINE", "5")]), &[]).is_err());
     }

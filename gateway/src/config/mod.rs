@@ -329,7 +329,9 @@ impl Config {
     /// Every key with its description: what is known, whether set or not.
     pub(crate) fn known_keys() -> Vec<(String, &'static str)> {
         let sections = Self::docs();
-        let all = sections.iter().flat_map(|(section, fields)| fields.iter().map(move |(field, doc)| (format!("{section}.{field}"), doc.trim())));
+        let all = sections.iter().flat_map(|(section, fields)| {
+            fields.iter().map(move |(field, doc)| (format!("{section}.{field}"), doc.trim()))
+        });
         all.filter(|(key, _)| !sections.iter().any(|(section, _)| section == key)).collect()
     }
 
@@ -364,10 +366,16 @@ impl Config {
             faults.push("cluster.shards: must be a power of two, at most 65536".into());
         }
         if self.storage.engine != "embedded" {
-            faults.push(format!("storage.engine: `{}` is not available in this version; use `embedded`", self.storage.engine));
+            faults.push(format!(
+                "storage.engine: `{}` is not available in this version; use `embedded`",
+                self.storage.engine
+            ));
         }
         if self.events.engine != "embedded" {
-            faults.push(format!("events.engine: `{}` is not available in this version; use `embedded`", self.events.engine));
+            faults.push(format!(
+                "events.engine: `{}` is not available in this version; use `embedded`",
+                self.events.engine
+            ));
         }
         if !matches!(self.log.format.as_str(), "json" | "text" | "auto") {
             faults.push("log.format: must be json, text or auto".into());
@@ -387,8 +395,14 @@ impl Config {
 
     /// The keys that tokens are verified with.
     pub fn token_keys(&self) -> Result<crate::auth::TokenKeys, String> {
-        let own = secret(self.auth.hmac_secret_key.as_ref()).map_err(|e| format!("auth.hmac_secret_key: {e}"))?;
-        let keys = self.auth.keys.iter().enumerate().map(|(n, k)| k.key().map_err(|e| format!("auth.keys[{n}]: {e}")));
+        let own =
+            secret(self.auth.hmac_secret_key.as_ref()).map_err(|e| format!("auth.hmac_secret_key: {e}"))?;
+        let keys = self
+            .auth
+            .keys
+            .iter()
+            .enumerate()
+            .map(|(n, k)| k.key().map_err(|e| format!("auth.keys[{n}]: {e}")));
         let keys = keys.collect::<Result<Vec<_>, _>>()?;
         Ok(crate::auth::TokenKeys::new(keys, own.as_deref().filter(|s| !s.is_empty()).map(str::as_bytes)))
     }
@@ -399,12 +413,16 @@ impl TokenKeyConfig {
         use jsonwebtoken::{Algorithm, DecodingKey};
         let (algorithm, key) = match self.algorithm.as_str() {
             "HS256" => {
-                let secret = secret(self.secret.as_ref())?.filter(|s| !s.is_empty()).ok_or("secret is missing")?;
+                let secret =
+                    secret(self.secret.as_ref())?.filter(|s| !s.is_empty()).ok_or("secret is missing")?;
                 (Algorithm::HS256, DecodingKey::from_secret(secret.as_bytes()))
             }
             "EdDSA" => {
                 let pem = secret(self.public_key.as_ref())?.ok_or("public_key is missing")?;
-                (Algorithm::EdDSA, DecodingKey::from_ed_pem(pem.as_bytes()).map_err(|e| format!("public_key: {e}"))?)
+                (
+                    Algorithm::EdDSA,
+                    DecodingKey::from_ed_pem(pem.as_bytes()).map_err(|e| format!("public_key: {e}"))?,
+                )
             }
             other => return Err(format!("algorithm `{other}` is not known; use HS256 or EdDSA")),
         };

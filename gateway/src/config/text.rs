@@ -27,12 +27,18 @@ pub(super) mod duration {
 
     pub(crate) fn serialize<S: Serializer>(d: &Duration, s: S) -> Result<S::Ok, S::Error> {
         let ms = d.as_millis();
-        if ms.is_multiple_of(1000) { s.collect_str(&format_args!("{}s", ms / 1000)) } else { s.collect_str(&format_args!("{ms}ms")) }
+        if ms.is_multiple_of(1000) {
+            s.collect_str(&format_args!("{}s", ms / 1000))
+        } else {
+            s.collect_str(&format_args!("{ms}ms"))
+        }
     }
 
     pub(crate) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<Duration, D::Error> {
         let text = String::deserialize(d)?;
-        parse(&text).ok_or_else(|| serde::de::Error::custom(format!("`{text}` is no duration such as \"300s\" or \"250ms\"")))
+        parse(&text).ok_or_else(|| {
+            serde::de::Error::custom(format!("`{text}` is no duration such as \"300s\" or \"250ms\""))
+        })
     }
 }
 
@@ -69,7 +75,8 @@ impl<'de> Deserialize<'de> for Size {
             _ => None,
         };
         let size = unit.and_then(|u| text[..digits].parse::<u64>().ok()?.checked_mul(u));
-        size.map(Size).ok_or_else(|| serde::de::Error::custom(format!("`{text}` is no size such as \"4MiB\"")))
+        size.map(Size)
+            .ok_or_else(|| serde::de::Error::custom(format!("`{text}` is no size such as \"4MiB\"")))
     }
 }
 

@@ -42,8 +42,14 @@ impl Webhooks {
         Arc::new(Self { intake, directory, bodies: Semaphore::new(BODIES_MAX) })
     }
 
-    async fn find(&self, tenant: &str, account: &str) -> Result<Option<(TenantId, AccountId, Arc<Account>)>, ()> {
-        let (Ok(tenant), Ok(account)) = (tenant.parse::<TenantId>(), account.parse::<AccountId>()) else { return Ok(None) };
+    async fn find(
+        &self,
+        tenant: &str,
+        account: &str,
+    ) -> Result<Option<(TenantId, AccountId, Arc<Account>)>, ()> {
+        let (Ok(tenant), Ok(account)) = (tenant.parse::<TenantId>(), account.parse::<AccountId>()) else {
+            return Ok(None);
+        };
         let found = self.directory.account(&tenant, &account).await.map_err(|_| ())?;
         Ok(found.map(|document| (tenant, account, document)))
     }
@@ -55,12 +61,18 @@ fn connector_of(account: Option<&Account>) -> Option<&'static dyn Connector> {
 }
 
 /// The provider's handshake.
-pub async fn challenge(State(door): State<Arc<Webhooks>>, Path((tenant, account)): Path<(String, String)>, request: Request) -> Response {
+pub async fn challenge(
+    State(door): State<Arc<Webhooks>>,
+    Path((tenant, account)): Path<(String, String)>,
+    request: Request,
+) -> Response {
     let Ok(found) = door.find(&tenant, &account).await else { return try_again() };
     let query = parse_query(request.uri().query().unwrap_or(""));
     let document = found.as_ref().map(|(_, _, d)| d.as_ref());
     let credentials = document.map_or(Value::Null, |d| d.credentials.clone());
-    let answer = connector_of(document).and_then(|c| c.challenge(&credentials, &query).ok()).filter(|_| document.is_some());
+    let answer = connector_of(document)
+        .and_then(|c| c.challenge(&credentials, &query).ok())
+        .filter(|_| document.is_some());
     match answer {
         Some(text) => {
             let headers = [(header::CONTENT_TYPE, "text/plain"), (header::X_CONTENT_TYPE_OPTIONS, "nosniff")];
@@ -71,7 +83,12 @@ pub async fn challenge(State(door): State<Arc<Webhooks>>, Path((tenant, account)
 }
 
 /// A body of the provider.
-pub async fn receive(State(door): State<Arc<Webhooks>>, Path((tenant, account)): Path<(String, String)>, headers: HeaderMap, body: Body) -> Response {
+pub async fn receive(
+    State(door): State<Arc<Webhooks>>,
+    Path((tenant, account)): Path<(String, String)>,
+    headers: HeaderMap,
+    body: Body,
+) -> Response {
     let Ok(_place) = door.bodies.try_acquire() else { return try_again() };
     let body = match tokio::time::timeout(BODY_TIMEOUT, read(body)).await {
         Ok(Some(body)) => body,
@@ -81,7 +98,8 @@ pub async fn receive(State(door): State<Arc<Webhooks>>, Path((tenant, account)):
     let started = std::time::Instant::now();
     let response = take(&door, &tenant, &account, &headers, &body).await;
     let status = response.status().as_u16().to_string();
-    metrics::histogram!("patchbay_webhook_seconds", "status" => status).record(started.elapsed().as_secs_f64());
+    metrics::histogram!("patchbay_webhook_seconds", "status" => status)
+        .record(started.elapsed().as_secs_f64());
     response
 }
 
@@ -110,10 +128,16 @@ async fn take(door: &Webhooks, tenant: &str, account: &str, headers: &HeaderMap,
     let credentials = document.map_or(Value::Null, |d| d.credentials.clone());
     let get = |name: &str| headers.get(name).map(|v| v.as_bytes().to_vec());
     let verified = connector_of(document).is_some_and(|c| c.verify(&credentials, &get, body));
-    let (true, Some((tenant, account, document))) = (verified, found) else { return refused(StatusCode::UNAUTHORIZED) };
+    let (true, Some((tenant, account, document))) = (verified, found) else {
+        return refused(StatusCode::UNAUTHORIZED);
+    };
     let Some(connector) = by_name(&document.connector) else { return refused(StatusCode::UNAUTHORIZED) };
     let Ok(items) = connector.parse(body) else {
-        return match door.intake.bury(&tenant, &account, "a signed body that is not understood", &whole(body)).await {
+        return match door
+            .intake
+            .bury(&tenant, &account, "a signed body that is not understood", &whole(body))
+            .await
+        {
             Ok(()) => StatusCode::BAD_REQUEST.into_response(),
             Err(_) => try_again(),
         };
@@ -146,10 +170,14 @@ fn try_again() -> Response {
 
 /// The parameters of a query, decoded.
 fn parse_query(query: &str) -> Vec<(String, String)> {
-    query.split('&').filter(|p| !p.is_empty()).map(|pair| {
-        let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
-        (decode(name), decode(value))
-    }).collect()
+    query
+        .split('&')
+        .filter(|p| !p.is_empty())
+        .map(|pair| {
+            let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+            (decode(name), decode(value))
+        })
+        .collect()
 }
 
 fn decode(text: &str) -> String {
@@ -180,6 +208,9 @@ mod tests {
 
     #[test]
     fn queries_are_decoded() {
-        assert_eq!(parse_query("a.b=1%2B2&c=x+y&d&%zz=%4"), [("a.b", "1+2"), ("c", "x y"), ("d", ""), ("%zz", "%4")].map(|(a, b)| (a.into(), b.into())));
+        assert_eq!(
+            parse_query("a.b=1%2B2&c=x+y&d&%zz=%4"),
+            [("a.b", "1+2"), ("c", "x y"), ("d", ""), ("%zz", "%4")].map(|(a, b)| (a.into(), b.into()))
+        );
     }
 }

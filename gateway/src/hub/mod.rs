@@ -82,7 +82,14 @@ impl Hub {
 
     /// Registers a connection with a topic; its seam holds what comes until its past is read.
     /// Refused when it is subscribed, or to too much.
-    pub fn join(&self, topic: &Topic, client: ClientId, outbound: &Arc<Outbound>, info: &Arc<ClientInfo>, join_leave: bool) -> Result<(), ErrorCode> {
+    pub fn join(
+        &self,
+        topic: &Topic,
+        client: ClientId,
+        outbound: &Arc<Outbound>,
+        info: &Arc<ClientInfo>,
+        join_leave: bool,
+    ) -> Result<(), ErrorCode> {
         outbound.subscribe(topic)?;
         let mut part = self.part(topic);
         let members = part.entry(topic.clone()).or_default();

@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Poll, Waker};
 
 use bytes::Bytes;
-use patchbay_protocol::{Disconnect, ErrorCode};
 use patchbay_protocol::client::{Encoding, Reply, json, protobuf};
+use patchbay_protocol::{Disconnect, ErrorCode};
 
 use super::Topic;
 use super::seam::{Seam, Verdict};
@@ -45,8 +45,12 @@ impl Frames {
     /// The finished frame.
     pub fn encoded(&self, encoding: Encoding) -> Bytes {
         let frame = match encoding {
-            Encoding::Json => self.json.get_or_init(|| json::encode_publication(&self.channel, &self.data, self.seq)),
-            Encoding::Protobuf => self.protobuf.get_or_init(|| protobuf::encode_publication(&self.channel, &self.data, self.seq)),
+            Encoding::Json => {
+                self.json.get_or_init(|| json::encode_publication(&self.channel, &self.data, self.seq))
+            }
+            Encoding::Protobuf => self
+                .protobuf
+                .get_or_init(|| protobuf::encode_publication(&self.channel, &self.data, self.seq)),
         };
         frame.clone()
     }
@@ -267,7 +271,8 @@ impl Outbound {
             return Vec::new();
         }
         // One at a time: each may bring a page.
-        let next = q.seams.iter_mut().find_map(|(topic, seam)| seam.go_on().map(|after| (topic.clone(), after)));
+        let next =
+            q.seams.iter_mut().find_map(|(topic, seam)| seam.go_on().map(|after| (topic.clone(), after)));
         q.behind = q.seams.values().any(|s| matches!(s, Seam::Behind { .. }));
         next.into_iter().collect()
     }

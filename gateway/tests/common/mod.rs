@@ -77,7 +77,10 @@ impl Node {
                 break serde_json::from_str(&text).unwrap();
             }
             if let Some(status) = child.try_wait().unwrap() {
-                panic!("the node ended with {status}: {}", std::fs::read_to_string(dir.join("node.log")).unwrap_or_default());
+                panic!(
+                    "the node ended with {status}: {}",
+                    std::fs::read_to_string(dir.join("node.log")).unwrap_or_default()
+                );
             }
             assert!(tokio::time::Instant::now() < deadline, "the node was not ready in 60 s");
             tokio::time::sleep(Duration::from_millis(10)).await;
@@ -101,7 +104,8 @@ impl Node {
 
     /// SIGTERM; the exit code.
     pub async fn terminate(&mut self) -> Option<i32> {
-        let status = std::process::Command::new("kill").args(["-TERM", &self.pid().to_string()]).status().unwrap();
+        let status =
+            std::process::Command::new("kill").args(["-TERM", &self.pid().to_string()]).status().unwrap();
         assert!(status.success());
         let ended = tokio::time::timeout(Duration::from_secs(40), self.child.wait()).await;
         ended.expect("the node did not end").unwrap().code()
@@ -138,13 +142,21 @@ impl Node {
 
     /// Creates a tenant with an inbox `main`, an account `wa` that calls `api_base`, and an agent; returns its key.
     pub async fn tenant(&self, id: &str, api_base: &str, number: &str) -> String {
-        let (status, body) = self.api(self.operator_key(), "POST", "/tenants", Some(json!({"id": id, "name": id}))).await;
+        let (status, body) =
+            self.api(self.operator_key(), "POST", "/tenants", Some(json!({"id": id, "name": id}))).await;
         assert_eq!(status, 201, "{body}");
         let key = body["key"].as_str().unwrap().to_owned();
         let (status, body) = self.api(&key, "PUT", "/inboxes/main", Some(json!({"name": "Main"}))).await;
         assert_eq!(status, 201, "{body}");
         self.account(&key, "wa", api_base, number).await;
-        let (status, body) = self.api(&key, "PUT", "/agents/anna", Some(json!({"name": "Anna", "role": "admin", "inboxes": ["main"]}))).await;
+        let (status, body) = self
+            .api(
+                &key,
+                "PUT",
+                "/agents/anna",
+                Some(json!({"name": "Anna", "role": "admin", "inboxes": ["main"]})),
+            )
+            .await;
         assert_eq!(status, 201, "{body}");
         key
     }
@@ -160,7 +172,8 @@ impl Node {
     }
 
     pub async fn token(&self, key: &str, agent: &str, ttl_s: u64) -> String {
-        let (status, body) = self.api(key, "POST", &format!("/agents/{agent}/tokens"), Some(json!({"ttl_s": ttl_s}))).await;
+        let (status, body) =
+            self.api(key, "POST", &format!("/agents/{agent}/tokens"), Some(json!({"ttl_s": ttl_s}))).await;
         assert_eq!(status, 200, "{body}");
         body["token"].as_str().unwrap().to_owned()
     }
@@ -170,7 +183,8 @@ impl Node {
         let mut all: Vec<Value> = Vec::new();
         loop {
             let after = all.last().map_or(0, |e| e["seq"].as_u64().unwrap());
-            let page = self.get(key, &format!("/conversations/{id}/entries?limit=1000&after_seq={after}")).await;
+            let page =
+                self.get(key, &format!("/conversations/{id}/entries?limit=1000&after_seq={after}")).await;
             let entries = page["entries"].as_array().unwrap();
             if entries.is_empty() {
                 return all;
@@ -184,7 +198,11 @@ impl Node {
     }
 
     pub async fn signed(&self, tenant: &str, account: &str, body: &[u8], secret: &str) -> (u16, String) {
-        let request = self.http.post(self.url(&format!("/webhooks/{tenant}/{account}"))).header("x-hub-signature-256", sign(secret, body)).body(body.to_vec());
+        let request = self
+            .http
+            .post(self.url(&format!("/webhooks/{tenant}/{account}")))
+            .header("x-hub-signature-256", sign(secret, body))
+            .body(body.to_vec());
         let answer = request.send().await.unwrap();
         (answer.status().as_u16(), answer.text().await.unwrap())
     }
@@ -214,7 +232,11 @@ pub fn text_item(from: &str, id: &str, text: &str) -> Value {
 }
 
 pub fn webhook_body(number: &str, messages: &[Value], statuses: &[Value]) -> Vec<u8> {
-    let contacts: Vec<Value> = messages.iter().filter_map(|m| m["from"].as_str()).map(|f| json!({"wa_id": f, "profile": {"name": "Luz"}})).collect();
+    let contacts: Vec<Value> = messages
+        .iter()
+        .filter_map(|m| m["from"].as_str())
+        .map(|f| json!({"wa_id": f, "profile": {"name": "Luz"}}))
+        .collect();
     let mut value = json!({"messaging_product": "whatsapp", "metadata": {"phone_number_id": number}, "contacts": contacts});
     if !messages.is_empty() {
         value["messages"] = json!(messages);
@@ -280,7 +302,9 @@ impl Ws {
     /// The next replies and pushes; `None` when the socket has ended.
     pub async fn read(&mut self) -> Option<Vec<Value>> {
         loop {
-            let next = tokio::time::timeout(Duration::from_secs(60), self.socket.next()).await.expect("nothing came for 60 s");
+            let next = tokio::time::timeout(Duration::from_secs(60), self.socket.next())
+                .await
+                .expect("nothing came for 60 s");
             match next {
                 Some(Ok(Message::Text(text))) => {
                     let mut found = Vec::new();

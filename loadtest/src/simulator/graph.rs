@@ -3,10 +3,10 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use axum::Json;
 use axum::extract::{Path, State};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
-use axum::Json;
 use bytes::Bytes;
 use serde_json::{Value, json};
 
@@ -40,12 +40,23 @@ fn error(status: u16, code: i64, message: &str) -> Response {
     (StatusCode::from_u16(status).unwrap_or(StatusCode::BAD_REQUEST), Json(body)).into_response()
 }
 
-pub(crate) async fn messages(State(sim): State<Arc<Sim>>, Path((_version, number)): Path<(String, String)>, headers: HeaderMap, body: Bytes) -> Response {
+pub(crate) async fn messages(
+    State(sim): State<Arc<Sim>>,
+    Path((_version, number)): Path<(String, String)>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Response {
     let _open = Open::new(&sim);
-    if !headers.get("authorization").and_then(|v| v.to_str().ok()).is_some_and(|v| v.starts_with("Bearer ") && v.len() > 7) {
+    if !headers
+        .get("authorization")
+        .and_then(|v| v.to_str().ok())
+        .is_some_and(|v| v.starts_with("Bearer ") && v.len() > 7)
+    {
         return error(401, 190, "Invalid OAuth access token");
     }
-    let Ok(frame) = serde_json::from_slice::<Value>(&body) else { return error(400, 100, "Invalid parameter") };
+    let Ok(frame) = serde_json::from_slice::<Value>(&body) else {
+        return error(400, 100, "Invalid parameter");
+    };
     if frame["messaging_product"] != "whatsapp" {
         return error(400, 100, "messaging_product is required");
     }

@@ -136,11 +136,19 @@ async fn set_faults(State(sim): State<Arc<Sim>>, Json(faults): Json<Faults>) -> 
     StatusCode::NO_CONTENT
 }
 
-async fn set_number(State(sim): State<Arc<Sim>>, Path(id): Path<String>, Json(number): Json<Number>) -> StatusCode {
+async fn set_number(
+    State(sim): State<Arc<Sim>>,
+    Path(id): Path<String>,
+    Json(number): Json<Number>,
+) -> StatusCode {
     lock(&sim.numbers).insert(id, number);
     StatusCode::NO_CONTENT
 }
 
-async fn writes(State(sim): State<Arc<Sim>>, Path(id): Path<String>, Json(customer): Json<Customer>) -> Json<serde_json::Value> {
+async fn writes(
+    State(sim): State<Arc<Sim>>,
+    Path(id): Path<String>,
+    Json(customer): Json<Customer>,
+) -> Json<serde_json::Value> {
     Json(serde_json::json!({"id": webhooks::customer_writes(&sim, &id, &customer)}))
 }

@@ -56,7 +56,12 @@ pub(crate) fn customer_writes(sim: &Arc<Sim>, number: &str, customer: &Customer)
     let id = format!("wamid.{:032x}", rand::random::<u128>());
     let value = json!({"from": customer.from, "id": id, "timestamp": (now_ms() / 1000).to_string(), "type": "text", "text": {"body": customer.text}});
     let contact = json!({"profile": {"name": customer.name}, "wa_id": customer.from});
-    lock(&sim.record).inbound.push(Inbound { id: id.clone(), from: customer.from.clone(), text: customer.text.clone(), acked: false });
+    lock(&sim.record).inbound.push(Inbound {
+        id: id.clone(),
+        from: customer.from.clone(),
+        text: customer.text.clone(),
+        acked: false,
+    });
     put(sim, number, Item::Message { value, contact, id: id.clone() });
     id
 }
@@ -81,7 +86,8 @@ pub(crate) fn receipts(sim: &Arc<Sim>, number: &str, wamid: &str, to: &str, call
         let when = if overtakes { Duration::ZERO } else { after + pause };
         after += pause;
         for _ in 0..=usize::from(twice) {
-            let (sim, number, wamid, to, callback) = (sim.clone(), number.to_owned(), wamid.to_owned(), to.to_owned(), callback.to_owned());
+            let (sim, number, wamid, to, callback) =
+                (sim.clone(), number.to_owned(), wamid.to_owned(), to.to_owned(), callback.to_owned());
             tokio::spawn(async move {
                 tokio::time::sleep(when).await;
                 let mut value = json!({"id": wamid, "status": status, "timestamp": (now_ms() / 1000).to_string(), "recipient_id": to});
@@ -164,6 +170,11 @@ async fn post_until_taken(sim: &Arc<Sim>, number: &str, mut to: Number, body: &[
 }
 
 async fn post(client: &reqwest::Client, to: &Number, body: &[u8]) -> bool {
-    let request = client.post(&to.webhook_url).header("content-type", "application/json").header("x-hub-signature-256", sign(&to.app_secret, body)).timeout(TIMEOUT).body(body.to_vec());
+    let request = client
+        .post(&to.webhook_url)
+        .header("content-type", "application/json")
+        .header("x-hub-signature-256", sign(&to.app_secret, body))
+        .timeout(TIMEOUT)
+        .body(body.to_vec());
     matches!(request.send().await, Ok(answer) if answer.status().is_success())
 }

@@ -2,7 +2,10 @@
 
 use bytes::{BufMut, Bytes, BytesMut};
 
-use super::{COMMAND_BYTES_MAX, COMMANDS_PER_FRAME_MAX, CONNECT_HEADERS_MAX, CONNECT_SUBS_MAX, Command, DecodeError, EncodeError, Reply};
+use super::{
+    COMMAND_BYTES_MAX, COMMANDS_PER_FRAME_MAX, CONNECT_HEADERS_MAX, CONNECT_SUBS_MAX, Command, DecodeError,
+    EncodeError, Reply,
+};
 
 /// A ping of the server.
 pub const PING: &str = "{}";
@@ -21,7 +24,11 @@ pub fn decode_commands(frame: &[u8]) -> Result<Vec<Command>, DecodeError> {
             return Err(DecodeError::TooMany);
         }
         let command: Command = serde_json::from_slice(line).map_err(|_| DecodeError::Malformed)?;
-        if command.connect.as_ref().is_some_and(|c| c.subs.len() > CONNECT_SUBS_MAX || c.headers.len() > CONNECT_HEADERS_MAX) {
+        if command
+            .connect
+            .as_ref()
+            .is_some_and(|c| c.subs.len() > CONNECT_SUBS_MAX || c.headers.len() > CONNECT_HEADERS_MAX)
+        {
             return Err(DecodeError::TooMany);
         }
         commands.push(command);

@@ -4,7 +4,10 @@ use bytes::{Buf, Bytes, BytesMut};
 use prost::Message;
 
 use super::reply::{Publication, Push};
-use super::{COMMAND_BYTES_MAX, COMMANDS_PER_FRAME_MAX, CONNECT_HEADERS_MAX, CONNECT_SUBS_MAX, Command, DecodeError, Reply};
+use super::{
+    COMMAND_BYTES_MAX, COMMANDS_PER_FRAME_MAX, CONNECT_HEADERS_MAX, CONNECT_SUBS_MAX, Command, DecodeError,
+    Reply,
+};
 
 /// A ping of the server: an empty reply.
 pub const PING: &[u8] = &[0];
@@ -84,13 +87,20 @@ fn check_counts(command: &Bytes) -> Result<(), DecodeError> {
         walk(part, |field, _| {
             subs += usize::from(field == SUBS);
             headers += usize::from(field == HEADERS);
-            if subs > CONNECT_SUBS_MAX || headers > CONNECT_HEADERS_MAX { Err(DecodeError::TooMany) } else { Ok(()) }
+            if subs > CONNECT_SUBS_MAX || headers > CONNECT_HEADERS_MAX {
+                Err(DecodeError::TooMany)
+            } else {
+                Ok(())
+            }
         })
     })
 }
 
 /// Visits the length-delimited fields of a message, one level deep.
-fn walk(mut message: Bytes, mut each: impl FnMut(u64, Bytes) -> Result<(), DecodeError>) -> Result<(), DecodeError> {
+fn walk(
+    mut message: Bytes,
+    mut each: impl FnMut(u64, Bytes) -> Result<(), DecodeError>,
+) -> Result<(), DecodeError> {
     while message.has_remaining() {
         let tag = varint(&mut message).ok_or(DecodeError::Malformed)?;
         let skip = match tag & 7 {
@@ -100,7 +110,9 @@ fn walk(mut message: Bytes, mut each: impl FnMut(u64, Bytes) -> Result<(), Decod
             }
             1 => 8,
             2 => {
-                let n = varint(&mut message).and_then(|n| usize::try_from(n).ok()).ok_or(DecodeError::Malformed)?;
+                let n = varint(&mut message)
+                    .and_then(|n| usize::try_from(n).ok())
+                    .ok_or(DecodeError::Malformed)?;
                 if n > message.len() {
                     return Err(DecodeError::Malformed);
                 }

@@ -20,7 +20,9 @@ pub enum OpenError {
     #[error("the directory is not empty and not a patchbay data directory")]
     Foreign,
     /// It was written by a newer version.
-    #[error("the data directory has format {0}, this version reads up to {FORMAT_VERSION}: use a newer patchbay")]
+    #[error(
+        "the data directory has format {0}, this version reads up to {FORMAT_VERSION}: use a newer patchbay"
+    )]
     Newer(u32),
     /// The disk said no.
     #[error("{0}")]

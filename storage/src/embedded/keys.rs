@@ -30,7 +30,11 @@ pub(super) fn encode(stamp: Stamp, value: &[u8]) -> Vec<u8> {
 
 pub(super) fn decode(clustering: Bytes, stored: &[u8]) -> Result<Row, ReadError> {
     let (stamp, value) = stored.split_first_chunk::<8>().ok_or(ReadError::Damaged)?;
-    Ok(Row { clustering, stamp: Stamp::from_u64(u64::from_be_bytes(*stamp)), value: Bytes::copy_from_slice(value) })
+    Ok(Row {
+        clustering,
+        stamp: Stamp::from_u64(u64::from_be_bytes(*stamp)),
+        value: Bytes::copy_from_slice(value),
+    })
 }
 
 pub(super) fn range(scan: &Scan) -> (Bound<Vec<u8>>, Bound<Vec<u8>>) {

@@ -22,7 +22,9 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 
 pub use directory::OpenError;
 
-use crate::engine::{Batch, CasOutcome, Document, DocumentKey, Engine, ReadError, Row, Scan, Table, WriteError};
+use crate::engine::{
+    Batch, CasOutcome, Document, DocumentKey, Engine, ReadError, Row, Scan, Table, WriteError,
+};
 use writer::{Job, Writer};
 
 /// Writes waiting for the writer thread; past it callers wait.
@@ -89,14 +91,20 @@ impl Embedded {
         Ok(Self { keyspaces, jobs, reads: Arc::new(Semaphore::new(READS_MAX)), _lock: lock })
     }
 
-    async fn ask<T>(&self, job: impl FnOnce(oneshot::Sender<Result<T, WriteError>>) -> Job) -> Result<T, WriteError> {
+    async fn ask<T>(
+        &self,
+        job: impl FnOnce(oneshot::Sender<Result<T, WriteError>>) -> Job,
+    ) -> Result<T, WriteError> {
         let (reply, answer) = oneshot::channel();
         // Nothing has left when the queue is closed; after that only the writer knows.
         self.jobs.send(job(reply)).await.map_err(|_| WriteError::Refused)?;
         answer.await.unwrap_or(Err(WriteError::Unknown))
     }
 
-    async fn read<T: Send + 'static>(&self, f: impl FnOnce(&Keyspaces) -> fjall::Result<T> + Send + 'static) -> Result<T, ReadError> {
+    async fn read<T: Send + 'static>(
+        &self,
+        f: impl FnOnce(&Keyspaces) -> fjall::Result<T> + Send + 'static,
+    ) -> Result<T, ReadError> {
         let permit = self.reads.clone().acquire_owned().await.map_err(|_| ReadError::Unavailable)?;
         let keyspaces = self.keyspaces.clone();
         let task = tokio::task::spawn_blocking(move || {
@@ -121,7 +129,12 @@ impl Engine for Embedded {
         self.ask(|reply| Job::Write(batch, reply)).await
     }
 
-    async fn get(&self, table: Table, partition: &Bytes, clustering: &Bytes) -> Result<Option<Row>, ReadError> {
+    async fn get(
+        &self,
+        table: Table,
+        partition: &Bytes,
+        clustering: &Bytes,
+    ) -> Result<Option<Row>, ReadError> {
         let key = keys::row(partition, clustering);
         let clustering = clustering.clone();
         let found = self.read(move |k| k.table(table).get(&key)).await?;
@@ -135,8 +148,11 @@ impl Engine for Embedded {
             .read(move |k| {
                 let iter = k.table(scan.table).range(range);
                 let take = |g: fjall::Guard| g.into_inner();
-                let rows: fjall::Result<Vec<_>> =
-                    if scan.reverse { iter.rev().take(scan.limit).map(take).collect() } else { iter.take(scan.limit).map(take).collect() };
+                let rows: fjall::Result<Vec<_>> = if scan.reverse {
+                    iter.rev().take(scan.limit).map(take).collect()
+                } else {
+                    iter.take(scan.limit).map(take).collect()
+                };
                 rows
             })
             .await?;
@@ -153,11 +169,22 @@ impl Engine for Embedded {
         Ok(found.and_then(|v| keys::decode_document(&v)?.1))
     }
 
-    async fn compare_and_set(&self, key: DocumentKey, expected: Option<u64>, value: Option<Bytes>) -> Result<CasOutcome, WriteError> {
+    async fn compare_and_set(
+        &self,
+        key: DocumentKey,
+        expected: Option<u64>,
+        value: Option<Bytes>,
+    ) -> Result<CasOutcome, WriteError> {
         self.ask(|reply| Job::CompareAndSet { key, expected, value, reply }).await
     }
 
-    async fn documents(&self, scope: &str, kind: &'static str, after: &str, limit: usize) -> Result<Vec<(String, Document)>, ReadError> {
+    async fn documents(
+        &self,
+        scope: &str,
+        kind: &'static str,
+        after: &str,
+        limit: usize,
+    ) -> Result<Vec<(String, Document)>, ReadError> {
         let prefix = keys::document_prefix(scope, kind);
         let after = keys::document(&DocumentKey { scope: scope.to_owned(), kind, id: after.to_owned() });
         let skip = prefix.len();

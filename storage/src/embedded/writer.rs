@@ -46,7 +46,11 @@ struct Group {
 }
 
 impl Writer {
-    pub(super) fn start(keyspaces: Arc<Keyspaces>, mut queue: mpsc::Receiver<Job>, sync: Box<dyn Sync>) -> io::Result<()> {
+    pub(super) fn start(
+        keyspaces: Arc<Keyspaces>,
+        mut queue: mpsc::Receiver<Job>,
+        sync: Box<dyn Sync>,
+    ) -> io::Result<()> {
         let mut writer = Self { keyspaces, sync, epochs: HashMap::new() };
         std::thread::Builder::new().name("store-writer".into()).spawn(move || {
             while let Some(first) = queue.blocking_recv() {
@@ -100,10 +104,12 @@ impl Writer {
                 }
                 group.pending.push(Pending::Done(reply));
             }
-            Job::CompareAndSet { key, expected, value, reply } => match self.compare_and_set(group, &key, expected, value) {
-                Ok(outcome) => group.pending.push(Pending::Cas(reply, outcome)),
-                Err(()) => drop(reply.send(Err(WriteError::Refused))),
-            },
+            Job::CompareAndSet { key, expected, value, reply } => {
+                match self.compare_and_set(group, &key, expected, value) {
+                    Ok(outcome) => group.pending.push(Pending::Cas(reply, outcome)),
+                    Err(()) => drop(reply.send(Err(WriteError::Refused))),
+                }
+            }
         }
     }
 
@@ -128,7 +134,13 @@ impl Writer {
         }
     }
 
-    fn compare_and_set(&self, group: &mut Group, key: &DocumentKey, expected: Option<u64>, value: Option<Bytes>) -> Result<CasOutcome, ()> {
+    fn compare_and_set(
+        &self,
+        group: &mut Group,
+        key: &DocumentKey,
+        expected: Option<u64>,
+        value: Option<Bytes>,
+    ) -> Result<CasOutcome, ()> {
         let key = keys::document(key);
         let (version, found) = match group.documents.get(&key) {
             Some((version, document)) => (*version, document.clone()),
@@ -141,7 +153,11 @@ impl Writer {
             return Ok(CasOutcome::Refused(found));
         }
         let version = version + 1;
-        group.batch.insert(&self.keyspaces.documents, key.clone(), keys::encode_document(version, value.as_ref()));
+        group.batch.insert(
+            &self.keyspaces.documents,
+            key.clone(),
+            keys::encode_document(version, value.as_ref()),
+        );
         group.documents.insert(key, (version, value.map(|value| Document { version, value })));
         Ok(CasOutcome::Applied)
     }

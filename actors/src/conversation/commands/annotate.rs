@@ -22,7 +22,10 @@ pub(super) fn decide(_: &State, found: &Known, command: &Command, note: &AddNote
     if let Some((seq, before)) = found.id(ids::client(&command.actor, &note.client_id)) {
         let same = matches!(&before.body, Body::NoteAdded { text, .. } if *text == note.text);
         if !same {
-            return Err(CommandError::with(ErrorCode::Conflict, json!({"detail": "this client_id was used for something else"})));
+            return Err(CommandError::with(
+                ErrorCode::Conflict,
+                json!({"detail": "this client_id was used for something else"}),
+            ));
         }
         return Ok(Decision::reply(Reply::Sent(SendReply { seq, at: before.at, duplicate: true })));
     }

@@ -34,16 +34,24 @@ pub(super) fn delete(state: &State, found: &Known, _: &Command, request: &Delete
     Err(ErrorCode::NotSupported.into())
 }
 
-pub(super) fn react(state: &State, found: &Known, command: &Command, request: &ReactMessage, now: &Now) -> Outcome {
+pub(super) fn react(
+    state: &State,
+    found: &Known,
+    command: &Command,
+    request: &ReactMessage,
+    now: &Now,
+) -> Outcome {
     if request.emoji.len() > EMOJI_MAX {
         return Err(CommandError::invalid(format!("emoji has more than {EMOJI_MAX} bytes")));
     }
     let target = if request.message_seq <= state.last_seq { found.seq(request.message_seq) } else { None };
     let provider_id = match target.map(|e| &e.body) {
         Some(Body::Received(m)) => Some(m.provider_id.clone()),
-        Some(Body::Sent(m)) => m.provider_id.clone().or_else(|| match found.id(ids::status(request.message_seq, None)).map(|(_, e)| &e.body) {
-            Some(Body::Status(s)) => s.provider_id.clone(),
-            _ => None,
+        Some(Body::Sent(m)) => m.provider_id.clone().or_else(|| {
+            match found.id(ids::status(request.message_seq, None)).map(|(_, e)| &e.body) {
+                Some(Body::Status(s)) => s.provider_id.clone(),
+                _ => None,
+            }
         }),
         _ => None,
     };

@@ -43,7 +43,13 @@ impl<'a> Draft<'a> {
 
     fn add_by(&mut self, actor: Actor, body: Body) -> u64 {
         let seq = self.now.next_seq + self.entries.len() as u64;
-        self.entries.push(Entry { seq, at: self.now.at, body, actor, caused_by: self.command.caused_by.clone() });
+        self.entries.push(Entry {
+            seq,
+            at: self.now.at,
+            body,
+            actor,
+            caused_by: self.command.caused_by.clone(),
+        });
         seq
     }
 
@@ -64,7 +70,9 @@ pub(crate) fn lookups(state: &State, found: &Known, command: &Command) -> Vec<Lo
         Request::Note(note) => annotate::lookups(command, note),
         Request::Receive { event, .. } => receive::lookups(event),
         Request::Receipt { message_seq, update } => receipt::lookups(state, found, *message_seq, update),
-        Request::Outcome { message_seq, update } => receipt::lookups(state, found, Some(*message_seq), update),
+        Request::Outcome { message_seq, update } => {
+            receipt::lookups(state, found, Some(*message_seq), update)
+        }
         Request::Edit(r) => vec![Lookup::Seq(r.message_seq)],
         Request::Delete(r) => vec![Lookup::Seq(r.message_seq)],
         Request::React(r) => message::lookups(r.message_seq),
@@ -89,7 +97,9 @@ pub(crate) fn decide(state: &State, found: &Known, command: &Command, now: &Now)
         return answer;
     }
     match &command.request {
-        Request::Send { message, lane, opening } => send::decide(state, found, command, message, *lane, opening.as_ref(), now),
+        Request::Send { message, lane, opening } => {
+            send::decide(state, found, command, message, *lane, opening.as_ref(), now)
+        }
         Request::Edit(r) => message::edit(state, found, command, r),
         Request::Delete(r) => message::delete(state, found, command, r),
         Request::React(r) => message::react(state, found, command, r, now),
@@ -102,8 +112,12 @@ pub(crate) fn decide(state: &State, found: &Known, command: &Command, now: &Now)
         Request::Tag(r) => tag::decide(state, command, r, now),
         Request::Note(note) => annotate::decide(state, found, command, note, now),
         Request::Receive { opening, event } => receive::decide(state, found, command, opening, event, now),
-        Request::Receipt { message_seq, update } => receipt::receipt(state, found, command, *message_seq, update, now),
-        Request::Outcome { message_seq, update } => receipt::outcome(state, found, command, *message_seq, update, now),
+        Request::Receipt { message_seq, update } => {
+            receipt::receipt(state, found, command, *message_seq, update, now)
+        }
+        Request::Outcome { message_seq, update } => {
+            receipt::outcome(state, found, command, *message_seq, update, now)
+        }
         Request::Link { other } => link::decide(state, command, *other, now),
         Request::Typing => query::typing(state),
         Request::TimerDue => snooze::due(state, command, now),
@@ -145,8 +159,12 @@ fn is_home(home: &super::state::Home, command: &Command) -> bool {
 pub(crate) fn check_depth(command: &Command) -> Result<(), CommandError> {
     const DEPTH_MAX: u8 = 8;
     match &command.caused_by {
-        Some(cause) if cause.depth > DEPTH_MAX => Err(CommandError::invalid(format!("caused_by.depth is over {DEPTH_MAX}"))),
-        None if command.actor.kind == ActorType::Automation => Err(CommandError::invalid("an automation must say caused_by")),
+        Some(cause) if cause.depth > DEPTH_MAX => {
+            Err(CommandError::invalid(format!("caused_by.depth is over {DEPTH_MAX}")))
+        }
+        None if command.actor.kind == ActorType::Automation => {
+            Err(CommandError::invalid("an automation must say caused_by"))
+        }
         _ => Ok(()),
     }
 }

@@ -4,12 +4,14 @@ use patchbay_protocol::ErrorCode;
 use patchbay_protocol::command::{Command, Reply, Tip};
 
 use super::Outcome;
-use crate::conversation::{Conversation, Effect};
 use crate::conversation::state::State;
+use crate::conversation::{Conversation, Effect};
 use crate::shard::entity::{Decision, Now};
 
 pub(super) fn get(state: &State, command: &Command, now: &Now) -> Outcome {
-    let summary = state.summary(command.scope.inbox.clone(), command.scope.channel.window, now.at).ok_or(ErrorCode::NotFound)?;
+    let summary = state
+        .summary(command.scope.inbox.clone(), command.scope.channel.window, now.at)
+        .ok_or(ErrorCode::NotFound)?;
     Ok(Decision::reply(Reply::Summary(Box::new(summary))))
 }
 

@@ -15,7 +15,8 @@ pub(super) fn decide(state: &State, command: &Command, request: &ReadConversatio
         return draft.state_reply(state);
     }
     draft.add(Body::Read { up_to_seq });
-    let seen = state.last_inbound.as_ref().filter(|(seq, _)| (state.read_up_to + 1..=up_to_seq).contains(seq));
+    let seen =
+        state.last_inbound.as_ref().filter(|(seq, _)| (state.read_up_to + 1..=up_to_seq).contains(seq));
     let effect = seen.map(|(_, provider_id)| Effect::MarkRead { provider_id: provider_id.clone() });
     draft.state_reply(state).map(|mut d| {
         d.effects.extend(effect);

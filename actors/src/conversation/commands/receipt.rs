@@ -10,7 +10,12 @@ use crate::conversation::ids;
 use crate::conversation::state::State;
 use crate::shard::entity::{Decision, Lookup, Now};
 
-pub(super) fn lookups(state: &State, found: &Known, named: Option<u64>, update: &StatusUpdate) -> Vec<Lookup> {
+pub(super) fn lookups(
+    state: &State,
+    found: &Known,
+    named: Option<u64>,
+    update: &StatusUpdate,
+) -> Vec<Lookup> {
     let by_id = update.provider_id.as_deref().map(|id| Lookup::Id(ids::wamid(id)));
     let mut wanted: Vec<Lookup> = if named.is_none() { by_id.into_iter().collect() } else { Vec::new() };
     if let Some(seq) = message_seq(found, named, update) {
@@ -40,7 +45,14 @@ fn status_in(entry: Option<(u64, &Entry)>) -> Option<MessageStatus> {
 }
 
 /// A receipt of the provider. `Unmatched` when its message is not known here (yet).
-pub(super) fn receipt(state: &State, found: &Known, command: &Command, named: Option<u64>, update: &StatusUpdate, now: &Now) -> Outcome {
+pub(super) fn receipt(
+    state: &State,
+    found: &Known,
+    command: &Command,
+    named: Option<u64>,
+    update: &StatusUpdate,
+    now: &Now,
+) -> Outcome {
     let message = message_seq(found, named, update).filter(|seq| *seq <= state.last_seq);
     match message {
         Some(seq) if matches!(found.seq(seq).map(|e| &e.body), Some(Body::Sent(_))) => {
@@ -51,16 +63,33 @@ pub(super) fn receipt(state: &State, found: &Known, command: &Command, named: Op
 }
 
 /// The Account's word. What adds nothing is answered all the same, so that the Account can settle the send.
-pub(super) fn outcome(state: &State, found: &Known, command: &Command, seq: u64, update: &StatusUpdate, now: &Now) -> Outcome {
+pub(super) fn outcome(
+    state: &State,
+    found: &Known,
+    command: &Command,
+    seq: u64,
+    update: &StatusUpdate,
+    now: &Now,
+) -> Outcome {
     if !matches!(found.seq(seq).map(|e| &e.body), Some(Body::Sent(_))) {
         return Ok(Decision::reply(Reply::Taken));
     }
-    let actor = if update.provider_id.is_some() { Actor::new(ActorType::Provider, "api") } else { Actor::system() };
+    let actor =
+        if update.provider_id.is_some() { Actor::new(ActorType::Provider, "api") } else { Actor::system() };
     climb(state, found, command, seq, update, actor, now)
 }
 
-fn climb(state: &State, found: &Known, command: &Command, seq: u64, update: &StatusUpdate, actor: Actor, now: &Now) -> Outcome {
-    let message = state.status_of(seq).or_else(|| status_in(found.id(ids::status(seq, None)))).unwrap_or_default();
+fn climb(
+    state: &State,
+    found: &Known,
+    command: &Command,
+    seq: u64,
+    update: &StatusUpdate,
+    actor: Actor,
+    now: &Now,
+) -> Outcome {
+    let message =
+        state.status_of(seq).or_else(|| status_in(found.id(ids::status(seq, None)))).unwrap_or_default();
     let participant = update.participant.as_deref();
     let known = match participant {
         // In a group each participant climbs for itself; its last word is found by its own id.

@@ -25,12 +25,21 @@ pub(super) fn lookups(event: &ThreadEvent) -> Vec<Lookup> {
 fn target_of(event: &ThreadEvent) -> Option<&str> {
     match event {
         ThreadEvent::Message(m) => m.reply_to.as_deref(),
-        ThreadEvent::Reaction { target, .. } | ThreadEvent::Edit { target, .. } | ThreadEvent::Delete { target, .. } => Some(target),
+        ThreadEvent::Reaction { target, .. }
+        | ThreadEvent::Edit { target, .. }
+        | ThreadEvent::Delete { target, .. } => Some(target),
         ThreadEvent::Echo { .. } | ThreadEvent::ContactChanged { .. } => None,
     }
 }
 
-pub(super) fn decide(state: &State, found: &Known, command: &Command, opening: &Opening, event: &ThreadEvent, now: &Now) -> Outcome {
+pub(super) fn decide(
+    state: &State,
+    found: &Known,
+    command: &Command,
+    opening: &Opening,
+    event: &ThreadEvent,
+    now: &Now,
+) -> Outcome {
     let id = event.provider_id();
     let echo_of_ours = matches!(event, ThreadEvent::Echo { .. }) && found.id(ids::wamid(id)).is_some();
     if found.id(ids::provider(id)).is_some() || echo_of_ours {
@@ -45,13 +54,30 @@ pub(super) fn decide(state: &State, found: &Known, command: &Command, opening: &
             draft.add_by(contact, received(m, found));
         }
         ThreadEvent::Reaction { provider_id, target: t, emoji } => {
-            draft.add_by(contact, Body::Reacted { target: target(t, found), emoji: emoji.clone(), provider_id: Some(provider_id.clone()) });
+            draft.add_by(
+                contact,
+                Body::Reacted {
+                    target: target(t, found),
+                    emoji: emoji.clone(),
+                    provider_id: Some(provider_id.clone()),
+                },
+            );
         }
         ThreadEvent::Edit { provider_id, target: t, content } => {
-            draft.add_by(contact, Body::Edited { target: target(t, found), content: content.clone(), provider_id: provider_id.clone() });
+            draft.add_by(
+                contact,
+                Body::Edited {
+                    target: target(t, found),
+                    content: content.clone(),
+                    provider_id: provider_id.clone(),
+                },
+            );
         }
         ThreadEvent::Delete { provider_id, target: t } => {
-            draft.add_by(contact, Body::Deleted { target: target(t, found), provider_id: provider_id.clone() });
+            draft.add_by(
+                contact,
+                Body::Deleted { target: target(t, found), provider_id: provider_id.clone() },
+            );
         }
         ThreadEvent::Echo { provider_id, content, sent_at } => {
             let sent = Sent {
@@ -64,7 +90,13 @@ pub(super) fn decide(state: &State, found: &Known, command: &Command, opening: &
             draft.add_by(Actor::new(ActorType::Provider, "app"), Body::Sent(sent));
         }
         ThreadEvent::ContactChanged { provider_id, .. } => {
-            draft.add_by(Actor::new(ActorType::Provider, "system"), Body::ContactUpdated { contact: changed_contact(state, opening), provider_id: Some(provider_id.clone()) });
+            draft.add_by(
+                Actor::new(ActorType::Provider, "system"),
+                Body::ContactUpdated {
+                    contact: changed_contact(state, opening),
+                    provider_id: Some(provider_id.clone()),
+                },
+            );
         }
     }
     Ok(Decision::entries(draft.entries, Reply::Taken))
@@ -103,7 +135,10 @@ fn open(state: &State, command: &Command, opening: &Opening, event: &ThreadEvent
             }),
         );
     } else if by_customer && matches!(state.status, Status::Snoozed | Status::Pending) {
-        draft.add_by(Actor::system(), Body::Reopened { episode: state.episode, cause: Cause::CustomerMessage });
+        draft.add_by(
+            Actor::system(),
+            Body::Reopened { episode: state.episode, cause: Cause::CustomerMessage },
+        );
     }
 }
 
@@ -135,7 +170,10 @@ fn refresh_contact(state: &State, opening: &Opening, draft: &mut Draft<'_>) {
     contact.user_id = new.user_id.clone().or(contact.user_id);
     contact.username = new.username.clone().or(contact.username);
     if contact != home.contact {
-        draft.add_by(Actor::new(ActorType::Provider, "profile"), Body::ContactUpdated { contact, provider_id: None });
+        draft.add_by(
+            Actor::new(ActorType::Provider, "profile"),
+            Body::ContactUpdated { contact, provider_id: None },
+        );
     }
 }
 

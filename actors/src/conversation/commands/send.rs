@@ -19,7 +19,15 @@ pub(super) fn lookups(command: &Command, message: &SendMessage) -> Vec<Lookup> {
     wanted
 }
 
-pub(super) fn decide(state: &State, found: &Known, command: &Command, message: &SendMessage, lane: Lane, opening: Option<&Opening>, now: &Now) -> Outcome {
+pub(super) fn decide(
+    state: &State,
+    found: &Known,
+    command: &Command,
+    message: &SendMessage,
+    lane: Lane,
+    opening: Option<&Opening>,
+    now: &Now,
+) -> Outcome {
     check_client_id(&message.client_id)?;
     check_depth(command)?;
     if let Some((seq, before)) = found.id(ids::client(&command.actor, &message.client_id)) {
@@ -48,9 +56,13 @@ pub(super) fn decide(state: &State, found: &Known, command: &Command, message: &
 
 /// The same id again: the first answer for the same content, a conflict for another.
 fn repeated(seq: u64, at: Timestamp, before: &Body, message: &SendMessage) -> Outcome {
-    let same = matches!(before, Body::Sent(m) if m.content == message.content && m.reply_to == message.reply_to);
+    let same =
+        matches!(before, Body::Sent(m) if m.content == message.content && m.reply_to == message.reply_to);
     if !same {
-        return Err(CommandError::with(ErrorCode::Conflict, json!({"detail": "this client_id was used for another message"})));
+        return Err(CommandError::with(
+            ErrorCode::Conflict,
+            json!({"detail": "this client_id was used for another message"}),
+        ));
     }
     Ok(Decision::reply(Reply::Sent(SendReply { seq, at, duplicate: true })))
 }
@@ -67,7 +79,9 @@ fn check_reply_to(state: &State, found: &Known, message: &SendMessage) -> Result
 /// Outside the channel's window only templates are sent.
 fn check_window(state: &State, scope: &Scope, content: &Content, now: Timestamp) -> Result<(), CommandError> {
     let Some(window) = scope.channel.window else { return Ok(()) };
-    if matches!(content, Content::Template { .. }) || state.window_until(Some(window)).is_some_and(|until| until > now) {
+    if matches!(content, Content::Template { .. })
+        || state.window_until(Some(window)).is_some_and(|until| until > now)
+    {
         return Ok(());
     }
     Err(CommandError::with(
@@ -80,7 +94,9 @@ fn check_window(state: &State, scope: &Scope, content: &Content, now: Timestamp)
 fn open_if_needed(state: &State, command: &Command, opening: Option<&Opening>, draft: &mut Draft<'_>) {
     let opened = match (&state.home, opening) {
         (None, Some(o)) => Some((o.thread.clone(), o.contact.clone())),
-        (Some(home), _) if state.status == Status::Resolved => Some((home.thread.clone(), home.contact.clone())),
+        (Some(home), _) if state.status == Status::Resolved => {
+            Some((home.thread.clone(), home.contact.clone()))
+        }
         (None, None) | (Some(_), _) => None,
     };
     if let Some((thread, contact)) = opened {

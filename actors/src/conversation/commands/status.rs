@@ -9,15 +9,33 @@ use crate::conversation::state::State;
 use crate::shard::entity::Now;
 
 pub(super) fn resolve(state: &State, command: &Command, now: &Now) -> Outcome {
-    change(state, command, now, Status::Resolved, Body::Resolved { episode: state.episode, cause: Cause::Command })
+    change(
+        state,
+        command,
+        now,
+        Status::Resolved,
+        Body::Resolved { episode: state.episode, cause: Cause::Command },
+    )
 }
 
 pub(super) fn reopen(state: &State, command: &Command, now: &Now) -> Outcome {
-    change(state, command, now, Status::Open, Body::Reopened { episode: state.episode, cause: Cause::Command })
+    change(
+        state,
+        command,
+        now,
+        Status::Open,
+        Body::Reopened { episode: state.episode, cause: Cause::Command },
+    )
 }
 
 pub(super) fn pending(state: &State, command: &Command, now: &Now) -> Outcome {
-    change(state, command, now, Status::Pending, Body::Pending { episode: state.episode, cause: Cause::Command })
+    change(
+        state,
+        command,
+        now,
+        Status::Pending,
+        Body::Pending { episode: state.episode, cause: Cause::Command },
+    )
 }
 
 fn change(state: &State, command: &Command, now: &Now, to: Status, body: Body) -> Outcome {

@@ -29,8 +29,8 @@ use super::lanes::Lanes;
 use super::session::Session;
 use super::{Counted, Sockets};
 use crate::auth::Peer;
-use crate::hub::{ClientId, Topic};
 use crate::hub::outbound::{Next, Outbound};
+use crate::hub::{ClientId, Topic};
 
 /// Commands of one connection under way; past it the socket is not read.
 const COMMANDS_MAX: usize = 512;
@@ -134,7 +134,8 @@ pub async fn run(sockets: Arc<Sockets>, mut socket: Socket, encoding: Encoding) 
         close(&mut socket, Disconnect::TooManyRequests).await;
         return;
     };
-    let Some(mut unconnected) = Counted::take(&shared.unconnected, shared.limits.unconnected_max).map(Some) else {
+    let Some(mut unconnected) = Counted::take(&shared.unconnected, shared.limits.unconnected_max).map(Some)
+    else {
         close(&mut socket, Disconnect::TooManyRequests).await;
         return;
     };
@@ -150,7 +151,8 @@ pub async fn run(sockets: Arc<Sockets>, mut socket: Socket, encoding: Encoding) 
         match connection.on(event) {
             On::Continue => {}
             On::Close(why) => {
-                metrics::counter!("patchbay_edge_disconnects_total", "code" => why.code().to_string()).increment(1);
+                metrics::counter!("patchbay_edge_disconnects_total", "code" => why.code().to_string())
+                    .increment(1);
                 close(&mut socket, why).await;
                 break;
             }
@@ -190,7 +192,15 @@ impl Connection {
             lanes: Lanes::default(),
             present: Arc::default(),
             backlog: VecDeque::new(),
-            clock: Clock { sleep, opened, next_ping: None, pong_due: None, expires: None, recheck: None, drain: None },
+            clock: Clock {
+                sleep,
+                opened,
+                next_ping: None,
+                pong_due: None,
+                expires: None,
+                recheck: None,
+                drain: None,
+            },
             closing: None,
             recheck: Recheck::Idle,
             changed_since: false,
@@ -198,7 +208,12 @@ impl Connection {
         }
     }
 
-    async fn next(&mut self, socket: &mut Socket, draining: &mut watch::Receiver<bool>, changes: &mut watch::Receiver<u64>) -> Event {
+    async fn next(
+        &mut self,
+        socket: &mut Socket,
+        draining: &mut watch::Receiver<bool>,
+        changes: &mut watch::Receiver<u64>,
+    ) -> Event {
         let mut drain = std::pin::pin!(draining.changed());
         let mut change = std::pin::pin!(changes.changed());
         poll_fn(move |cx| {
@@ -263,7 +278,16 @@ impl Connection {
     /// Subscriptions that were behind go on from the log, now that the socket has drained.
     fn go_on(&mut self) {
         for (topic, after) in self.outbound.go_on() {
-            self.lanes.start(Some(topic.channel()), commands::catch_up::run(self.sockets.clone(), self.outbound.clone(), self.client, topic, after));
+            self.lanes.start(
+                Some(topic.channel()),
+                commands::catch_up::run(
+                    self.sockets.clone(),
+                    self.outbound.clone(),
+                    self.client,
+                    topic,
+                    after,
+                ),
+            );
         }
     }
 
@@ -283,7 +307,8 @@ impl Connection {
             Event::Draining => {
                 // Waves: about 200 sockets a second.
                 let spread = (self.sockets.open.load(Ordering::Relaxed) as f64 / 200.0).min(10.0);
-                self.clock.drain = Some(Instant::now() + Duration::from_secs_f64(spread * rand::random::<f64>()));
+                self.clock.drain =
+                    Some(Instant::now() + Duration::from_secs_f64(spread * rand::random::<f64>()));
                 self.clock.arm(self.sockets.limits.connect);
                 On::Continue
             }
@@ -313,7 +338,9 @@ impl Connection {
             (Message::Binary(data), Encoding::Protobuf) => data,
             (Message::Ping(_) | Message::Pong(_) | Message::Frame(_), _) => return On::Continue,
             (Message::Close(_), _) => return On::Continue,
-            (Message::Text(_) | Message::Binary(_), _) => return self.close_after_replies(Disconnect::BadRequest),
+            (Message::Text(_) | Message::Binary(_), _) => {
+                return self.close_after_replies(Disconnect::BadRequest);
+            }
         };
         match self.outbound.encoding().decode_commands(&frame) {
             Ok(commands) => {
@@ -321,7 +348,9 @@ impl Connection {
                 self.accept()
             }
             Err(DecodeError::TooLarge) => self.close_after_replies(Disconnect::TooLarge),
-            Err(DecodeError::Malformed | DecodeError::TooMany) => self.close_after_replies(Disconnect::BadRequest),
+            Err(DecodeError::Malformed | DecodeError::TooMany) => {
+                self.close_after_replies(Disconnect::BadRequest)
+            }
         }
     }
 
@@ -332,7 +361,9 @@ impl Connection {
             match &mut self.session {
                 Session::New if command.is_pong() => {}
                 Session::New => {
-                    let Some(connect) = command.connect else { return self.close_after_replies(Disconnect::BadRequest) };
+                    let Some(connect) = command.connect else {
+                        return self.close_after_replies(Disconnect::BadRequest);
+                    };
                     self.session = Session::Connecting;
                     self.lanes.start(None, commands::connect::run(self, command.id, connect));
                 }
@@ -341,7 +372,9 @@ impl Connection {
                     return On::Continue;
                 }
                 Session::Live(_) if command.is_pong() => self.clock.pong_due = None,
-                Session::Live(_) if command.connect.is_some() => return self.close_after_replies(Disconnect::BadRequest),
+                Session::Live(_) if command.connect.is_some() => {
+                    return self.close_after_replies(Disconnect::BadRequest);
+                }
                 Session::Live(_) => commands::start(self, command),
                 Session::Refused => {}
             }
@@ -383,10 +416,12 @@ impl Connection {
             (Change::Connected(live), Session::Connecting) => {
                 self.clock.live(&self.sockets, live.expires());
                 self.session = Session::Live(live);
+                self.recheck_if_changed();
             }
             (Change::Refused, Session::Connecting) => self.session = Session::Refused,
             (Change::Subscribed(channel, subscription), Session::Live(live)) => {
                 live.subscriptions.insert(channel, subscription);
+                self.recheck_if_changed();
             }
             (Change::Unsubscribed(channel), Session::Live(live)) => {
                 live.subscriptions.remove(&channel);
@@ -432,7 +467,11 @@ impl Connection {
         }
         if let Session::Live(live) = &self.session {
             self.recheck = Recheck::Running;
-            let job = commands::recheck::run(self.sockets.clone(), live.claims.clone(), live.subscriptions.values().map(|s| s.topic.clone()).collect());
+            let job = commands::recheck::run(
+                self.sockets.clone(),
+                live.claims.clone(),
+                live.subscriptions.values().map(|s| s.topic.clone()).collect(),
+            );
             self.lanes.start(None, job);
         }
     }
@@ -521,21 +560,28 @@ fn broken(error: &tungstenite::Error) -> On {
     match error {
         tungstenite::Error::Capacity(_) => On::Close(Disconnect::TooLarge),
         // It went without a word.
-        tungstenite::Error::Protocol(tungstenite::error::ProtocolError::ResetWithoutClosingHandshake) => On::Gone,
-        tungstenite::Error::Protocol(_) | tungstenite::Error::Utf8(_) | tungstenite::Error::AttackAttempt => On::Close(Disconnect::BadRequest),
+        tungstenite::Error::Protocol(tungstenite::error::ProtocolError::ResetWithoutClosingHandshake) => {
+            On::Gone
+        }
+        tungstenite::Error::Protocol(_) | tungstenite::Error::Utf8(_) | tungstenite::Error::AttackAttempt => {
+            On::Close(Disconnect::BadRequest)
+        }
         _ => On::Gone,
     }
 }
 
 /// An error in place of a result.
 pub(super) fn refusal(id: u32, error: &CommandError) -> Reply {
-    let error = Error { code: error.code.code(), message: error.message(), temporary: error.code.is_temporary() };
+    let error =
+        Error { code: error.code.code(), message: error.message(), temporary: error.code.is_temporary() };
     Reply { id, error: Some(error), ..Reply::default() }
 }
 
 /// The push that ends a subscription.
 pub(super) fn unsubscribe_push(channel: String, code: u32, reason: &str) -> Reply {
     let unsubscribe = patchbay_protocol::client::reply::Unsubscribe { code, reason: reason.to_owned() };
-    Reply { push: Some(Push { channel, unsubscribe: Some(unsubscribe), ..Push::default() }), ..Reply::default() }
+    Reply {
+        push: Some(Push { channel, unsubscribe: Some(unsubscribe), ..Push::default() }),
+        ..Reply::default()
+    }
 }
-

@@ -89,7 +89,9 @@ impl<T: Send + 'static> Lanes<T> {
                             self.count -= 1;
                             return Poll::Ready(done);
                         }
-                        Half::Handed(later) => self.running.push(Box::pin(async move { Event::Second(later.await) })),
+                        Half::Handed(later) => {
+                            self.running.push(Box::pin(async move { Event::Second(later.await) }))
+                        }
                     }
                 }
                 Poll::Ready(None) | Poll::Pending => return Poll::Pending,
@@ -122,14 +124,17 @@ mod tests {
             let (tx, rx) = oneshot::channel::<()>();
             let (gate_tx, gate_rx) = oneshot::channel::<()>();
             let order = order.clone();
-            lanes.start(Some("a".into()), Box::pin(async move {
-                let _ = gate_rx.await;
-                order.lock().unwrap().push(n);
-                Half::Handed(Box::pin(async move {
-                    let _ = rx.await;
-                    n
-                }) as Later<u32>)
-            }));
+            lanes.start(
+                Some("a".into()),
+                Box::pin(async move {
+                    let _ = gate_rx.await;
+                    order.lock().unwrap().push(n);
+                    Half::Handed(Box::pin(async move {
+                        let _ = rx.await;
+                        n
+                    }) as Later<u32>)
+                }),
+            );
             open.push((gate_tx, Some(tx)));
         }
         // Gates open in the wrong order: the lane keeps its own.

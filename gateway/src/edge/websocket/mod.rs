@@ -19,9 +19,9 @@ use patchbay_actors::desk::Desk;
 use patchbay_protocol::client::{Encoding, FRAME_BYTES_MAX};
 use tokio::sync::watch;
 use tokio_tungstenite::WebSocketStream;
-use tokio_util::task::TaskTracker;
 use tokio_tungstenite::tungstenite::handshake::server::create_response_with_body;
 use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
+use tokio_util::task::TaskTracker;
 
 use crate::auth::Auth;
 use crate::hub::Hub;
@@ -118,7 +118,8 @@ pub async fn upgrade(State(sockets): State<Arc<Sockets>>, mut request: Request) 
             .max_write_buffer_size(1 << 20)
             .max_message_size(Some(FRAME_BYTES_MAX))
             .max_frame_size(Some(FRAME_BYTES_MAX));
-        let socket = WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Server, Some(config)).await;
+        let socket =
+            WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Server, Some(config)).await;
         connection::run(sockets, socket, encoding).await;
     });
     response
@@ -137,7 +138,8 @@ fn strip_body(request: &Request) -> axum::http::Request<()> {
 
 fn wanted_encoding(request: &Request) -> Encoding {
     let offered = request.headers().get_all(header::SEC_WEBSOCKET_PROTOCOL).iter();
-    let protobuf = offered.filter_map(|v| v.to_str().ok()).flat_map(|v| v.split(',')).any(|p| p.trim() == PROTOBUF);
+    let protobuf =
+        offered.filter_map(|v| v.to_str().ok()).flat_map(|v| v.split(',')).any(|p| p.trim() == PROTOBUF);
     if protobuf { Encoding::Protobuf } else { Encoding::Json }
 }
 

@@ -17,7 +17,13 @@ use crate::hub::{ClientId, Topic};
 /// The code that makes an SDK subscribe again with its position.
 const INSUFFICIENT_STATE: u32 = 2500;
 
-pub(crate) fn run(sockets: Arc<Sockets>, outbound: Arc<Outbound>, client: ClientId, topic: Topic, after: u64) -> Later<Half<Done>> {
+pub(crate) fn run(
+    sockets: Arc<Sockets>,
+    outbound: Arc<Outbound>,
+    client: ClientId,
+    topic: Topic,
+    after: u64,
+) -> Later<Half<Done>> {
     Box::pin(async move {
         let channel = topic.channel();
         let change = match &topic {
@@ -40,15 +46,29 @@ fn ended(sockets: &Sockets, outbound: &Outbound, client: ClientId, topic: &Topic
     Change::Unsubscribed(channel)
 }
 
-async fn caught_up(sockets: &Sockets, outbound: &Outbound, topic: &Topic, id: ConversationId, after: u64) -> Result<bool, CommandError> {
+async fn caught_up(
+    sockets: &Sockets,
+    outbound: &Outbound,
+    topic: &Topic,
+    id: ConversationId,
+    after: u64,
+) -> Result<bool, CommandError> {
     let tip = sockets.desk.tip_of(id).await?;
-    let page = sockets.desk.read(id, Page::After(after), tip, RECOVERY_MAX_PUBLICATIONS, PAGE_BYTES_MAX).await.map_err(|_| CommandError::unavailable())?;
+    let page = sockets
+        .desk
+        .read(id, Page::After(after), tip, RECOVERY_MAX_PUBLICATIONS, PAGE_BYTES_MAX)
+        .await
+        .map_err(|_| CommandError::unavailable())?;
     let read = page.entries.last().map_or(after, |(seq, _)| *seq);
     if read < tip {
         return Ok(false);
     }
     let encoding = outbound.encoding();
-    let frames = page.entries.into_iter().map(|(seq, data)| Frames::new(topic.channel(), data, seq).encoded(encoding)).collect();
+    let frames = page
+        .entries
+        .into_iter()
+        .map(|(seq, data)| Frames::new(topic.channel(), data, seq).encoded(encoding))
+        .collect();
     outbound.caught_up(topic, frames, read);
     Ok(true)
 }

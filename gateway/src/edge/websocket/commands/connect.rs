@@ -19,10 +19,18 @@ use crate::hub::outbound::Outbound;
 use crate::hub::{ClientId, Topic};
 
 pub(crate) fn run(connection: &Connection, id: u32, request: ConnectRequest) -> Later<Half<Done>> {
-    let (sockets, client, outbound, present) = (connection.sockets.clone(), connection.client, connection.outbound.clone(), connection.present.clone());
+    let (sockets, client, outbound, present) = (
+        connection.sockets.clone(),
+        connection.client,
+        connection.outbound.clone(),
+        connection.present.clone(),
+    );
     Box::pin(async move {
         let (reply, change) = match connect(&sockets, client, &outbound, &present, &request).await {
-            Ok((result, live)) => (Some(Ok(Reply { connect: Some(result), ..Reply::default() })), Change::Connected(Box::new(live))),
+            Ok((result, live)) => (
+                Some(Ok(Reply { connect: Some(result), ..Reply::default() })),
+                Change::Connected(Box::new(live)),
+            ),
             Err(Refused::Error(error)) => (Some(Err(error)), Change::Refused),
             Err(Refused::Close(why)) => (None, Change::Close(why)),
         };
@@ -47,7 +55,13 @@ impl From<Refusal> for Refused {
     }
 }
 
-async fn connect(sockets: &Arc<Sockets>, client: ClientId, outbound: &Arc<Outbound>, present: &OnceLock<(TenantId, AgentId)>, request: &ConnectRequest) -> Result<(ConnectResult, Live), Refused> {
+async fn connect(
+    sockets: &Arc<Sockets>,
+    client: ClientId,
+    outbound: &Arc<Outbound>,
+    present: &OnceLock<(TenantId, AgentId)>,
+    request: &ConnectRequest,
+) -> Result<(ConnectResult, Live), Refused> {
     let now = sockets.desk.node().shards().clock.now();
     let (peer, claims) = sockets.auth.admit(&request.token, now).await?;
     let mut result = ConnectResult {
@@ -65,13 +79,21 @@ async fn connect(sockets: &Arc<Sockets>, client: ClientId, outbound: &Arc<Outbou
         let connected = AgentCommand::Connected { connection: client.to_string() };
         // From here on the connection's end is told as well, whatever becomes of it.
         let _ = present.set((agent.tenant.clone(), agent.agent.clone()));
-        let answer = sockets.desk.node().agent(&agent.tenant, &agent.agent, connected).map_err(Refused::Error)?;
+        let answer =
+            sockets.desk.node().agent(&agent.tenant, &agent.agent, connected).map_err(Refused::Error)?;
         answer.wait().await.map_err(Refused::Error)?;
         let topic = Topic::Agent(agent.tenant.clone(), agent.agent.clone());
-        sockets.hub.join(&topic, client, outbound, &info, false).map_err(|code| Refused::Error(code.into()))?;
+        sockets
+            .hub
+            .join(&topic, client, outbound, &info, false)
+            .map_err(|code| Refused::Error(code.into()))?;
         // Its own channel cannot be resumed, and says so.
         let was_recovering = request.subs.get(&topic.channel()).is_some_and(|s| s.recover);
-        result.subs.insert(topic.channel(), SubscribeResult { was_recovering, ..SubscribeResult::default() });
+        // An epoch all the same: Protobuf leaves out an empty map value, which the JavaScript SDK takes for a fault.
+        let epoch = format!("{:08x}", sockets.desk.node().incarnation());
+        result
+            .subs
+            .insert(topic.channel(), SubscribeResult { was_recovering, epoch, ..SubscribeResult::default() });
         subscriptions.insert(topic.channel(), Subscription { topic, announced: false });
     }
     Ok((result, Live { peer, claims, info, subscriptions }))

@@ -16,7 +16,9 @@ use std::sync::Arc;
 const WRAPPING_BYTES: usize = 1024 + 64 * PAGE_ENTRIES_MAX;
 
 pub(super) fn run(connection: &Connection, id: u32, request: HistoryRequest) -> Later<Half<Done>> {
-    let Some(claims) = super::claims(connection) else { return super::done(id, Err(ErrorCode::BadRequest.into())) };
+    let Some(claims) = super::claims(connection) else {
+        return super::done(id, Err(ErrorCode::BadRequest.into()));
+    };
     let sockets = connection.sockets.clone();
     super::replies(id, async move {
         let peer = super::fresh(&sockets, &claims).await?;
@@ -25,9 +27,15 @@ pub(super) fn run(connection: &Connection, id: u32, request: HistoryRequest) -> 
     })
 }
 
-async fn history(sockets: &Arc<Sockets>, peer: &Peer, request: &HistoryRequest) -> Result<HistoryResult, CommandError> {
+async fn history(
+    sockets: &Arc<Sockets>,
+    peer: &Peer,
+    request: &HistoryRequest,
+) -> Result<HistoryResult, CommandError> {
     let topic = super::topic(sockets, peer, &request.channel).await?;
-    let (Topic::Conversation(id), Peer::Agent(agent)) = (topic, peer) else { return Err(ErrorCode::NotAvailable.into()) };
+    let (Topic::Conversation(id), Peer::Agent(agent)) = (topic, peer) else {
+        return Err(ErrorCode::NotAvailable.into());
+    };
     let epoch = sockets.desk.node().epoch_of(id);
     let since = request.since.as_ref();
     if since.is_some_and(|s| !s.epoch.is_empty() && s.epoch != epoch) {
@@ -40,7 +48,12 @@ async fn history(sockets: &Arc<Sockets>, peer: &Peer, request: &HistoryRequest) 
         (Some(s), true) => Page::Before(Some(s.offset)),
     };
     let limit = usize::try_from(request.limit).unwrap_or(PAGE_ENTRIES_MAX).min(PAGE_ENTRIES_MAX);
-    let found = sockets.desk.entries_within(&agent.tenant, id, page, limit, PAGE_BYTES_MAX - WRAPPING_BYTES).await?;
-    let publications = found.entries.into_iter().map(|(offset, data)| Publication { data, offset, ..Publication::default() }).collect();
+    let found =
+        sockets.desk.entries_within(&agent.tenant, id, page, limit, PAGE_BYTES_MAX - WRAPPING_BYTES).await?;
+    let publications = found
+        .entries
+        .into_iter()
+        .map(|(offset, data)| Publication { data, offset, ..Publication::default() })
+        .collect();
     Ok(HistoryResult { publications, epoch, offset: found.tip })
 }

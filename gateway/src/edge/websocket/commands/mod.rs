@@ -17,10 +17,10 @@ use patchbay_protocol::client::request::Command;
 use patchbay_protocol::ids::ConversationId;
 use patchbay_protocol::{CommandError, Disconnect, ErrorCode};
 
+use super::Sockets;
 use super::connection::{Change, Connection, Done};
 use super::lanes::{Half, Later};
 use super::session::Session;
-use super::Sockets;
 use crate::auth::Peer;
 use crate::hub::Topic;
 
@@ -65,7 +65,10 @@ fn close(id: u32, why: Disconnect) -> Later<Half<Done>> {
 }
 
 /// A command that is done when this is.
-fn replies(id: u32, work: impl Future<Output = Result<Reply, CommandError>> + Send + 'static) -> Later<Half<Done>> {
+fn replies(
+    id: u32,
+    work: impl Future<Output = Result<Reply, CommandError>> + Send + 'static,
+) -> Later<Half<Done>> {
     Box::pin(async move { Half::Done(Done { id, reply: Some(work.await), change: Change::None }) })
 }
 
@@ -102,15 +105,24 @@ async fn topic(sockets: &Sockets, peer: &Peer, channel: &str) -> Result<Topic, C
         "inbox" => {
             let id = name.parse().map_err(|_| denied())?;
             let there = sockets.desk.node().directory().inbox(&agent.tenant, &id).await?.is_some();
-            if there && agent.may_see(&id) { Ok(Topic::Inbox(agent.tenant.clone(), id)) } else { Err(denied()) }
+            if there && agent.may_see(&id) {
+                Ok(Topic::Inbox(agent.tenant.clone(), id))
+            } else {
+                Err(denied())
+            }
         }
-        "agent" if name == agent.agent.as_str() => Ok(Topic::Agent(agent.tenant.clone(), agent.agent.clone())),
+        "agent" if name == agent.agent.as_str() => {
+            Ok(Topic::Agent(agent.tenant.clone(), agent.agent.clone()))
+        }
         _ => Err(denied()),
     }
 }
 
 /// The peer as the documents say now, for a permission that is asked at every command.
-async fn fresh(sockets: &Arc<Sockets>, connection_claims: &crate::auth::Claims) -> Result<Peer, CommandError> {
+async fn fresh(
+    sockets: &Arc<Sockets>,
+    connection_claims: &crate::auth::Claims,
+) -> Result<Peer, CommandError> {
     sockets.auth.peer(connection_claims).await.map_err(|r| match r {
         crate::auth::Refusal::Unavailable => CommandError::unavailable(),
         _ => ErrorCode::PermissionDenied.into(),

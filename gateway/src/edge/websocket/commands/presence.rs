@@ -10,7 +10,9 @@ use super::super::lanes::{Half, Later};
 use crate::hub::Topic;
 
 pub(super) fn run(connection: &Connection, id: u32, channel: String, stats: bool) -> Later<Half<Done>> {
-    let Some(claims) = super::claims(connection) else { return super::done(id, Err(ErrorCode::BadRequest.into())) };
+    let Some(claims) = super::claims(connection) else {
+        return super::done(id, Err(ErrorCode::BadRequest.into()));
+    };
     let sockets = connection.sockets.clone();
     super::replies(id, async move {
         let peer = super::fresh(&sockets, &claims).await?;
@@ -22,7 +24,8 @@ pub(super) fn run(connection: &Connection, id: u32, channel: String, stats: bool
         if stats {
             let users: HashSet<&str> = there.iter().map(|(_, info)| info.user.as_str()).collect();
             let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
-            let result = PresenceStatsResult { num_clients: count(there.len()), num_users: count(users.len()) };
+            let result =
+                PresenceStatsResult { num_clients: count(there.len()), num_users: count(users.len()) };
             return Ok(Reply { presence_stats: Some(result), ..Reply::default() });
         }
         let presence = there.into_iter().map(|(client, info)| (client.to_string(), info)).collect();

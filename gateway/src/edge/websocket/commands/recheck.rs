@@ -29,7 +29,9 @@ pub(crate) fn run(sockets: Arc<Sockets>, claims: Claims, topics: Vec<Topic>) -> 
                 for topic in topics {
                     let now = super::topic(&sockets, &peer, &topic.channel()).await;
                     match now {
-                        Err(e) if e.code.is_temporary() => return Half::Done(Done { id: 0, reply: None, change: Change::RecheckLater }),
+                        Err(e) if e.code.is_temporary() => {
+                            return Half::Done(Done { id: 0, reply: None, change: Change::RecheckLater });
+                        }
                         Err(_) => lost.push(topic),
                         Ok(_) => {}
                     }
@@ -37,7 +39,9 @@ pub(crate) fn run(sockets: Arc<Sockets>, claims: Claims, topics: Vec<Topic>) -> 
                 Change::Rechecked(Box::new(Rechecked { peer, lost }))
             }
             Err(Refusal::Unavailable) => Change::RecheckLater,
-            Err(Refusal::Revoked | Refusal::Invalid | Refusal::Expired | Refusal::NotAvailable) => Change::Close(Disconnect::ForceNoReconnect),
+            Err(Refusal::Revoked | Refusal::Invalid | Refusal::Expired | Refusal::NotAvailable) => {
+                Change::Close(Disconnect::ForceNoReconnect)
+            }
         };
         Half::Done(Done { id: 0, reply: None, change })
     })
@@ -49,7 +53,11 @@ pub(crate) fn apply(connection: &mut Connection, rechecked: Rechecked) {
     for topic in rechecked.lost {
         let Some(subscription) = live.subscriptions.remove(&topic.channel()) else { continue };
         if connection.sockets.hub.leave(&topic, connection.client) {
-            connection.outbound.reply(&unsubscribe_push(topic.channel(), UNSUBSCRIBED_BY_SERVER, "permission denied"));
+            connection.outbound.reply(&unsubscribe_push(
+                topic.channel(),
+                UNSUBSCRIBED_BY_SERVER,
+                "permission denied",
+            ));
             if subscription.announced {
                 connection.sockets.hub.announce(&topic, connection.client, false, &live.info);
             }

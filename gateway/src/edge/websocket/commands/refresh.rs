@@ -16,13 +16,24 @@ pub(super) fn run(connection: &Connection, id: u32, request: RefreshRequest) -> 
         let now = sockets.desk.node().shards().clock.now();
         let admitted = sockets.auth.admit(&request.token, now).await;
         let (reply, change) = match admitted {
-            Ok((_, claims)) if (&claims.tenant, &claims.sub, claims.role) != (&before.tenant, &before.sub, before.role) => {
+            Ok((_, claims))
+                if (&claims.tenant, &claims.sub, claims.role)
+                    != (&before.tenant, &before.sub, before.role) =>
+            {
                 (None, Change::Close(Disconnect::InvalidToken))
             }
             Ok((peer, claims)) => {
                 let (expires, ttl) = super::connect::ttl(&claims, now);
-                let result = RefreshResult { client: client.to_string(), version: env!("CARGO_PKG_VERSION").to_owned(), expires, ttl };
-                (Some(Ok(Reply { refresh: Some(result), ..Reply::default() })), Change::Refreshed(Box::new((peer, claims))))
+                let result = RefreshResult {
+                    client: client.to_string(),
+                    version: env!("CARGO_PKG_VERSION").to_owned(),
+                    expires,
+                    ttl,
+                };
+                (
+                    Some(Ok(Reply { refresh: Some(result), ..Reply::default() })),
+                    Change::Refreshed(Box::new((peer, claims))),
+                )
             }
             Err(Refusal::Expired) => (None, Change::Close(Disconnect::Expired)),
             Err(Refusal::Revoked) => (None, Change::Close(Disconnect::ForceNoReconnect)),

@@ -15,7 +15,7 @@ use patchbay_protocol::command::{Empty, Reply as Answered, Request, SetTyping, T
 use patchbay_protocol::ids::{ConversationId, InboxId};
 use patchbay_protocol::principal::AgentPrincipal;
 use patchbay_protocol::summary::Status;
-use patchbay_protocol::{Content, CommandError, ErrorCode};
+use patchbay_protocol::{CommandError, Content, ErrorCode};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
@@ -81,13 +81,19 @@ pub(super) fn run(connection: &Connection, id: u32, request: RpcRequest) -> Late
             Err(e) => Err(e),
         };
         let finish = move |outcome: Result<Value, CommandError>| {
-            metrics::histogram!("patchbay_edge_rpc_seconds", "method" => method).record(started.elapsed().as_secs_f64());
-            let reply = outcome.map(|data| Reply { rpc: Some(RpcResult { data: Bytes::from(data.to_string()) }), ..Reply::default() });
+            metrics::histogram!("patchbay_edge_rpc_seconds", "method" => method)
+                .record(started.elapsed().as_secs_f64());
+            let reply = outcome.map(|data| Reply {
+                rpc: Some(RpcResult { data: Bytes::from(data.to_string()) }),
+                ..Reply::default()
+            });
             Done { id, reply: Some(reply), change: Change::None }
         };
         match first {
             Ok(Pending::Done(value)) => Half::Done(finish(Ok(value))),
-            Ok(Pending::Handed(answer)) => Half::Handed(Box::pin(async move { finish(answer.wait().await.map(|r| answered(&r))) })),
+            Ok(Pending::Handed(answer)) => {
+                Half::Handed(Box::pin(async move { finish(answer.wait().await.map(|r| answered(&r))) }))
+            }
             Err(error) => Half::Done(finish(Err(error))),
         }
     })
@@ -108,14 +114,19 @@ fn answered(reply: &Answered) -> Value {
     }
 }
 
-async fn first_half(sockets: Arc<Sockets>, agent: AgentPrincipal, request: &RpcRequest) -> Result<Pending, CommandError> {
+async fn first_half(
+    sockets: Arc<Sockets>,
+    agent: AgentPrincipal,
+    request: &RpcRequest,
+) -> Result<Pending, CommandError> {
     let mut data = object(&request.data)?;
     let who = Who::Agent(agent.clone());
     match request.method.as_str() {
         "conversation.list" => return list(&sockets, &who, data).await.map(Pending::Done),
         "presence.set" => {
             let set: SetPresence = parse(data)?;
-            let answer = sockets.desk.node().agent(&agent.tenant, &agent.agent, AgentCommand::Set(set.state))?;
+            let answer =
+                sockets.desk.node().agent(&agent.tenant, &agent.agent, AgentCommand::Set(set.state))?;
             return Ok(Pending::Done(serde_json::to_value(answer.wait().await?).unwrap_or_default()));
         }
         "presence.get" => {
@@ -205,7 +216,12 @@ async fn list(sockets: &Sockets, who: &Who, data: Map<String, Value>) -> Result<
     Ok(json!({"conversations": found, "next": next}))
 }
 
-async fn typing(sockets: &Sockets, who: &Who, id: ConversationId, set: &SetTyping) -> Result<Value, CommandError> {
+async fn typing(
+    sockets: &Sockets,
+    who: &Who,
+    id: ConversationId,
+    set: &SetTyping,
+) -> Result<Value, CommandError> {
     sockets.desk.visible(who, id).await?;
     if let Who::Agent(agent) = who {
         let expires_at = sockets.desk.node().shards().clock.now().plus(TYPING_FOR);

@@ -21,7 +21,9 @@ pub(super) const RECOVERY_MAX_PUBLICATIONS: usize = 300;
 const FLAG_ERROR_IF_UNRECOVERED: i64 = 2;
 
 pub(super) fn run(connection: &mut Connection, id: u32, request: SubscribeRequest) -> Later<Half<Done>> {
-    let Session::Live(live) = &mut connection.session else { return super::done(id, Err(ErrorCode::BadRequest.into())) };
+    let Session::Live(live) = &mut connection.session else {
+        return super::done(id, Err(ErrorCode::BadRequest.into()));
+    };
     if request.channel.is_empty() || request.channel.len() > 255 {
         return super::done(id, Err(ErrorCode::BadRequest.into()));
     }
@@ -30,7 +32,8 @@ pub(super) fn run(connection: &mut Connection, id: u32, request: SubscribeReques
         return super::done(id, Err(ErrorCode::PermissionDenied.into()));
     }
     let claims = live.claims.clone();
-    let (sockets, client, outbound, info) = (connection.sockets.clone(), connection.client, connection.outbound.clone(), live.info.clone());
+    let (sockets, client, outbound, info) =
+        (connection.sockets.clone(), connection.client, connection.outbound.clone(), live.info.clone());
     Box::pin(async move {
         let channel = request.channel.clone();
         let refused = |error, change| Half::Done(Done { id, reply: Some(Err(error)), change });
@@ -44,7 +47,9 @@ pub(super) fn run(connection: &mut Connection, id: u32, request: SubscribeReques
         let _turn = if request.recover { outbound.recovery_turn().await } else { None };
         let past = match &topic {
             Topic::Conversation(conversation) => past(&sockets, &peer, *conversation, &request).await,
-            Topic::Inbox(..) | Topic::Agent(..) => Ok((SubscribeResult { was_recovering: request.recover, ..SubscribeResult::default() }, 0)),
+            Topic::Inbox(..) | Topic::Agent(..) => {
+                Ok((SubscribeResult { was_recovering: request.recover, ..SubscribeResult::default() }, 0))
+            }
         };
         match past {
             Ok((result, read)) => {
@@ -54,7 +59,11 @@ pub(super) fn run(connection: &mut Connection, id: u32, request: SubscribeReques
                 if announced {
                     sockets.hub.announce(&topic, client, true, &info);
                 }
-                Half::Done(Done { id, reply: None, change: Change::Subscribed(request.channel, Subscription { topic, announced }) })
+                Half::Done(Done {
+                    id,
+                    reply: None,
+                    change: Change::Subscribed(request.channel, Subscription { topic, announced }),
+                })
             }
             Err(error) => {
                 sockets.hub.leave(&topic, client);
@@ -64,14 +73,23 @@ pub(super) fn run(connection: &mut Connection, id: u32, request: SubscribeReques
     })
 }
 
-async fn admitted(sockets: &Arc<Sockets>, claims: &Claims, channel: &str) -> Result<(Peer, Topic), CommandError> {
+async fn admitted(
+    sockets: &Arc<Sockets>,
+    claims: &Claims,
+    channel: &str,
+) -> Result<(Peer, Topic), CommandError> {
     let peer = super::fresh(sockets, claims).await?;
     let topic = super::topic(sockets, &peer, channel).await?;
     Ok((peer, topic))
 }
 
 /// The subscribe result, and the seq up to which it covers the log.
-async fn past(sockets: &Sockets, peer: &Peer, id: ConversationId, request: &SubscribeRequest) -> Result<(SubscribeResult, u64), CommandError> {
+async fn past(
+    sockets: &Sockets,
+    peer: &Peer,
+    id: ConversationId,
+    request: &SubscribeRequest,
+) -> Result<(SubscribeResult, u64), CommandError> {
     let Peer::Agent(agent) = peer else { return Err(ErrorCode::PermissionDenied.into()) };
     let tip = sockets.desk.tip(&agent.tenant, id).await?.seq;
     let epoch = sockets.desk.node().epoch_of(id);
@@ -89,7 +107,9 @@ async fn past(sockets: &Sockets, peer: &Peer, id: ConversationId, request: &Subs
     let same_log = request.epoch.is_empty() || request.epoch == epoch;
     let missed = tip.checked_sub(request.offset);
     let recovered = match missed {
-        Some(missed) if same_log && missed <= RECOVERY_MAX_PUBLICATIONS as u64 => missed_entries(sockets, id, request.offset, tip).await?,
+        Some(missed) if same_log && missed <= RECOVERY_MAX_PUBLICATIONS as u64 => {
+            missed_entries(sockets, id, request.offset, tip).await?
+        }
         _ => None,
     };
     match recovered {
@@ -105,10 +125,23 @@ async fn past(sockets: &Sockets, peer: &Peer, id: ConversationId, request: &Subs
 }
 
 /// Everything after `after` up to the tip; `None` when it is too much for one reply.
-async fn missed_entries(sockets: &Sockets, id: ConversationId, after: u64, tip: u64) -> Result<Option<Vec<Publication>>, CommandError> {
+async fn missed_entries(
+    sockets: &Sockets,
+    id: ConversationId,
+    after: u64,
+    tip: u64,
+) -> Result<Option<Vec<Publication>>, CommandError> {
     // Half of a frame's bound: data grows when it is wrapped.
-    let page = sockets.desk.read(id, Page::After(after), tip, RECOVERY_MAX_PUBLICATIONS, PAGE_BYTES_MAX * 9 / 10).await;
+    let page = sockets
+        .desk
+        .read(id, Page::After(after), tip, RECOVERY_MAX_PUBLICATIONS, PAGE_BYTES_MAX * 9 / 10)
+        .await;
     let entries = page.map_err(|_| CommandError::unavailable())?.entries;
     let whole = entries.last().map_or(after, |(seq, _)| *seq) == tip;
-    Ok(whole.then(|| entries.into_iter().map(|(offset, data)| Publication { data, offset, ..Publication::default() }).collect()))
+    Ok(whole.then(|| {
+        entries
+            .into_iter()
+            .map(|(offset, data)| Publication { data, offset, ..Publication::default() })
+            .collect()
+    }))
 }

@@ -1,0 +1,238 @@
+//! One contract suite, written against the traits, run on every engine alike.
+#![allow(missing_docs, clippy::unwrap_used)]
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use patchbay_protocol::ids::{CommandId, EntityId};
+use patchbay_protocol::timestamp::Timestamp;
+use patchbay_storage::embedded::Embedded;
+use patchbay_storage::log::{AdoptError, Append, BUCKET_ROWS, LogKey, Logs, Snapshot, Tail, entry_hash};
+use patchbay_storage::model::Model;
+use patchbay_storage::tables::{Activity, IdKey, Mark, Tables, Timer, hour_of};
+use patchbay_storage::{
+    Batch, CasOutcome, Cell, DocumentKey, Engine, ReadError, RowWrite, Scan, Stamp, Table,
+};
+
+fn key() -> LogKey {
+    LogKey { entity: [7; 16], shard: 3 }
+}
+
+fn bytes(text: &str) -> Bytes {
+    Bytes::copy_from_slice(text.as_bytes())
+}
+
+fn payloads(from: u64, n: u64) -> Vec<(CommandId, Bytes)> {
+    (from..from + n).map(|s| (CommandId([1; 16]), bytes(&format!("{{\"seq\":{s}}}")))).collect()
+}
+
+async fn append(logs: &Logs, stamp: Stamp, first: u64, confirmed: u64, n: u64) {
+    logs.append(Append::new(key(), stamp, first, confirmed, &payloads(first, n))).await.unwrap();
+}
+
+async fn rows_and_scans(engine: Arc<dyn Engine>) {
+    let partition = bytes("p");
+    let row = |c: &str, stamp, value: Option<&str>| RowWrite {
+        clustering: bytes(c),
+        stamp,
+        cell: value.map_or(Cell::Delete, |v| Cell::Put(bytes(v))),
+    };
+    let write = |rows| Batch { shard: 1, table: Table::Sessions, partition: partition.clone(), rows };
+    let stamp = |n| Stamp::new(1, n);
+    let first =
+        vec![row("a", stamp(1), Some("1")), row("b", stamp(1), Some("2")), row("c", stamp(1), Some("3"))];
+    engine.write(write(first)).await.unwrap();
+    engine.write(write(vec![row("b", stamp(2), Some("two")), row("c", stamp(2), None)])).await.unwrap();
+    let all = engine.scan(Scan::all(Table::Sessions, partition.clone(), 10)).await.unwrap();
+    let seen: Vec<(&[u8], &[u8])> = all.iter().map(|r| (&r.clustering[..], &r.value[..])).collect();
+    assert_eq!(seen, [(&b"a"[..], &b"1"[..]), (b"b", b"two")]);
+    let last = engine
+        .scan(Scan { reverse: true, ..Scan::all(Table::Sessions, partition.clone(), 1) })
+        .await
+        .unwrap();
+    assert_eq!((last.len(), &last[0].clustering[..]), (1, &b"b"[..]));
+    // A later reign beats an earlier one's late write.
+    engine.write(write(vec![row("a", Stamp::new(2, 1), Some("new"))])).await.unwrap();
+    engine.write(write(vec![row("a", Stamp::new(1, 99), Some("zombie"))])).await.unwrap();
+    assert_eq!(engine.get(Table::Sessions, &partition, &bytes("a")).await.unwrap().unwrap().value, "new");
+    engine.drop_partition(Table::Sessions, partition.clone()).await.unwrap();
+    assert!(engine.scan(Scan::all(Table::Sessions, partition, 10)).await.unwrap().is_empty());
+}
+
+async fn documents(engine: Arc<dyn Engine>) {
+    let key = |id: &str| DocumentKey { scope: "t".into(), kind: "k", id: id.into() };
+    let set = async |id: &str, expected, value: Option<&str>| {
+        engine.compare_and_set(key(id), expected, value.map(bytes)).await.unwrap()
+    };
+    assert_eq!(set("a", None, Some("1")).await, CasOutcome::Applied);
+    let CasOutcome::Refused(Some(found)) = set("a", None, Some("2")).await else { panic!("a second create") };
+    assert_eq!((found.version, &found.value[..]), (1, &b"1"[..]));
+    assert_eq!(set("a", Some(1), Some("2")).await, CasOutcome::Applied);
+    assert_eq!(set("a", Some(2), None).await, CasOutcome::Applied);
+    assert_eq!(engine.document(&key("a")).await.unwrap(), None);
+    assert_eq!(set("a", None, Some("3")).await, CasOutcome::Applied);
+    assert_eq!(engine.document(&key("a")).await.unwrap().unwrap().version, 4, "versions never repeat");
+    set("b", None, Some("b")).await;
+    let other = DocumentKey { scope: "u".into(), kind: "k", id: "c".into() };
+    engine.compare_and_set(other, None, Some(bytes("c"))).await.unwrap();
+    let list = engine.documents("t", "k", "", 10).await.unwrap();
+    assert_eq!(list.iter().map(|(id, _)| id.as_str()).collect::<Vec<_>>(), ["a", "b"]);
+    assert_eq!(engine.documents("t", "k", "a", 10).await.unwrap().len(), 1);
+}
+
+async fn logs_page_both_ways(engine: Arc<dyn Engine>) {
+    let logs = Logs::new(engine);
+    let mut next = 1;
+    while next < BUCKET_ROWS + 100 {
+        append(&logs, Stamp::new(1, u32::try_from(next).unwrap()), next, next - 1, 50).await;
+        next += 50;
+    }
+    let (tip, edge) = (next - 1, BUCKET_ROWS);
+    let forward = logs.forward(key(), edge - 3, tip, 6, usize::MAX).await.unwrap();
+    assert_eq!(forward.iter().map(|r| r.seq).collect::<Vec<_>>(), (edge - 2..edge + 4).collect::<Vec<_>>());
+    let backward = logs.backward(key(), edge + 2, 4, usize::MAX).await.unwrap();
+    assert_eq!(backward.iter().map(|r| r.seq).collect::<Vec<_>>(), [edge + 1, edge, edge - 1, edge - 2]);
+    assert_eq!(logs.forward(key(), 0, tip, 1000, 99).await.unwrap().len(), 10, "bounded in bytes");
+    assert_eq!(logs.backward(key(), 3, 100, usize::MAX).await.unwrap().len(), 2);
+    assert_eq!(
+        logs.forward(key(), tip, tip + 1, 10, usize::MAX).await,
+        Err(ReadError::Damaged),
+        "no hole below a tip"
+    );
+    let tail = logs.tail(key(), 0).await.unwrap();
+    assert_eq!((tail.rows.len() as u64, tail.confirmed), (tip, tip - 50));
+}
+
+async fn adoption(engine: Arc<dyn Engine>) {
+    let logs = Logs::new(engine.clone());
+    append(&logs, Stamp::new(1, 1), 1, 0, 3).await;
+    append(&logs, Stamp::new(1, 2), 4, 3, 2).await;
+    // An append of which one row is missing.
+    let mut half = Append::new(key(), Stamp::new(1, 3), 6, 5, &payloads(6, 3));
+    half.batches[0].rows.remove(1);
+    engine.write(half.batches.remove(0)).await.unwrap();
+    let tail = logs.tail(key(), 0).await.unwrap();
+    assert_eq!((tail.rows.len(), tail.confirmed), (5, 5), "half an append is dropped");
+    append(&logs, Stamp::new(2, 1), 6, 5, 2).await;
+    append(&logs, Stamp::new(2, 2), 8, 5, 1).await;
+    let tail = logs.tail(key(), 0).await.unwrap();
+    assert_eq!((tail.rows.len(), tail.confirmed), (8, 5));
+    logs.rewrite(key(), Stamp::new(3, 1), &tail).await.unwrap();
+    let again = logs.tail(key(), 0).await.unwrap();
+    assert_eq!(again.rows.len(), 8);
+    assert!(
+        again.rows[5..].iter().all(|r| r.stamp == Stamp::new(3, 1))
+            && again.rows[5].origin == Stamp::new(2, 1)
+    );
+    // A confirmed row that is missing is damage, never overwritten.
+    let partition = Append::new(key(), Stamp::new(1, 1), 2, 0, &payloads(2, 1)).batches[0].partition.clone();
+    let gone = Batch::delete(
+        3,
+        Table::Entries,
+        partition,
+        Bytes::copy_from_slice(&2u64.to_be_bytes()),
+        Stamp::new(4, 1),
+    );
+    engine.write(gone).await.unwrap();
+    assert_eq!(logs.tail(key(), 0).await, Err(AdoptError::Damaged(2)));
+}
+
+async fn an_append_across_a_bucket_edge(engine: Arc<dyn Engine>) {
+    let logs = Logs::new(engine.clone());
+    let mut next = 1;
+    while next + 40 < BUCKET_ROWS {
+        append(&logs, Stamp::new(1, u32::try_from(next).unwrap()), next, next - 1, 40).await;
+        next += 40;
+    }
+    let mut edge = Append::new(key(), Stamp::new(1, 9_999), next, next - 1, &payloads(next, 64));
+    assert_eq!(edge.batches.len(), 2);
+    engine.write(edge.batches.pop().unwrap()).await.unwrap();
+    assert_eq!(
+        logs.tail(key(), 0).await.unwrap().rows.len() as u64,
+        next - 1,
+        "only its second half is there"
+    );
+    engine.write(edge.batches.pop().unwrap()).await.unwrap();
+    let tail = logs.tail(key(), 0).await.unwrap();
+    assert_eq!(tail.rows.len() as u64, next + 63);
+    // An adoption that crashed between the buckets has rewritten the newest only.
+    let newest: Vec<_> = tail.rows.iter().filter(|r| r.seq >= BUCKET_ROWS).cloned().collect();
+    let part = Tail { rows: newest, confirmed: BUCKET_ROWS - 1, stamp_max: None };
+    logs.rewrite(key(), Stamp::new(2, 1), &part).await.unwrap();
+    assert_eq!(logs.tail(key(), 0).await.unwrap().rows.len() as u64, next + 63, "stamps that rise stand");
+}
+
+async fn snapshots_and_references(engine: Arc<dyn Engine>) {
+    let logs = Logs::new(engine.clone());
+    let tables = Tables::new(engine.clone());
+    append(&logs, Stamp::new(1, 1), 1, 0, 4).await;
+    let row = logs.row(key(), 4).await.unwrap().unwrap();
+    let snapshot = Snapshot { seq: 4, entry_hash: entry_hash(&row.payload), state: bytes("state") };
+    engine.write(Logs::snapshot_write(key(), Stamp::new(1, 2), &snapshot)).await.unwrap();
+    assert_eq!(logs.snapshot(key()).await.unwrap(), Some(snapshot.clone()));
+    assert_eq!(logs.tail(key(), 4).await.unwrap().rows.len(), 0);
+    let wrong = Snapshot { entry_hash: [0; 16], ..snapshot };
+    engine.write(Logs::snapshot_write(key(), Stamp::new(1, 3), &wrong)).await.unwrap();
+    assert_eq!(logs.snapshot(key()).await, Err(AdoptError::Damaged(4)), "a snapshot of another log");
+    let ids: Vec<(IdKey, u64)> = (0..100u64).map(|n| (IdKey::of(["x", &n.to_string()]), n)).collect();
+    for batch in Tables::reference_writes(key(), Stamp::new(1, 4), &ids) {
+        engine.write(batch).await.unwrap();
+    }
+    for (id, seq) in ids {
+        assert_eq!(tables.reference(key(), id).await.unwrap(), Some(seq));
+    }
+    assert_eq!(tables.reference(key(), IdKey::of(["y"])).await.unwrap(), None);
+}
+
+async fn activity_marks_and_timers(engine: Arc<dyn Engine>) {
+    let tables = Tables::new(engine.clone());
+    let entity = EntityId::Account("t".parse().unwrap(), "a".parse().unwrap());
+    let (bucket, stamp) = (Mark { epoch: 1, bucket: 0 }, Stamp::new(1, 1));
+    let activity = Activity { entity: entity.clone(), lowest: 5 };
+    engine.write(Tables::activity_write(9, bucket, stamp, &activity)).await.unwrap();
+    assert_eq!(tables.activity(9, bucket).await.unwrap(), [activity]);
+    engine.write(Tables::mark_write(9, stamp, Mark { epoch: 1, bucket: 3 })).await.unwrap();
+    assert_eq!(tables.mark(9).await.unwrap(), Some(Mark { epoch: 1, bucket: 3 }));
+    engine.write(Tables::park_write(9, stamp, &entity, "why")).await.unwrap();
+    assert_eq!(tables.parked(9).await.unwrap(), [(entity.clone(), "why".to_owned())]);
+    tables.drop_activity(9, bucket).await.unwrap();
+    assert!(tables.activity(9, bucket).await.unwrap().is_empty());
+    let due = Timestamp::parse("2026-11-21T10:30:00Z").unwrap();
+    let timer = Timer { entity, due };
+    engine.write(Tables::timer_write(9, stamp, &timer, 0)).await.unwrap();
+    assert_eq!(tables.timers(9, hour_of(due)).await.unwrap(), [timer.clone()]);
+    engine.write(Tables::timer_write(9, stamp, &timer, hour_of(due) + 2)).await.unwrap();
+    assert_eq!(
+        tables.timers(9, hour_of(due) + 2).await.unwrap(),
+        [timer],
+        "one due before the mark's hour lies in it"
+    );
+}
+
+macro_rules! suite {
+    ($engine:ident, $make:path) => {
+        suite!(@ $engine, $make, rows_and_scans documents logs_page_both_ways adoption an_append_across_a_bucket_edge
+            snapshots_and_references activity_marks_and_timers);
+    };
+    (@ $engine:ident, $make:path, $($test:ident)*) => {
+        mod $engine {
+            $(#[tokio::test(flavor = "multi_thread")]
+            async fn $test() {
+                let (engine, _dir) = $make();
+                super::$test(engine).await;
+            })*
+        }
+    };
+}
+
+fn model() -> (Arc<dyn Engine>, Option<tempfile::TempDir>) {
+    (Arc::new(Model::new()), None)
+}
+
+fn embedded() -> (Arc<dyn Engine>, Option<tempfile::TempDir>) {
+    let dir = tempfile::tempdir().unwrap();
+    (Arc::new(Embedded::open(&dir.path().join("data")).unwrap()), Some(dir))
+}
+
+suite!(on_model, super::model);
+suite!(on_embedded, super::embedded);
