@@ -96,11 +96,16 @@ pub struct Agent {
     pub not_before: Option<Timestamp>,
 }
 
+/// A document as JSON with its version, or that there is none.
+type Stored = Option<(u64, Arc<[u8]>)>;
+/// An account, or that there is none.
+type Known = Option<Arc<Account>>;
+
 /// The documents of tenants.
 pub struct Directory {
     tables: Tables,
-    cache: Mutex<HashMap<DocumentKey, Option<(u64, Arc<[u8]>)>>>,
-    accounts: Mutex<HashMap<(TenantId, AccountId), Option<Arc<Account>>>>,
+    cache: Mutex<HashMap<DocumentKey, Stored>>,
+    accounts: Mutex<HashMap<(TenantId, AccountId), Known>>,
     changes: watch::Sender<u64>,
     /// Rises with every write: what was read before one is not kept after it.
     writes: AtomicU64,

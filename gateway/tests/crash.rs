@@ -358,7 +358,7 @@ async fn settle(node: &Node, key: &str, simulator: &Simulator, all: usize) {
 
 async fn check(node: &Node, key: &str, simulator: &Simulator, load: &Load, all: usize) {
     let record = simulator.record();
-    let ledger = load.ledger.lock().unwrap();
+    let ledger = std::mem::take(&mut *load.ledger.lock().unwrap());
     let (mut sends, mut received, mut unknown) = (0, 0, 0);
     let mut calls: HashMap<&str, Vec<(&str, bool)>> = HashMap::new();
     for call in &record.calls {

@@ -59,7 +59,7 @@ impl<T> Found<T> {
 }
 
 /// What came of a command.
-pub struct Decision<E: LogEntity + ?Sized> {
+pub struct Decision<E: LogEntity> {
     /// To be appended, in order.
     pub entries: Vec<E::Entry>,
     /// Rows beside the log that must be durable before the reply.

@@ -45,6 +45,9 @@ pub struct Queued<E: LogEntity> {
     pub(super) failures: u32,
 }
 
+/// A look at a state.
+pub type Look<S> = Box<dyn FnOnce(&S) + Send + Sync>;
+
 /// What an entity's actor is told.
 pub enum Msg<E: LogEntity> {
     /// A command.
@@ -62,7 +65,7 @@ pub enum Msg<E: LogEntity> {
     /// Nobody has asked for a while.
     Idle,
     /// An effect wants to see the state.
-    Peek(Box<dyn FnOnce(&E::State) + Send + Sync>),
+    Peek(Look<E::State>),
 }
 
 /// How an entity's effects speak to it and to the store.
