@@ -60,6 +60,18 @@ pub(crate) struct Account {
     /// Messages that are not settled yet.
     #[serde(skip_serializing_if = "Option::is_none")]
     unsettled: Option<usize>,
+    /// What is left of the provider's limits.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    limits: Option<LimitsLeft>,
+}
+
+/// What is left of the provider's limits.
+#[derive(Serialize, ToSchema)]
+pub(crate) struct LimitsLeft {
+    /// Messages that may go at once now.
+    messages_left: u32,
+    /// Messages a second in the long run.
+    messages_per_second: u32,
 }
 
 /// Accounts.
@@ -81,6 +93,7 @@ fn shown(id: String, a: &directory::Account) -> Account {
         status: "ok".into(),
         reason: None,
         unsettled: None,
+        limits: None,
     }
 }
 
@@ -132,10 +145,11 @@ async fn with_status(
     id: &AccountId,
     mut account: Account,
 ) -> Result<Account, Failure> {
-    if let AccountReply::Status { paused, unsettled } =
+    if let AccountReply::Status { paused, unsettled, left, per_second } =
         api.desk.node().account(tenant, id, AccountCommand::Status)?.wait().await?
     {
         account.unsettled = Some(unsettled);
+        account.limits = Some(LimitsLeft { messages_left: left, messages_per_second: per_second });
         if let Some(reason) = paused {
             account.status = "paused".into();
             account.reason = Some(reason);

@@ -29,6 +29,11 @@ fn codes() {
 }
 
 #[test]
+fn async_api() {
+    check("asyncapi.json", &patchbay_gateway::edge::websocket::asyncapi::description());
+}
+
+#[test]
 fn open_api() {
     let description = patchbay_admin_api::openapi::description();
     let parsed: serde_json::Value = serde_json::from_str(&description).unwrap();

@@ -120,6 +120,10 @@ pub enum AccountReply {
         paused: Option<String>,
         /// Unsettled sends.
         unsettled: usize,
+        /// Messages that the provider's limit lets go at once now.
+        left: u32,
+        /// Messages a second that it lets go in the long run.
+        per_second: u32,
     },
 }
 
@@ -155,10 +159,7 @@ pub(super) fn decide(state: &State, found: &Found<Record>, command: &AccountComm
         }
         AccountCommand::Resume if state.paused.is_some() => Ok(entries(now, [AccountEntry::Resumed {}])),
         AccountCommand::Resume => Ok(Decision::reply(AccountReply::Taken)),
-        AccountCommand::Status => Ok(Decision::reply(AccountReply::Status {
-            paused: state.paused.clone(),
-            unsettled: state.sends.len(),
-        })),
+        AccountCommand::Status => Ok(Decision::reply(state.status(now.at))),
         AccountCommand::Called { entry, verdict, jitter } => {
             called(state, found, *entry, verdict, *jitter, now)
         }

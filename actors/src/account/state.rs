@@ -10,6 +10,7 @@ use patchbay_protocol::outbound::{Backoff, Lane, Outbound};
 use patchbay_protocol::timestamp::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use super::commands::AccountReply;
 use super::log::{AccountEntry, Record};
 use super::pacing::{Breaker, Bucket};
 
@@ -246,6 +247,16 @@ impl State {
         let call = first
             .map(|at| at.max(self.not_before).max(self.breaker.open_until()).max(self.bucket.ready_at(now)));
         [call, expiry].into_iter().flatten().min()
+    }
+
+    /// How the account is.
+    pub fn status(&self, now: Timestamp) -> AccountReply {
+        AccountReply::Status {
+            paused: self.paused.clone(),
+            unsettled: self.sends.len(),
+            left: self.bucket.tokens(now).max(0.0) as u32,
+            per_second: self.limits.account_per_second as u32,
+        }
     }
 
     /// The conversation of a provider id that was settled not long ago.

@@ -94,7 +94,8 @@ fn unknown(table: &Table, prefix: &str, faults: &mut Vec<String>) {
         let is_section = known.iter().any(|k| k.starts_with(&format!("{key}.")));
         match value {
             _ if known.contains(&key) => {}
-            Value::Table(inner) if is_section => unknown(inner, &key, faults),
+            // A section that is not known is named by its keys, which tell better what was meant.
+            Value::Table(inner) if is_section || !inner.is_empty() => unknown(inner, &key, faults),
             Value::Array(list) if is_section => {
                 for inner in list.iter().filter_map(Value::as_table) {
                     unknown(inner, &key, faults);

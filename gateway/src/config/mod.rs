@@ -272,6 +272,10 @@ section! {
     Live {
         /// Whether sockets need no token; not used in this version.
         insecure: bool = false,
+        /// Options of channels without a namespace, by Centrifugo's names; not used in this version.
+        without_namespace: Option<toml::Table> = None,
+        /// Options of namespaces, by Centrifugo's names; not used in this version.
+        namespaces: Option<toml::Table> = None,
         /// Tenant of tokens that name none; not used in this version.
         default_tenant: Option<String> = None,
         /// Whether `#<sub>` is subscribed; not used in this version.

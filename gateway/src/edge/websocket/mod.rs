@@ -1,6 +1,7 @@
 //! WebSocket clients. Handshake here, the connection's loop in [`connection`], what it remembers in [`session`], one
 //! file per command in [`commands`], the order of commands in [`lanes`].
 
+pub mod asyncapi;
 pub mod commands;
 pub mod connection;
 pub mod lanes;

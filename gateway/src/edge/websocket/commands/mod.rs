@@ -17,6 +17,8 @@ use patchbay_protocol::client::request::Command;
 use patchbay_protocol::ids::ConversationId;
 use patchbay_protocol::{CommandError, Disconnect, ErrorCode};
 
+pub(super) use rpc::METHODS;
+
 use super::Sockets;
 use super::connection::{Change, Connection, Done};
 use super::lanes::{Half, Later};

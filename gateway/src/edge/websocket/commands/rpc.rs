@@ -29,7 +29,7 @@ use crate::auth::Peer;
 const TYPING_FOR: Duration = Duration::from_secs(6);
 
 /// Every method that there is.
-pub(super) const METHODS: [&str; 17] = [
+pub(in crate::edge::websocket) const METHODS: [&str; 17] = [
     "message.send",
     "message.edit",
     "message.delete",
