@@ -18,6 +18,8 @@ use crate::directory::Account;
 use crate::node::Node;
 use crate::router::{Answer, Router, command_id};
 
+/// Items of a body that are under way at once.
+const CHUNK_ITEMS: usize = 128;
 /// Address-to-thread hits that are remembered: they are final.
 const ALIASES_MAX: usize = 200_000;
 
@@ -58,8 +60,22 @@ impl Intake {
         document: &Account,
         items: Vec<Item>,
     ) -> Result<(), CommandError> {
-        let targets = self.targets(tenant, account, document, &items).await?;
-        let threads = self.threads(tenant, &targets, &items).await?;
+        // As many at once as one entity is sure to admit.
+        for chunk in items.chunks(CHUNK_ITEMS) {
+            self.take_chunk(tenant, account, document, chunk).await?;
+        }
+        Ok(())
+    }
+
+    async fn take_chunk(
+        &self,
+        tenant: &TenantId,
+        account: &AccountId,
+        document: &Account,
+        items: &[Item],
+    ) -> Result<(), CommandError> {
+        let targets = self.targets(tenant, account, document, items).await?;
+        let threads = self.threads(tenant, &targets, items).await?;
         let mut under = Vec::with_capacity(items.len());
         for ((item, target), thread) in items.iter().zip(&targets).zip(threads) {
             let Some(target) = target else {
@@ -168,7 +184,13 @@ impl Intake {
             asked.push((at, target, addresses, self.node.account(tenant, &target.account, resolve)?));
         }
         for (at, target, addresses, answer) in asked {
-            let AccountReply::Thread(Some(reply)) = answer.wait().await? else { continue };
+            let reply = match answer.wait().await {
+                Ok(AccountReply::Thread(Some(reply))) => reply,
+                // Found out below: an item without a thread goes to the dead letters.
+                Ok(_) => continue,
+                Err(e) if e.code.is_temporary() && e.code != ErrorCode::Internal => return Err(e),
+                Err(_) => continue,
+            };
             self.link(tenant, target, &reply).await?;
             if reply.other.is_none() {
                 self.remember(tenant, &target.account, &addresses, &reply.thread);
@@ -209,7 +231,14 @@ impl Intake {
     ) -> Result<Under<'a>, CommandError> {
         Ok(match &item.kind {
             ItemKind::Thread(thread) => {
-                let key = key.ok_or_else(CommandError::unavailable)?;
+                let Some(key) = key else {
+                    return Ok(Under::Account(self.dead_letter(
+                        tenant,
+                        &target.account,
+                        "its thread cannot be told",
+                        item,
+                    )));
+                };
                 let id = ConversationId::derive(tenant, &target.account, &key);
                 let opening = Opening { thread: key, contact: thread.contact.clone() };
                 let request = Request::Receive { opening, event: thread.event.clone() };

@@ -192,12 +192,12 @@ impl Node {
             let woken = match id {
                 EntityId::Conversation(_) => {
                     match self.conversations.send(id, system_command(Request::TimerDue)) {
-                        Ok(answer) => answer.wait().await.is_ok(),
+                        Ok(answer) => settled(answer.wait().await),
                         Err(_) => false,
                     }
                 }
                 EntityId::Account(..) => match self.accounts.send(id, AccountCommand::Wake) {
-                    Ok(answer) => answer.wait().await.is_ok(),
+                    Ok(answer) => settled(answer.wait().await),
                     Err(_) => false,
                 },
                 EntityId::Agent(..) | EntityId::Inbox(..) => true,
@@ -304,6 +304,17 @@ async fn unfinished(node: &Node) -> Result<HashSet<EntityId>, ReadError> {
         tracing::info!(entities = found.len(), "waking what an earlier incarnation left");
     }
     Ok(found)
+}
+
+/// Whether an entity has answered a wake-up, or is parked, which its own row says.
+fn settled<T>(outcome: Result<T, CommandError>) -> bool {
+    let parked = |e: &CommandError| {
+        e.detail.as_ref().and_then(|d| d["detail"].as_str()).is_some_and(|d| d.starts_with("parked"))
+    };
+    match outcome {
+        Ok(_) => true,
+        Err(e) => parked(&e),
+    }
 }
 
 /// Notes that everything before this incarnation is in hand: woken entities have activity of this epoch, which covers

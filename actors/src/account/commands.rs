@@ -247,6 +247,7 @@ fn wake(state: &State, now: &Now) -> Outcome {
     let room = CHOSEN_MAX.saturating_sub(bodies.len());
     let over = state.kept.iter().filter(|(_, k)| now.at.since(k.at) >= KEPT_FOR).take(room);
     effects.extend(over.map(|(seq, kept)| Effect::Bury { seq: *seq, kept: Box::new(kept.clone()) }));
+    effects.extend(placeable(state, now));
     let mut decision = entries(now, bodies);
     decision.effects = effects;
     Ok(decision)
@@ -413,9 +414,30 @@ fn loaded(state: &State, now: &Now) -> Decision<Account> {
             }
         }
     }
+    effects.extend(placeable(state, now));
     let mut decision = entries(now, bodies);
     decision.effects = effects;
     decision
+}
+
+/// Kept receipts whose conversation is known by now, to be tried again: a turn of them at a time, so that those that
+/// fit nowhere do not starve the rest.
+fn placeable(state: &State, now: &Now) -> Vec<Effect> {
+    const AT_ONCE: u64 = 16;
+    let turns = (state.kept.len() as u64).div_ceil(AT_ONCE).max(1);
+    let turn = usize::try_from(now.at.as_millis().unsigned_abs() / 1000 % turns * AT_ONCE).unwrap_or(0);
+    let next = state.kept.iter().skip(turn).take(usize::try_from(AT_ONCE).unwrap_or(1));
+    next.filter_map(|(seq, k)| {
+        let conversation =
+            k.conversation.or_else(|| state.conversation_of(k.update.provider_id.as_deref()?))?;
+        let receipt = KeptReceipt {
+            conversation: Some(conversation),
+            message_seq: k.message_seq,
+            update: k.update.clone(),
+        };
+        Some(Effect::Place { kept: *seq, receipt: Box::new(receipt) })
+    })
+    .collect()
 }
 
 /// When the durable timer of an account must be armed: while anything is unsettled, within 5 s.

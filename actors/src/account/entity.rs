@@ -198,7 +198,7 @@ impl LogEntity for Account {
     }
 
     fn on_load(&self, state: &State) -> Option<AccountCommand> {
-        (!state.sends.is_empty()).then_some(AccountCommand::Loaded)
+        (!state.sends.is_empty() || !state.kept.is_empty()).then_some(AccountCommand::Loaded)
     }
 
     fn timer(state: &State, armed: Option<Timestamp>, now: Timestamp) -> Option<Timestamp> {
@@ -211,6 +211,10 @@ impl LogEntity for Account {
 
     fn wake() -> AccountCommand {
         AccountCommand::Wake
+    }
+
+    fn is_wake(command: &AccountCommand) -> bool {
+        matches!(command, AccountCommand::Wake | AccountCommand::Loaded)
     }
 
     fn may_passivate(state: &State) -> bool {

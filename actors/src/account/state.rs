@@ -402,7 +402,9 @@ impl State {
             self.due.insert(place, recipient.to_owned());
         }
         if self.lines.len() > IDLE_LINES_MAX + self.sends.len() {
-            self.lines.retain(|_, l| !l.queue.is_empty() || l.calling || !l.bucket.is_full(now));
+            self.lines.retain(|_, l| {
+                !l.queue.is_empty() || l.calling || l.not_before > now || !l.bucket.is_full(now)
+            });
         }
     }
 

@@ -84,7 +84,7 @@ impl Conversation {
     async fn hand_on(&self, me: &Handle<Self>, id: ConversationId, seq: u64, lane: Lane) {
         let mut pause = Duration::from_millis(20);
         loop {
-            if self.try_hand_on(me, id, seq, lane).await.is_some() {
+            if self.try_hand_on(me, id, seq, lane).await.is_some() || me.has_ended() {
                 return;
             }
             tokio::time::sleep(pause).await;
@@ -283,6 +283,10 @@ impl LogEntity for Conversation {
 
     fn wake() -> Command {
         crate::router::system_command(Request::TimerDue)
+    }
+
+    fn is_wake(command: &Command) -> bool {
+        matches!(command.request, Request::TimerDue)
     }
 
     fn may_passivate(_: &State) -> bool {

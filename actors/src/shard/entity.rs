@@ -187,6 +187,9 @@ pub trait LogEntity: Sized + Send + Sync + 'static {
     /// The command that a wake-up or timer stands for.
     fn wake() -> Self::Command;
 
+    /// Whether a command is [`Self::wake`].
+    fn is_wake(command: &Self::Command) -> bool;
+
     /// Whether the entity may be forgotten until its next command.
     fn may_passivate(state: &Self::State) -> bool;
 

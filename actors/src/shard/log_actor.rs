@@ -34,6 +34,10 @@ const DERIVE_PAUSE: Duration = Duration::from_millis(250);
 const SNAPSHOT_ENTRIES: u64 = 128;
 /// A command that panics this often is parked.
 const POISON_TRIES: u32 = 3;
+/// Times in a row that an entity is loaded anew of its own accord.
+const CHILLS_MAX: u32 = 8;
+/// Between two tries of what the store did not answer.
+const RELOAD_PAUSE: Duration = Duration::from_millis(500);
 /// Times that a lookup may ask for more.
 const LOOKUP_ROUNDS: usize = 4;
 
@@ -54,8 +58,13 @@ pub enum Msg<E: LogEntity> {
     Command(Queued<E>),
     /// The append under way was answered.
     Appended(Result<(), WriteError>),
-    /// Derived rows up to this seq are durable.
-    Derived(u64),
+    /// Derived rows up to this seq are durable, by that derivation.
+    Derived {
+        /// Which derivation.
+        derivation: u64,
+        /// Up to where.
+        seq: u64,
+    },
     /// It is time to write derived rows again.
     DeriveDue,
     /// The effect of this seq is done.
@@ -91,6 +100,11 @@ impl<E: LogEntity> Handle<E> {
     /// Shows the entity's state to `look`; drops it when the entity is not there.
     pub fn peek(&self, look: impl FnOnce(&E::State) + Send + Sync + 'static) {
         let _ = self.actor.cast(Msg::Peek(Box::new(look)));
+    }
+
+    /// Whether the actor that this speaks to has ended: what it began goes on under the next one, from the log.
+    pub fn has_ended(&self) -> bool {
+        matches!(self.actor.get_status(), ractor::ActorStatus::Stopping | ractor::ActorStatus::Stopped)
     }
 
     /// What the node's entities share.
@@ -166,7 +180,23 @@ pub struct Loop<E: LogEntity> {
     /// Effects that must be done in order, and whether one is under way.
     ordered: VecDeque<(u64, E::Effect)>,
     acting: Option<u64>,
-    wake_armed: Option<Timestamp>,
+    wake_armed: Option<Alarm>,
+    /// Times in a row that the working state was thrown away.
+    chills: u32,
+    /// Which derivation is under way.
+    derivation: u64,
+}
+
+/// A wake-up that is armed; dropping it disarms it.
+struct Alarm {
+    at: Timestamp,
+    task: tokio::task::AbortHandle,
+}
+
+impl Drop for Alarm {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
 }
 
 /// What waits for derived rows to be durable.
@@ -211,6 +241,8 @@ impl<E: LogEntity> Actor for LogActor<E> {
             ordered: VecDeque::new(),
             acting: None,
             wake_armed: None,
+            chills: 0,
+            derivation: 0,
         })
     }
 
@@ -223,7 +255,9 @@ impl<E: LogEntity> Actor for LogActor<E> {
         match msg {
             Msg::Command(queued) => at.queue.push_back(queued),
             Msg::Appended(result) => self.appended(&me, at, result).await,
-            Msg::Derived(seq) => self.derived(&me, at, seq),
+            Msg::Derived { derivation, seq } if derivation == at.derivation => self.derived(&me, at, seq),
+            // Of a state that was thrown away since.
+            Msg::Derived { .. } => {}
             Msg::DeriveDue => {
                 if at.derive == Derive::Waiting {
                     at.derive = Derive::Due;
@@ -245,8 +279,12 @@ impl<E: LogEntity> Actor for LogActor<E> {
                 // An entity that is not loaded has nothing to show: dropping the question says so.
                 if let Phase::Live(live) = &at.phase {
                     look(&live.state);
+                    return Ok(());
                 }
-                return Ok(());
+                // Somebody waits for it to be there.
+                if at.chills <= CHILLS_MAX && at.queue.is_empty() {
+                    at.queue.push_back(Queued { command: E::wake(), reply: None, permit: None, failures: 0 });
+                }
             }
             Msg::Idle => {
                 self.idle(&me, at).await;
@@ -282,6 +320,12 @@ impl<E: LogEntity> LogActor<E> {
                 Ok(live) => at.phase = Phase::Live(Box::new(live)),
                 Err(AdoptError::Unavailable) => {
                     refuse_all(at, &CommandError::unavailable());
+                    // What it gave itself is tried again: nobody else would.
+                    let me = me.clone();
+                    tokio::spawn(async move {
+                        tokio::time::sleep(RELOAD_PAUSE).await;
+                        let _ = me.cast(Msg::Wake);
+                    });
                     return false;
                 }
                 Err(AdoptError::Damaged(seq)) => {
@@ -297,6 +341,7 @@ impl<E: LogEntity> LogActor<E> {
                 serde_json::json!({"detail": format!("parked: {reason}")}),
             );
             refuse_all(at, &e);
+            at.queue.clear();
             return false;
         }
         true
@@ -380,7 +425,9 @@ impl<E: LogEntity> LogActor<E> {
             .collect();
         at.acting = None;
         self.act_next(me, at);
-        if let Some(command) = self.entity.on_load(&live.state) {
+        if at.chills <= CHILLS_MAX
+            && let Some(command) = self.entity.on_load(&live.state)
+        {
             at.queue.push_front(Queued { command, reply: None, permit: None, failures: 0 });
         }
         if live.confirmed > live.derived {
@@ -584,6 +631,7 @@ impl<E: LogEntity> LogActor<E> {
             at.chill();
             return;
         }
+        at.chills = 0;
         live.confirmed = batch.last;
         if let Some(due) = batch.timer {
             live.armed = Some(due);
@@ -663,11 +711,13 @@ impl<E: LogEntity> LogActor<E> {
         let derived = self.entity.derived(&live.state, at.key, stamp);
         batches.extend(derived.rows);
         at.frozen = Some(Frozen { snapshot: self.freeze(live), then: derived.then });
+        at.derivation += 1;
+        let derivation = at.derivation;
         at.derive = Derive::Writing { again: false };
         let (logs, me) = (self.shards.logs.clone(), me.clone());
         tokio::spawn(async move {
             join_all(batches.into_iter().map(|b| logs.write_until_answered(b))).await;
-            let _ = me.cast(Msg::Derived(upto));
+            let _ = me.cast(Msg::Derived { derivation, seq: upto });
         });
     }
 
@@ -777,23 +827,33 @@ impl<E: LogEntity> LogActor<E> {
         }
         let now = self.shards.clock.now();
         let Some(wanted) = E::wake_at(&live.state, now) else { return };
-        if at.wake_armed.is_some_and(|armed| armed <= wanted) {
+        if at.wake_armed.as_ref().is_some_and(|armed| armed.at <= wanted) {
             return;
         }
-        at.wake_armed = Some(wanted);
         let (me, wait) = (me.clone(), wanted.since(now));
-        tokio::spawn(async move {
+        let task = tokio::spawn(async move {
             tokio::time::sleep(wait).await;
+            // One that has ended is woken by its timer or its next command.
             let _ = me.cast(Msg::Wake);
         });
+        at.wake_armed = Some(Alarm { at: wanted, task: task.abort_handle() });
     }
 }
 
 impl<E: LogEntity> Loop<E> {
     /// Throws the working state away; the next command, if only this one, loads it again.
+    ///
+    /// What throws it away again and again is not helped by more tries: past [`CHILLS_MAX`] the entity waits for
+    /// somebody to ask.
     fn chill(&mut self) {
         self.phase = Phase::Cold;
         self.frozen = None;
+        self.derivation += 1;
+        self.derive = Derive::Clean;
+        self.chills += 1;
+        if self.chills > CHILLS_MAX {
+            return;
+        }
         self.queue.push_back(Queued { command: E::wake(), reply: None, permit: None, failures: 0 });
     }
 }
@@ -864,9 +924,12 @@ fn settle<E: LogEntity>(at: &mut Loop<E>) {
 }
 
 fn refuse_all<E: LogEntity>(at: &mut Loop<E>, error: &CommandError) {
-    for queued in at.queue.drain(..) {
+    let (own, asked): (Vec<_>, Vec<_>) = at.queue.drain(..).partition(|q| q.reply.is_none());
+    for queued in asked {
         answer(queued, Err(error.clone()));
     }
+    // Of its own commands those that say what came of something are kept; wake-ups are made anew.
+    at.queue.extend(own.into_iter().filter(|q| !E::is_wake(&q.command)));
 }
 
 fn answer<E: LogEntity>(queued: Queued<E>, outcome: Outcome<E>) {

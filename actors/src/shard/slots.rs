@@ -72,7 +72,7 @@ impl Drop for Permit {
 }
 
 enum Slot<E: LogEntity> {
-    Active { actor: ActorRef<Msg<E>>, in_flight: Arc<AtomicU32>, used: Instant, failures: u32 },
+    Active { id: EntityId, actor: ActorRef<Msg<E>>, in_flight: Arc<AtomicU32>, used: Instant, failures: u32 },
     Resting { until: Instant, failures: u32 },
 }
 
@@ -165,7 +165,13 @@ impl<E: LogEntity> Slots<E> {
         map.by_actor.insert(actor.get_id(), key);
         map.slots.insert(
             key,
-            Slot::Active { actor: actor.clone(), in_flight: Arc::clone(&in_flight), used: now, failures },
+            Slot::Active {
+                id: id.clone(),
+                actor: actor.clone(),
+                in_flight: Arc::clone(&in_flight),
+                used: now,
+                failures,
+            },
         );
         Ok((actor, in_flight))
     }
@@ -208,18 +214,27 @@ impl<E: LogEntity> Slots<E> {
         let mut map = self.lock();
         let Some(key) = map.by_actor.remove(&actor.get_id()) else { return };
 
-        let Some(Slot::Active { actor: present, failures, .. }) = map.slots.get(&key) else { return };
+        let Some(Slot::Active { id, actor: present, failures, .. }) = map.slots.get(&key) else { return };
         if present.get_id() != actor.get_id() {
             return;
         }
         if failed {
             let failures = failures + 1;
+            let id = id.clone();
             let pause = if failures >= FAILURES_MAX {
                 LONG_PAUSE
             } else {
                 Duration::from_millis(50 << failures.min(6))
             };
             map.slots.insert(key, Slot::Resting { until: Instant::now() + pause, failures });
+            let slots = self.me.clone();
+            tokio::spawn(async move {
+                tokio::time::sleep(pause + Duration::from_millis(1)).await;
+                if let Some(slots) = slots.upgrade() {
+                    // What it had begun goes on; whoever asks first does as well.
+                    let _ = slots.send(&id, E::wake());
+                }
+            });
         } else {
             map.slots.remove(&key);
         }

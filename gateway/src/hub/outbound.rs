@@ -254,7 +254,8 @@ impl Outbound {
     pub fn caught_up(&self, topic: &Topic, entries: Vec<Bytes>, read: u64) {
         {
             let mut q = self.lock();
-            if !q.seams.contains_key(topic) {
+            if !matches!(q.seams.get(topic), Some(Seam::Reading { .. })) {
+                // It was ended, and perhaps begun anew, meanwhile.
                 return;
             }
             for frame in entries {

@@ -94,6 +94,8 @@ pub struct Connection {
     recheck: Recheck,
     /// The documents changed while something was under way that had asked them before.
     changed_since: bool,
+    /// The socket takes nothing more for now.
+    stalled: bool,
 }
 
 /// Whether permissions are being asked again.
@@ -114,6 +116,8 @@ struct Clock {
     expires: Option<Instant>,
     recheck: Option<Instant>,
     drain: Option<Instant>,
+    /// A connection that ends has until then to be answered and flushed.
+    close_by: Option<Instant>,
 }
 
 enum Event {
@@ -200,10 +204,12 @@ impl Connection {
                 expires: None,
                 recheck: None,
                 drain: None,
+                close_by: None,
             },
             closing: None,
             recheck: Recheck::Idle,
             changed_since: false,
+            stalled: false,
             sockets,
         }
     }
@@ -223,11 +229,6 @@ impl Connection {
             if let Poll::Ready(done) = self.lanes.poll_next(cx) {
                 return Poll::Ready(Event::Done(Box::new(done)));
             }
-            if self.may_read()
-                && let Poll::Ready(read) = Pin::new(&mut *socket).poll_next(cx)
-            {
-                return Poll::Ready(Event::Read(read));
-            }
             if self.clock.sleep.as_mut().poll(cx).is_ready() {
                 return Poll::Ready(Event::Tick);
             }
@@ -236,6 +237,11 @@ impl Connection {
             }
             if change.as_mut().poll(cx).is_ready() {
                 return Poll::Ready(Event::Changed);
+            }
+            if self.may_read()
+                && let Poll::Ready(read) = Pin::new(&mut *socket).poll_next(cx)
+            {
+                return Poll::Ready(Event::Read(read));
             }
             Poll::Pending
         })
@@ -253,7 +259,10 @@ impl Connection {
             match socket.as_mut().poll_ready(cx) {
                 Poll::Ready(Ok(())) => {}
                 Poll::Ready(Err(e)) => return Poll::Ready(Event::Written(Err(e))),
-                Poll::Pending => return Poll::Pending,
+                Poll::Pending => {
+                    self.stalled = true;
+                    return Poll::Pending;
+                }
             }
             match self.outbound.poll_next(cx.waker()) {
                 Poll::Ready(Next::Frame(frame)) => {
@@ -268,15 +277,22 @@ impl Connection {
         match socket.as_mut().poll_flush(cx) {
             Poll::Ready(Err(e)) => Poll::Ready(Event::Written(Err(e))),
             Poll::Ready(Ok(())) => {
+                self.stalled = false;
                 self.go_on();
                 Poll::Pending
             }
-            Poll::Pending => Poll::Pending,
+            Poll::Pending => {
+                self.stalled = true;
+                Poll::Pending
+            }
         }
     }
 
     /// Subscriptions that were behind go on from the log, now that the socket has drained.
     fn go_on(&mut self) {
+        if self.closing.is_some() {
+            return;
+        }
         for (topic, after) in self.outbound.go_on() {
             self.lanes.start(
                 Some(topic.channel()),
@@ -323,6 +339,10 @@ impl Connection {
     fn close_after_replies(&mut self, why: Disconnect) -> On {
         self.backlog.clear();
         let why = *self.closing.get_or_insert(why);
+        if self.clock.close_by.is_none() {
+            self.clock.close_by = Some(Instant::now() + CLOSE_TIMEOUT);
+            self.clock.arm(self.sockets.limits.connect);
+        }
         if self.lanes.is_empty() {
             self.outbound.close(why);
         }
@@ -478,6 +498,9 @@ impl Connection {
 
     fn tick(&mut self) -> On {
         let now = Instant::now();
+        if let (Some(why), true) = (self.closing, self.clock.close_by.is_some_and(|at| now >= at)) {
+            return On::Close(why);
+        }
         if self.clock.drain.is_some_and(|at| now >= at) {
             self.clock.drain = None;
             return self.close_after_replies(Disconnect::Shutdown);
@@ -493,8 +516,15 @@ impl Connection {
                 }
             }
             Session::Live(_) => {
-                if self.may_read() && self.clock.pong_due.is_some_and(|at| now >= at) {
-                    return On::Close(Disconnect::NoPong);
+                if self.clock.pong_due.is_some_and(|at| now >= at) {
+                    if self.may_read() {
+                        return On::Close(Disconnect::NoPong);
+                    }
+                    // Its answer may lie unread behind our own work; a socket that takes nothing is slow all the same.
+                    if self.stalled {
+                        return On::Close(Disconnect::Slow);
+                    }
+                    self.clock.pong_due = Some(now + self.sockets.limits.pong);
                 }
                 if self.clock.expires.is_some_and(|at| now >= at) {
                     return On::Close(Disconnect::Expired);
@@ -541,7 +571,8 @@ impl Clock {
 
     fn arm(&mut self, connect: Duration) {
         let connect = self.next_ping.is_none().then(|| self.opened + connect);
-        let all = [self.next_ping, self.pong_due, self.expires, self.recheck, self.drain, connect];
+        let all =
+            [self.next_ping, self.pong_due, self.expires, self.recheck, self.drain, self.close_by, connect];
         let soon = Instant::now() + TICK_MIN;
         let next = all.into_iter().flatten().min().unwrap_or(soon).max(soon);
         self.sleep.as_mut().reset(next);
