@@ -431,3 +431,104 @@ async fn a_node_drains_on_sigterm_and_its_snooze_survives() {
     })
     .await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_of_a_thousand_is_taken_and_too_much_missed_is_paged() {
+    let w = world().await;
+    let mut items: Vec<Value> =
+        (0..600).map(|n| text_item(&format!("3460011{n:04}"), &format!("wamid.s{n}"), "x")).collect();
+    items.extend((0..400).map(|n| text_item("34600111222", &format!("wamid.{n}"), "x")));
+    assert_eq!(w.node.webhook("acme", "wa", &webhook_body(NUMBER, &items, &[])).await, 200);
+    assert_eq!(
+        w.node.get(&w.key, "/conversations?limit=1000").await["conversations"].as_array().unwrap().len(),
+        601
+    );
+    let id = conversation("acme", "wa", "34600111222");
+    let channel = format!("conversation:{id}");
+    let token = w.node.token(&w.key, "anna", 600).await;
+    let mut ws = w.node.socket(&token).await;
+    let request = json!({"subscribe": {"channel": channel, "recover": true, "offset": 1, "epoch": ""}});
+    let found = ws.call(request).await.unwrap()["subscribe"].take();
+    assert_eq!((found["recovered"].as_bool().unwrap_or(false), found["offset"].as_u64()), (false, Some(401)));
+    let mut seen: Vec<u64> = vec![1];
+    while *seen.last().unwrap() < 401 {
+        let since = json!({"offset": seen.last(), "epoch": found["epoch"]});
+        let page =
+            ws.call(json!({"history": {"channel": channel, "limit": 150, "since": since}})).await.unwrap();
+        seen.extend(
+            page["history"]["publications"].as_array().unwrap().iter().map(|p| p["offset"].as_u64().unwrap()),
+        );
+    }
+    assert_eq!(seen, (1..=401).collect::<Vec<u64>>());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn colleagues_see_each_other_and_the_customer_sees_typing() {
+    let w = world().await;
+    let body = webhook_body(NUMBER, &[text_item("34600111222", "wamid.1", "x")], &[]);
+    assert_eq!(w.node.webhook("acme", "wa", &body).await, 200);
+    let id = conversation("acme", "wa", "34600111222");
+    let channel = format!("conversation:{id}");
+    let bob = json!({"name": "Bob", "role": "agent", "inboxes": ["main"]});
+    assert_eq!(w.node.api(&w.key, "PUT", "/agents/bob", Some(bob)).await.0, 201);
+    let mut anna = w.node.socket(&w.node.token(&w.key, "anna", 600).await).await;
+    anna.call(json!({"subscribe": {"channel": channel, "join_leave": true}})).await.unwrap();
+    let mut bob = w.node.socket(&w.node.token(&w.key, "bob", 600).await).await;
+    bob.subscribe(&channel).await.unwrap();
+    let next = async |ws: &mut Ws, what: &str| loop {
+        let push = ws.push().await.unwrap();
+        if !push[what].is_null() && push["channel"] == json!(channel) {
+            return push[what].clone();
+        }
+    };
+    let joined = next(&mut anna, "join").await;
+    assert_eq!(
+        (joined["info"]["user"].as_str(), joined["info"]["conn_info"]["name"].as_str()),
+        (Some("bob"), Some("Bob"))
+    );
+    for _ in 0..3 {
+        bob.rpc("typing.set", json!({"conversation": id, "on": true})).await.unwrap();
+    }
+    let typing = next(&mut anna, "pub").await;
+    assert_eq!((typing["data"]["type"].as_str(), typing["offset"].as_u64()), (Some("typing"), None));
+    until("the customer sees it once in 20 s", async || {
+        (w.simulator.record().typing.len() == 1).then_some(())
+    })
+    .await;
+    let stats = anna.call(json!({"presence_stats": {"channel": channel}})).await.unwrap();
+    assert_eq!(
+        (stats["presence_stats"]["num_clients"].as_u64(), stats["presence_stats"]["num_users"].as_u64()),
+        (Some(2), Some(2))
+    );
+    let away = bob.rpc("presence.set", json!({"state": "away"})).await.unwrap();
+    assert_eq!((away["state"].as_str(), away["sessions"].as_u64()), (Some("away"), Some(1)));
+    drop(bob);
+    assert_eq!(next(&mut anna, "leave").await["info"]["user"], "bob");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_early_receipt_waits_for_its_message_and_if_seq_protects_the_customer() {
+    let w = world().await;
+    let body = webhook_body(NUMBER, &[text_item("34600111222", "wamid.1", "x")], &[]);
+    assert_eq!(w.node.webhook("acme", "wa", &body).await, 200);
+    let id = conversation("acme", "wa", "34600111222");
+    // A receipt without callback data for a message that nobody knows: kept, not refused, and no entry.
+    let early = json!({"id": "wamid.unknown", "status": "read", "timestamp": "1700000000", "recipient_id": "34600111222"});
+    assert_eq!(w.node.webhook("acme", "wa", &webhook_body(NUMBER, &[], &[early])).await, 200);
+    // One that names an entry that is no message of ours changes nothing either.
+    let wrong = json!({"id": "wamid.x", "status": "read", "timestamp": "1700000000", "recipient_id": "34600111222", "biz_opaque_callback_data": format!("{id}-2")});
+    assert_eq!(w.node.webhook("acme", "wa", &webhook_body(NUMBER, &[], &[wrong])).await, 200);
+    assert_eq!(w.node.entries(&w.key, id).await.len(), 2);
+    let stale = json!({"client_id": "1", "content": {"type": "text", "text": "x"}, "if_seq": 1});
+    let (status, problem) =
+        w.node.api(&w.key, "POST", &format!("/conversations/{id}/messages"), Some(stale)).await;
+    assert_eq!(
+        (status, problem["code"].as_str(), problem["last_seq"].as_u64()),
+        (409, Some("conflict"), Some(2))
+    );
+    let fresh = json!({"client_id": "1", "content": {"type": "text", "text": "x"}, "if_seq": 2});
+    assert_eq!(
+        w.node.api(&w.key, "POST", &format!("/conversations/{id}/messages"), Some(fresh)).await.0,
+        200
+    );
+}

@@ -10,6 +10,8 @@ pub mod entity;
 pub mod log;
 pub mod pacing;
 pub mod state;
+#[cfg(test)]
+mod tests;
 
 pub use commands::{AccountCommand, AccountReply, KeptReceipt, ThreadReply};
 pub use entity::{Account, OutboundConfig};
