@@ -29,6 +29,8 @@ const WAKE_AT_ONCE: usize = 64;
 
 /// Between two tries of what the store or an entity did not answer.
 const RETRY_PAUSE: Duration = Duration::from_secs(5);
+/// Memory is looked at least this often.
+const MEMORY_LOOK: Duration = Duration::from_secs(2);
 /// Timers are looked at least this often.
 const TIMER_LOOK: Duration = Duration::from_secs(60);
 
@@ -48,7 +50,12 @@ pub struct NodeConfig {
     pub outbound: OutboundConfig,
     /// After how long an entity that nobody asks is forgotten.
     pub idle_after: Duration,
+    /// Whether memory is short: then whoever has nothing to do is forgotten at once.
+    pub memory_is_short: MemoryIsShort,
 }
+
+/// Tells whether memory is short.
+pub type MemoryIsShort = Box<dyn Fn() -> bool + Send + Sync>;
 
 /// Why a node cannot start.
 #[derive(Debug, thiserror::Error)]
@@ -79,6 +86,7 @@ pub struct Node {
     agents: Arc<SoftSlots<Agent>>,
     inboxes: Arc<SoftSlots<Inbox>>,
     idle_after: Duration,
+    memory_is_short: MemoryIsShort,
 }
 
 fn cluster_document(id: &str) -> DocumentKey {
@@ -137,6 +145,7 @@ impl Node {
             agents: SoftSlots::new(Agent::new(config.publisher.clone(), shards.clone())),
             inboxes: SoftSlots::new(Inbox::new(config.publisher, directory.clone(), config.clock)),
             idle_after: config.idle_after,
+            memory_is_short: config.memory_is_short,
             shards,
             identity,
             directory,
@@ -394,16 +403,20 @@ async fn turn_hour(node: &Node, left: i64, present: i64) -> Result<(), ReadError
     Ok(())
 }
 
+/// Lets go of whoever nobody has asked for a while; of everybody who has nothing to do when memory is short.
 async fn passivate(node: Weak<Node>) {
+    let mut looked = tokio::time::Instant::now();
     loop {
-        let idle = match node.upgrade() {
-            Some(strong) => strong.idle_after,
-            None => return,
-        };
-        tokio::time::sleep(idle / 4).await;
-        if let Some(strong) = node.upgrade() {
+        let Some(idle) = node.upgrade().map(|n| n.idle_after) else { return };
+        tokio::time::sleep((idle / 4).min(MEMORY_LOOK)).await;
+        let Some(strong) = node.upgrade() else { return };
+        if (strong.memory_is_short)() {
+            metrics::counter!("patchbay_actors_memory_short_total").increment(1);
+            strong.passivate_idle(Duration::ZERO);
+        } else if looked.elapsed() >= idle / 4 {
+            looked = tokio::time::Instant::now();
             strong.passivate_idle(idle);
-            metrics::gauge!("patchbay_actors_active").set(strong.active_count() as f64);
         }
+        metrics::gauge!("patchbay_actors_active").set(strong.active_count() as f64);
     }
 }

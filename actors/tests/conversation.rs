@@ -137,6 +137,7 @@ mod forever {
             provider: Arc::new(Nobody),
             outbound: OutboundConfig::default(),
             idle_after: Duration::from_secs(60),
+            memory_is_short: Box::new(|| false),
         };
         Node::start(config).await.unwrap()
     }

@@ -129,6 +129,7 @@ async fn start(
         provider: graph.clone(),
         outbound: OutboundConfig::default(),
         idle_after: Duration::from_secs(3),
+        memory_is_short: Box::new(|| false),
     };
     model.set_faults(faults);
     let node = loop {

@@ -99,6 +99,7 @@ async fn notes(run: Duration) -> f64 {
         provider: Arc::new(Nobody),
         outbound: OutboundConfig::default(),
         idle_after: Duration::from_secs(60),
+        memory_is_short: Box::new(|| false),
     };
     let node = Node::start(config).await.unwrap();
     let tenant: TenantId = "t".parse().unwrap();

@@ -21,6 +21,7 @@ pub type Row = (&'static str, Kind, &'static str, &'static str);
 pub const METRICS: &[Row] = &[
     ("patchbay_actors_active", Kind::Gauge, "", "Entities in memory."),
     ("patchbay_actors_failures_total", Kind::Counter, "", "Actors that failed and rest."),
+    ("patchbay_actors_memory_short_total", Kind::Counter, "", "Looks that found memory short."),
     (
         "patchbay_actors_overloaded_total",
         Kind::Counter,

@@ -134,6 +134,17 @@ fn io(what: &str) -> impl FnOnce(std::io::Error) -> RunError + '_ {
     move |error| RunError::Io { what: what.to_owned(), error }
 }
 
+/// Whether the process holds more than it may, by the kernel's word; never without a bound.
+fn memory_is_short(bound: Option<crate::config::Size>) -> patchbay_actors::node::MemoryIsShort {
+    const PAGE_BYTES: u64 = 4096;
+    Box::new(move || {
+        let Some(bound) = bound else { return false };
+        let held = std::fs::read_to_string("/proc/self/statm").ok();
+        let pages = held.and_then(|t| t.split_whitespace().nth(1)?.parse::<u64>().ok());
+        pages.is_some_and(|p| p * PAGE_BYTES > bound.0)
+    })
+}
+
 fn loopback(listen: &str) -> bool {
     listen.parse::<SocketAddr>().is_ok_and(|a| a.ip().is_loopback())
 }
@@ -163,6 +174,7 @@ impl Server {
                 max_age: config.outbound.max_age,
             },
             idle_after: config.limits.idle_after,
+            memory_is_short: memory_is_short(config.limits.memory),
         })
         .await?;
         let public_listener = TcpListener::bind(&config.public.listen).await.map_err(io("public.listen"))?;

@@ -532,3 +532,28 @@ async fn an_early_receipt_waits_for_its_message_and_if_seq_protects_the_customer
         200
     );
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_short_of_memory_forgets_and_still_knows() {
+    let dir = tempfile::tempdir().unwrap();
+    // Less than the process takes by itself: whoever has nothing to do is forgotten at every look.
+    let node = Node::start_with(dir.path(), &[("PATCHBAY__LIMITS__MEMORY", "1MiB")]).await;
+    let key = node.tenant("acme", "http://127.0.0.1:9", NUMBER).await;
+    let id = conversation("acme", "wa", "34600111222");
+    for n in 0..3 {
+        let body = webhook_body(NUMBER, &[text_item("34600111222", &format!("wamid.{n}"), "x")], &[]);
+        assert_eq!(node.webhook("acme", "wa", &body).await, 200);
+        until("everything is forgotten", async || {
+            let metrics = node
+                .http
+                .get(format!("http://{}/metrics", node.ready["ops"].as_str().unwrap()))
+                .send()
+                .await
+                .unwrap();
+            metrics.text().await.unwrap().lines().any(|l| l == "patchbay_actors_active 0").then_some(())
+        })
+        .await;
+        assert_eq!(node.webhook("acme", "wa", &body).await, 200, "a repeat after it was forgotten");
+        assert_eq!(node.entries(&key, id).await.len(), n + 2);
+    }
+}

@@ -103,7 +103,7 @@ impl Conversation {
             return Some(());
         }
         let reply_to = match sent.reply_to {
-            Some(target) => provider_id_of(me, target).await,
+            Some(target) => provider_id_of(me, target).await?,
             None => None,
         };
         let outbound = Outbound {
@@ -147,21 +147,27 @@ impl Conversation {
     }
 }
 
-/// The provider's id of a message, by its own entry or by the last word on its status.
-async fn provider_id_of(me: &Handle<Conversation>, seq: u64) -> Option<String> {
+/// The provider's id of a message, by its own entry or by the last word on its status; the outer `None`: the store did
+/// not answer.
+async fn provider_id_of(me: &Handle<Conversation>, seq: u64) -> Option<Option<String>> {
     let (logs, tables) = (&me.shards().logs, &me.shards().tables);
-    match Conversation::decode(&logs.row(me.key(), seq).await.ok()??.payload)?.body {
-        Body::Received(m) => Some(m.provider_id),
-        Body::Sent(m) if m.provider_id.is_some() => m.provider_id,
-        Body::Sent(_) => {
-            let status = tables.reference(me.key(), ids::status(seq, None)).await.ok()??;
-            match Conversation::decode(&logs.row(me.key(), status).await.ok()??.payload)?.body {
-                Body::Status(s) if s.message_seq == seq => s.provider_id,
-                _ => None,
-            }
-        }
-        _ => None,
+    let Some(row) = logs.row(me.key(), seq).await.ok()? else { return Some(None) };
+    let sent = match Conversation::decode(&row.payload).map(|e| e.body) {
+        Some(Body::Received(m)) => return Some(Some(m.provider_id)),
+        Some(Body::Sent(m)) => m,
+        _ => return Some(None),
+    };
+    if sent.provider_id.is_some() {
+        return Some(sent.provider_id);
     }
+    let Some(status) = tables.reference(me.key(), ids::status(seq, None)).await.ok()? else {
+        return Some(None);
+    };
+    let Some(row) = logs.row(me.key(), status).await.ok()? else { return Some(None) };
+    Some(match Conversation::decode(&row.payload).map(|e| e.body) {
+        Some(Body::Status(s)) if s.message_seq == seq => s.provider_id,
+        _ => None,
+    })
 }
 
 impl LogEntity for Conversation {

@@ -87,16 +87,16 @@ impl ActivityLog {
         Ticket { shard: cell, bucket: Mark { epoch: self.epoch, bucket }, needs_row, entity }
     }
 
-    /// How far the shard is settled, when that has moved since it was last asked.
-    pub fn newly_settled(&self, shard: u32) -> Option<Mark> {
+    /// How far the shard is settled, when that has moved since it was last asked, and from where.
+    pub fn newly_settled(&self, shard: u32) -> Option<(u64, Mark)> {
         let mut s = lock(&self.shards[shard as usize]);
         let lowest_open = s.open.keys().next().copied().unwrap_or(s.bucket);
         let settled = lowest_open.min(s.bucket);
         if settled <= s.settled {
             return None;
         }
-        s.settled = settled;
-        Some(Mark { epoch: self.epoch, bucket: settled })
+        let before = std::mem::replace(&mut s.settled, settled);
+        Some((before, Mark { epoch: self.epoch, bucket: settled }))
     }
 }
 
@@ -142,7 +142,7 @@ mod tests {
         first.settle();
         assert_eq!(log.newly_settled(0), None, "one is still open");
         early.settle();
-        assert_eq!(log.newly_settled(0), Some(Mark { epoch: 1, bucket: 1 }));
+        assert_eq!(log.newly_settled(0), Some((0, Mark { epoch: 1, bucket: 1 })));
         assert_eq!(log.newly_settled(0), None);
     }
 }

@@ -742,17 +742,17 @@ impl<E: LogEntity> LogActor<E> {
         }
         settle(at);
         if self.shards.swept.load(Ordering::Relaxed)
-            && let Some(mark) = self.shards.activity.newly_settled(at.key.shard)
+            && let Some((from, mark)) = self.shards.activity.newly_settled(at.key.shard)
             && let Ok(stamp) = self.shards.stamps[at.key.shard as usize].next()
         {
             let (shards, shard) = (self.shards.clone(), at.key.shard);
             tokio::spawn(async move {
                 shards.logs.write_until_answered(Tables::mark_write(shard, stamp, mark)).await;
-                if let Some(below) = mark.bucket.checked_sub(1) {
+                for bucket in from..mark.bucket {
                     // What a lost drop leaves is read and found settled by the next sweep.
                     let _ = shards
                         .tables
-                        .drop_activity(shard, patchbay_storage::tables::Mark { bucket: below, ..mark })
+                        .drop_activity(shard, patchbay_storage::tables::Mark { bucket, ..mark })
                         .await;
                 }
             });

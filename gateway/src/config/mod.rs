@@ -229,6 +229,8 @@ section! {
         unconnected: usize = 1_000,
         /// API requests a second of one tenant (not below 1,000 from loopback in `dev`).
         requests_per_second: u32 = 1_000,
+        /// Memory past which whoever has nothing to do is forgotten at once, such as `"2GiB"`; none: no bound.
+        memory: Option<Size> = None,
         /// After how long an entity that nobody asks is forgotten until its next command.
         #[serde(with = "text::duration")]
         idle_after: Duration = Duration::from_secs(120),
