@@ -3,15 +3,18 @@
 use std::sync::Arc;
 
 use axum::Json;
-use axum::extract::State;
-use patchbay_protocol::{CommandError, Timestamp};
+use axum::extract::{Path, State};
+use axum::http::StatusCode;
+use patchbay_actors::account::AccountCommand;
+use patchbay_actors::router::Router as _;
+use patchbay_protocol::{CommandError, ErrorCode, Timestamp};
 use serde::Serialize;
 use utoipa::ToSchema;
 
 use crate::Api;
-use crate::extract::{Query, Tenant, page};
+use crate::extract::{Query, Tenant, name, page};
 use crate::inboxes::Paging;
-use crate::problem::Failure;
+use crate::problem::{Failure, Problem};
 
 /// An item that could not be taken.
 #[derive(Serialize, ToSchema)]
@@ -58,4 +61,22 @@ pub(crate) async fn list(
         item: l.item,
     };
     Ok(Json(DeadLetters { dead_letters: found.into_iter().map(shown).collect(), next }))
+}
+
+/// Lets go of a dead letter.
+#[utoipa::path(delete, path = "/api/v1/dead-letters/{id}", responses((status = 204), (status = 404, body = Problem)), security(("key" = [])))]
+pub(crate) async fn delete(
+    State(api): State<Arc<Api>>,
+    Tenant(tenant): Tenant,
+    Path(id): Path<String>,
+) -> Result<StatusCode, Failure> {
+    let tables = api.directory().tables();
+    let letter = tables
+        .dead_letter(&tenant, &id)
+        .await
+        .map_err(|_| CommandError::unavailable())?
+        .ok_or(ErrorCode::NotFound)?;
+    let drop = AccountCommand::DropDeadLetter { tenant: tenant.clone(), id };
+    api.desk.node().account(&tenant, &name(&letter.account)?, drop)?.wait().await?;
+    Ok(StatusCode::NO_CONTENT)
 }

@@ -11,6 +11,7 @@
 
 mod accounts;
 mod agents;
+mod cluster;
 mod conversations;
 mod dead_letters;
 mod extract;
@@ -26,7 +27,7 @@ use async_trait::async_trait;
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::middleware;
-use axum::routing::{get, post, put};
+use axum::routing::{delete, get, post, put};
 use patchbay_actors::desk::Desk;
 use patchbay_protocol::ids::{AgentId, TenantId};
 use patchbay_protocol::principal::{Principal, Role};
@@ -110,6 +111,9 @@ pub fn router(api: Arc<Api>) -> Router {
         .route("/conversations/{id}/tags", post(conversations::tag))
         .route("/conversations/{id}/read", post(conversations::read))
         .route("/dead-letters", get(dead_letters::list))
+        .route("/dead-letters/{id}", delete(dead_letters::delete))
+        .route("/cluster/nodes", get(cluster::nodes))
+        .route("/cluster/shards", get(cluster::shards))
         .route_layer(middleware::from_fn_with_state(api.clone(), idempotency::layer))
         .route("/openapi.json", get(openapi::serve))
         .fallback(problem::not_found)

@@ -5,7 +5,7 @@ use axum::response::{IntoResponse, Response};
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
 use utoipa::{Modify, OpenApi};
 
-use crate::{accounts, agents, conversations, dead_letters, inboxes, tenants};
+use crate::{accounts, agents, cluster, conversations, dead_letters, inboxes, tenants};
 
 struct Key;
 
@@ -32,7 +32,7 @@ impl Modify for Key {
         conversations::list, conversations::get, conversations::entries, conversations::send, conversations::note,
         conversations::assign, conversations::resolve, conversations::reopen, conversations::pending,
         conversations::snooze, conversations::tag, conversations::read,
-        dead_letters::list,
+        dead_letters::list, dead_letters::delete, cluster::nodes, cluster::shards,
     )
 )]
 struct Description;

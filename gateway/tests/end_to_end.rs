@@ -203,6 +203,15 @@ async fn one_poisoned_item_among_ninety_nine_good_ones() {
     let letters = dead["dead_letters"].as_array().unwrap();
     assert_eq!(letters.len(), 1);
     assert_eq!(letters[0]["item"]["text"]["body"], "no id, no sender");
+    let path = format!("/dead-letters/{}", letters[0]["id"].as_str().unwrap());
+    assert_eq!(w.node.api(&w.key, "DELETE", &path, None).await.0, 204);
+    assert_eq!(w.node.api(&w.key, "DELETE", &path, None).await.0, 404);
+    assert_eq!(w.node.api(&w.key, "GET", "/cluster/nodes", None).await.0, 403);
+    let nodes = w.node.get(w.node.operator_key(), "/cluster/nodes").await;
+    assert_eq!(
+        (nodes["nodes"].as_array().unwrap().len(), nodes["nodes"][0]["shards"].as_u64()),
+        (1, Some(1024))
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -474,6 +474,13 @@ impl Tables {
         )
     }
 
+    /// One dead letter.
+    pub async fn dead_letter(&self, tenant: &TenantId, id: &str) -> Result<Option<DeadLetter>, ReadError> {
+        let clustering = Bytes::copy_from_slice(id.as_bytes());
+        let found = self.engine.get(Table::DeadLetters, &text(&[tenant.as_str()]), &clustering).await?;
+        found.as_ref().map(parse).transpose()
+    }
+
     /// A tenant's dead letters after `after`, the oldest first.
     pub async fn dead_letters(
         &self,

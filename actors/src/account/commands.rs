@@ -56,6 +56,13 @@ pub enum AccountCommand {
         /// The seq that kept it, when it is a receipt whose day is over.
         kept: Option<u64>,
     },
+    /// Somebody has looked at an item and lets go of it.
+    DropDeadLetter {
+        /// Whose.
+        tenant: TenantId,
+        /// Which.
+        id: String,
+    },
     /// A signal to the customer; not retried.
     Signal(Signal),
     /// Somebody has acted: calls may go on.
@@ -153,6 +160,14 @@ pub(super) fn decide(state: &State, found: &Found<Record>, command: &AccountComm
         AccountCommand::Event(event) => Ok(entries(now, [AccountEntry::Event((**event).clone())])),
         AccountCommand::DeadLetter { tenant, letter, kept } => {
             Ok(dead_letter(state, tenant, letter, *kept, now))
+        }
+        AccountCommand::DropDeadLetter { tenant, id } => {
+            let (tenant, id) = (tenant.clone(), id.clone());
+            let mut decision = Decision::reply(AccountReply::Taken);
+            decision
+                .writes
+                .push(Box::new(move |key, stamp| Tables::dead_letter_delete(key.shard, stamp, &tenant, &id)));
+            Ok(decision)
         }
         AccountCommand::Signal(signal) => {
             Ok(Decision::reply(AccountReply::Taken).effect(Effect::Signal(signal.clone())))

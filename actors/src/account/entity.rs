@@ -118,6 +118,7 @@ impl LogEntity for Account {
             AccountCommand::Keep(_) => "account.keep",
             AccountCommand::Event(_) => "account.event",
             AccountCommand::DeadLetter { .. } => "account.dead_letter",
+            AccountCommand::DropDeadLetter { .. } => "account.drop_dead_letter",
             AccountCommand::Signal(_) => "account.signal",
             AccountCommand::Resume => "account.resume",
             AccountCommand::Status => "account.status",

@@ -1,0 +1,70 @@
+//! The cluster as the operator sees it: one node in this version, which holds every shard.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State;
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use crate::Api;
+use crate::extract::Operator;
+use crate::problem::Failure;
+
+/// A node.
+#[derive(Serialize, ToSchema)]
+pub(crate) struct ClusterNode {
+    /// This start's number.
+    incarnation: u32,
+    /// Whether it serves.
+    status: String,
+    /// Shards that it holds.
+    shards: u32,
+    /// Entities in memory.
+    active: usize,
+}
+
+/// The nodes.
+#[derive(Serialize, ToSchema)]
+pub(crate) struct ClusterNodes {
+    nodes: Vec<ClusterNode>,
+}
+
+/// A shard.
+#[derive(Serialize, ToSchema)]
+pub(crate) struct ClusterShard {
+    shard: u32,
+    /// The incarnation that holds it.
+    holder: u32,
+    /// Its epoch.
+    epoch: u32,
+}
+
+/// The shards.
+#[derive(Serialize, ToSchema)]
+pub(crate) struct ClusterShards {
+    shards: Vec<ClusterShard>,
+}
+
+/// The nodes.
+#[utoipa::path(get, path = "/api/v1/cluster/nodes", responses((status = 200, body = ClusterNodes)), security(("key" = [])))]
+pub(crate) async fn nodes(State(api): State<Arc<Api>>, _: Operator) -> Result<Json<ClusterNodes>, Failure> {
+    let node = api.desk.node();
+    let this = ClusterNode {
+        incarnation: node.incarnation(),
+        status: "serving".into(),
+        shards: node.shards().count,
+        active: node.active_count(),
+    };
+    Ok(Json(ClusterNodes { nodes: vec![this] }))
+}
+
+/// The shards.
+#[utoipa::path(get, path = "/api/v1/cluster/shards", responses((status = 200, body = ClusterShards)), security(("key" = [])))]
+pub(crate) async fn shards(State(api): State<Arc<Api>>, _: Operator) -> Result<Json<ClusterShards>, Failure> {
+    let node = api.desk.node();
+    let (holder, epoch) = (node.incarnation(), node.shards().epoch);
+    Ok(Json(ClusterShards {
+        shards: (0..node.shards().count).map(|shard| ClusterShard { shard, holder, epoch }).collect(),
+    }))
+}
