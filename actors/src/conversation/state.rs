@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
-use patchbay_protocol::entry::{Actor, ActorType, Body, Entry};
+use patchbay_protocol::entry::{Actor, Body, Entry};
 use patchbay_protocol::ids::{AccountId, AgentId, ConversationId, InboxId, TenantId};
 use patchbay_protocol::receipt::MessageStatus;
 use patchbay_protocol::summary::{Contact, Status, Summary};
@@ -289,8 +289,3 @@ impl State {
 
 /// WhatsApp's word for a closed window; kept with the entry, so that replaying closes it again.
 pub const WINDOW_CLOSED_CODE: &str = "131047";
-
-/// Whether an actor is the business's side of the thread.
-pub fn is_business(kind: ActorType) -> bool {
-    matches!(kind, ActorType::Agent | ActorType::Api | ActorType::Automation)
-}

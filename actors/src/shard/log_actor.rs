@@ -642,12 +642,7 @@ impl<E: LogEntity> LogActor<E> {
         if !batch.rows.is_empty() {
             self.entity.publish(&at.id, &live.state, &batch.rows);
             if at.derive == Derive::Clean {
-                at.derive = Derive::Waiting;
-                let me = me.clone();
-                tokio::spawn(async move {
-                    tokio::time::sleep(DERIVE_PAUSE).await;
-                    let _ = me.cast(Msg::DeriveDue);
-                });
+                at.derive_later(me);
             } else if let Derive::Writing { again } = &mut at.derive {
                 *again = true;
             }
@@ -733,12 +728,7 @@ impl<E: LogEntity> LogActor<E> {
         }
         self.keep_snapshot(at, frozen);
         if again {
-            at.derive = Derive::Waiting;
-            let me = me.clone();
-            tokio::spawn(async move {
-                tokio::time::sleep(DERIVE_PAUSE).await;
-                let _ = me.cast(Msg::DeriveDue);
-            });
+            at.derive_later(me);
         }
         settle(at);
         if self.shards.swept.load(Ordering::Relaxed)
@@ -841,6 +831,16 @@ impl<E: LogEntity> LogActor<E> {
 }
 
 impl<E: LogEntity> Loop<E> {
+    /// Writes derived rows once their pause has passed.
+    fn derive_later(&mut self, me: &ActorRef<Msg<E>>) {
+        self.derive = Derive::Waiting;
+        let me = me.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(DERIVE_PAUSE).await;
+            let _ = me.cast(Msg::DeriveDue);
+        });
+    }
+
     /// Throws the working state away; the next command, if only this one, loads it again.
     ///
     /// What throws it away again and again is not helped by more tries: past [`CHILLS_MAX`] the entity waits for

@@ -125,11 +125,6 @@ impl<E: SoftEntity> SoftSlots<E> {
         Ok(Answer::from(answer))
     }
 
-    /// Whether an actor is there.
-    pub fn is_active(&self, id: &EntityId) -> bool {
-        self.lock().contains_key(id)
-    }
-
     /// Asks everything that was not used for `idle` to end.
     pub fn passivate_idle(&self, idle: Duration) {
         let now = Instant::now();

@@ -85,11 +85,6 @@ impl TokenKeys {
         Self { keys, signing: own_secret.map(EncodingKey::from_secret) }
     }
 
-    /// Whether the node can issue tokens.
-    pub fn can_issue(&self) -> bool {
-        self.signing.is_some()
-    }
-
     /// A signed token, when the node has a secret of its own.
     pub fn issue(&self, claims: &Claims) -> Option<String> {
         let header = Header { kid: Some(OWN_KEY.into()), ..Header::new(Algorithm::HS256) };

@@ -7,9 +7,6 @@ use super::{
     EncodeError, Reply,
 };
 
-/// A ping of the server.
-pub const PING: &str = "{}";
-
 /// Decodes the commands of a text frame. Blank lines are skipped; an empty frame is malformed.
 pub fn decode_commands(frame: &[u8]) -> Result<Vec<Command>, DecodeError> {
     let mut commands = Vec::new();

@@ -10,7 +10,6 @@ mod raw;
 pub mod reply;
 pub mod request;
 
-pub use raw::is_json;
 pub use reply::{Push, Reply};
 pub use request::Command;
 

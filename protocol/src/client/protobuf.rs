@@ -9,9 +9,6 @@ use super::{
     Reply,
 };
 
-/// A ping of the server: an empty reply.
-pub const PING: &[u8] = &[0];
-
 /// Decodes the commands of a binary frame.
 pub fn decode_commands(frame: &Bytes) -> Result<Vec<Command>, DecodeError> {
     let mut commands = Vec::new();

@@ -4,11 +4,6 @@ use bytes::Bytes;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::value::RawValue;
 
-/// Whether `data` is one JSON value without newlines, fit to be embedded in a JSON frame.
-pub fn is_json(data: &[u8]) -> bool {
-    !data.contains(&b'\n') && serde_json::from_slice::<&RawValue>(data).is_ok()
-}
-
 pub(super) fn serialize<S: Serializer>(data: &Bytes, s: S) -> Result<S::Ok, S::Error> {
     let text = std::str::from_utf8(data).map_err(serde::ser::Error::custom)?;
     if text.contains('\n') {
