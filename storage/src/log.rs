@@ -188,6 +188,9 @@ pub enum AdoptError {
     /// A confirmed row is missing or not what was written: the entity is parked, nothing is overwritten.
     #[error("damaged at seq {0}")]
     Damaged(u64),
+    /// A later owner has written: this one stops, and overwrites nothing.
+    #[error("a later owner has written under stamp {0}")]
+    Succeeded(Stamp),
 }
 
 impl From<ReadError> for AdoptError {
@@ -401,7 +404,8 @@ impl Logs {
     }
 
     /// The entity's snapshot, checked against the entry that it names.
-    pub async fn snapshot(&self, key: LogKey) -> Result<Option<Snapshot>, AdoptError> {
+    /// With the stamp that it was written under.
+    pub async fn snapshot(&self, key: LogKey) -> Result<Option<(Stamp, Snapshot)>, AdoptError> {
         let found = self
             .engine
             .get(Table::Snapshots, &Bytes::copy_from_slice(&key.entity), &Bytes::from_static(b"s"))
@@ -418,7 +422,7 @@ impl Logs {
         if entry_hash(&row.payload) != hash {
             return Err(AdoptError::Damaged(seq));
         }
-        Ok(Some(Snapshot { seq, entry_hash: hash, state: rest }))
+        Ok(Some((found.stamp, Snapshot { seq, entry_hash: hash, state: rest })))
     }
 
     /// The write that stores `snapshot`.

@@ -169,7 +169,7 @@ async fn snapshots_and_references(engine: Arc<dyn Engine>) {
     let row = logs.row(key(), 4).await.unwrap().unwrap();
     let snapshot = Snapshot { seq: 4, entry_hash: entry_hash(&row.payload), state: bytes("state") };
     engine.write(Logs::snapshot_write(key(), Stamp::new(1, 2), &snapshot)).await.unwrap();
-    assert_eq!(logs.snapshot(key()).await.unwrap(), Some(snapshot.clone()));
+    assert_eq!(logs.snapshot(key()).await.unwrap(), Some((Stamp::new(1, 2), snapshot.clone())));
     assert_eq!(logs.tail(key(), 4).await.unwrap().rows.len(), 0);
     let wrong = Snapshot { entry_hash: [0; 16], ..snapshot };
     engine.write(Logs::snapshot_write(key(), Stamp::new(1, 3), &wrong)).await.unwrap();

@@ -25,8 +25,9 @@ pub const SHARD_IN_FLIGHT_MAX: u32 = 8192;
 /// What a caller past a bound is told to wait.
 const RETRY_AFTER_MS: u64 = 250;
 /// Failures in a row after which an entity is left alone for [`LONG_PAUSE`].
-const FAILURES_MAX: u32 = 5;
-const LONG_PAUSE: Duration = Duration::from_secs(60);
+pub const FAILURES_MAX: u32 = 5;
+/// How long that is; also how long an activation must last for its failure to be the first again.
+pub const LONG_PAUSE: Duration = Duration::from_secs(60);
 /// A caller's patience: past it the outcome is unknown to it, and repeating with the same ids is safe.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -72,8 +73,18 @@ impl Drop for Permit {
 }
 
 enum Slot<E: LogEntity> {
-    Active { id: EntityId, actor: ActorRef<Msg<E>>, in_flight: Arc<AtomicU32>, used: Instant, failures: u32 },
+    Active(Active<E>),
     Resting { until: Instant, failures: u32 },
+}
+
+struct Active<E: LogEntity> {
+    id: EntityId,
+    actor: ActorRef<Msg<E>>,
+    in_flight: Arc<AtomicU32>,
+    since: Instant,
+    used: Instant,
+    /// In a row before this activation.
+    failures: u32,
 }
 
 struct Map<E: LogEntity> {
@@ -141,9 +152,9 @@ impl<E: LogEntity> Slots<E> {
     ) -> Result<(ActorRef<Msg<E>>, Arc<AtomicU32>), CommandError> {
         let now = Instant::now();
         let failures = match map.slots.get_mut(&key) {
-            Some(Slot::Active { actor, in_flight, used, .. }) => {
-                *used = now;
-                return Ok((actor.clone(), in_flight.clone()));
+            Some(Slot::Active(active)) => {
+                active.used = now;
+                return Ok((active.actor.clone(), active.in_flight.clone()));
             }
             Some(Slot::Resting { until, .. }) if now < *until => {
                 let wait = until.duration_since(now).as_millis();
@@ -163,16 +174,15 @@ impl<E: LogEntity> Slots<E> {
             .map_err(|_| CommandError::overloaded(RETRY_AFTER_MS))?;
         let in_flight = Arc::default();
         map.by_actor.insert(actor.get_id(), key);
-        map.slots.insert(
-            key,
-            Slot::Active {
-                id: id.clone(),
-                actor: actor.clone(),
-                in_flight: Arc::clone(&in_flight),
-                used: now,
-                failures,
-            },
-        );
+        let active = Active {
+            id: id.clone(),
+            actor: actor.clone(),
+            in_flight: Arc::clone(&in_flight),
+            since: now,
+            used: now,
+            failures,
+        };
+        map.slots.insert(key, Slot::Active(active));
         Ok((actor, in_flight))
     }
 
@@ -181,12 +191,12 @@ impl<E: LogEntity> Slots<E> {
         let now = Instant::now();
         let map = self.lock();
         for slot in map.slots.values() {
-            if let Slot::Active { actor, in_flight, used, .. } = slot
-                && now.duration_since(*used) >= idle
-                && in_flight.load(Ordering::Relaxed) == 0
+            if let Slot::Active(active) = slot
+                && now.duration_since(active.used) >= idle
+                && active.in_flight.load(Ordering::Relaxed) == 0
             {
                 // One that has just ended needs no asking.
-                let _ = actor.cast(Msg::Idle);
+                let _ = active.actor.cast(Msg::Idle);
             }
         }
     }
@@ -196,8 +206,8 @@ impl<E: LogEntity> Slots<E> {
     pub(super) fn release(&self, key: [u8; 16], actor: ActorId) -> bool {
         let mut map = self.lock();
         match map.slots.get(&key) {
-            Some(Slot::Active { actor: a, in_flight, .. })
-                if a.get_id() == actor && in_flight.load(Ordering::Relaxed) == 0 => {}
+            Some(Slot::Active(a))
+                if a.actor.get_id() == actor && a.in_flight.load(Ordering::Relaxed) == 0 => {}
             _ => return false,
         }
         map.slots.remove(&key);
@@ -207,20 +217,22 @@ impl<E: LogEntity> Slots<E> {
 
     /// How many are active.
     pub fn active_count(&self) -> usize {
-        self.lock().slots.values().filter(|s| matches!(s, Slot::Active { .. })).count()
+        self.lock().slots.values().filter(|s| matches!(s, Slot::Active(_))).count()
     }
 
     fn ended(&self, actor: &ActorCell, failed: bool) {
         let mut map = self.lock();
         let Some(key) = map.by_actor.remove(&actor.get_id()) else { return };
 
-        let Some(Slot::Active { id, actor: present, failures, .. }) = map.slots.get(&key) else { return };
-        if present.get_id() != actor.get_id() {
+        let Some(Slot::Active(active)) = map.slots.get(&key) else { return };
+        if active.actor.get_id() != actor.get_id() {
             return;
         }
         if failed {
-            let failures = failures + 1;
-            let id = id.clone();
+            // One that ran well for a while before has a clean record.
+            let before = if active.since.elapsed() >= LONG_PAUSE { 0 } else { active.failures };
+            let failures = before + 1;
+            let id = active.id.clone();
             let pause = if failures >= FAILURES_MAX {
                 LONG_PAUSE
             } else {

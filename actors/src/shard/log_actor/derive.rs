@@ -1,0 +1,169 @@
+//! What follows from the log, batched behind the ack: references, rows of other tables, snapshots, the mark up to
+//! which everything is settled.
+
+use std::collections::HashMap;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use futures_util::future::join_all;
+use patchbay_storage::Batch;
+use patchbay_storage::log::{Logs, Snapshot};
+use patchbay_storage::tables::{IdKey, Mark, Tables};
+use ractor::ActorRef;
+
+use super::live::Live;
+use super::message::Msg;
+use super::{LogActor, Loop, Phase};
+use crate::shard::entity::{LogEntity, Then};
+
+/// Derived rows are written at most this often per entity.
+const DERIVE_PAUSE: Duration = Duration::from_millis(250);
+/// A snapshot is written after so many entries, or more when the filter is large.
+const SNAPSHOT_ENTRIES: u64 = 128;
+
+/// What waits for derived rows to be durable.
+pub(super) struct Frozen {
+    pub(super) snapshot: Option<Snapshot>,
+    pub(super) then: Option<Then>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Derive {
+    /// Nothing to write.
+    Clean,
+    /// Waiting for the pause to pass.
+    Waiting,
+    /// The pause has passed; the next confirmed state is written.
+    Due,
+    /// Being written.
+    Writing { again: bool },
+}
+
+impl<E: LogEntity> LogActor<E> {
+    /// Writes derived rows of the confirmed state when their pause has passed.
+    pub(super) fn derive_if_due(&self, me: &ActorRef<Msg<E>>, at: &mut Loop<E>) {
+        if at.derive != Derive::Due || at.in_flight.is_some() {
+            return;
+        }
+        let Phase::Live(live) = &at.phase else {
+            at.derive = Derive::Clean;
+            return;
+        };
+        let Ok(stamp) = self.shards.stamps[at.key.shard as usize].next() else { return };
+        let upto = live.confirmed;
+        let ids: Vec<(IdKey, u64)> = live
+            .recent
+            .iter()
+            .flat_map(|(seq, e)| E::ids(e, *seq).into_iter().map(|id| (id, *seq)))
+            .collect();
+        // Of one id the last entry wins; a batch must not name a row twice.
+        let last: HashMap<IdKey, u64> = ids.into_iter().collect();
+        let last: Vec<(IdKey, u64)> = last.into_iter().collect();
+        let mut batches = Tables::reference_writes(at.key, stamp, &last);
+        let derived = self.entity.derived(&live.state, at.key, stamp);
+        batches.extend(derived.rows);
+        at.frozen = Some(Frozen { snapshot: self.freeze(live), then: derived.then });
+        at.derivation += 1;
+        let derivation = at.derivation;
+        at.derive = Derive::Writing { again: false };
+        let (logs, me) = (self.shards.logs.clone(), me.clone());
+        tokio::spawn(async move {
+            join_all(batches.into_iter().map(|b| logs.write_until_answered(b))).await;
+            let _ = me.cast(Msg::Derived { derivation, seq: upto });
+        });
+    }
+
+    pub(super) fn derived(&self, me: &ActorRef<Msg<E>>, at: &mut Loop<E>, seq: u64) {
+        let again = matches!(at.derive, Derive::Writing { again: true });
+        at.derive = Derive::Clean;
+        if let Phase::Live(live) = &mut at.phase {
+            live.forget_up_to(seq);
+        }
+        let frozen = at.frozen.take();
+        if let Some(then) = frozen.as_ref().and_then(|f| f.then.as_ref()) {
+            then();
+        }
+        self.keep_snapshot(at, frozen);
+        if again {
+            at.derive_later(me);
+        }
+        settle(at);
+        if self.shards.swept.load(Ordering::Relaxed)
+            && let Some((from, mark)) = self.shards.activity.newly_settled(at.key.shard)
+            && let Ok(stamp) = self.shards.stamps[at.key.shard as usize].next()
+        {
+            let (shards, shard) = (self.shards.clone(), at.key.shard);
+            tokio::spawn(async move {
+                shards.logs.write_until_answered(Tables::mark_write(shard, stamp, mark)).await;
+                for bucket in from..mark.bucket {
+                    // What a lost drop leaves is read and found settled by the next sweep.
+                    let _ = shards
+                        .tables
+                        .drop_activity(shard, Mark { bucket, ..mark })
+                        .await;
+                }
+            });
+        }
+    }
+
+    /// The snapshot of a confirmed state, when one is due.
+    pub(super) fn freeze(&self, live: &Live<E>) -> Option<Snapshot> {
+        let due = SNAPSHOT_ENTRIES.max(live.filter.bytes() as u64 / 64);
+        (live.confirmed - live.snapshot_seq >= due).then(|| live.snapshot())
+    }
+
+    /// Writes what was frozen, now that everything derived from it is durable, if it is handed on as well.
+    pub(super) fn keep_snapshot(&self, at: &mut Loop<E>, frozen: Option<Frozen>) {
+        let Some(snapshot) = frozen.and_then(|f| f.snapshot) else { return };
+        let open = at.acting.into_iter().chain(at.ordered.front().map(|(seq, _)| *seq)).min();
+        let Phase::Live(live) = &mut at.phase else { return };
+        if open.is_some_and(|seq| seq <= snapshot.seq) || snapshot.seq <= live.snapshot_seq {
+            return;
+        }
+        let Ok(stamp) = self.shards.stamps[at.key.shard as usize].next() else { return };
+        live.snapshot_seq = snapshot.seq;
+        let (logs, write) =
+            (self.shards.logs.clone(), Logs::snapshot_write(at.key, stamp, &snapshot));
+        tokio::spawn(async move { logs.write_until_answered(write).await });
+    }
+
+    /// The snapshot of the present state, if everything up to it is confirmed, derived and handed on.
+    pub(super) fn snapshot(&self, at: &mut Loop<E>) -> Option<Batch> {
+        let quiet = at.in_flight.is_none() && at.ordered.is_empty() && at.acting.is_none();
+        let Phase::Live(live) = &mut at.phase else { return None };
+        if !quiet
+            || live.derived < live.confirmed
+            || live.last != live.confirmed
+            || live.snapshot_seq == live.confirmed
+        {
+            return None;
+        }
+        let stamp = self.shards.stamps[at.key.shard as usize].next().ok()?;
+        live.snapshot_seq = live.confirmed;
+        Some(Logs::snapshot_write(at.key, stamp, &live.snapshot()))
+    }
+}
+
+impl<E: LogEntity> Loop<E> {
+    /// Writes derived rows once their pause has passed.
+    pub(super) fn derive_later(&mut self, me: &ActorRef<Msg<E>>) {
+        self.derive = Derive::Waiting;
+        let me = me.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(DERIVE_PAUSE).await;
+            let _ = me.cast(Msg::DeriveDue);
+        });
+    }
+}
+
+/// Settles the appends of which everything is derived and handed on.
+pub(super) fn settle<E: LogEntity>(at: &mut Loop<E>) {
+    let Phase::Live(live) = &at.phase else { return };
+    let open = at.acting.into_iter().chain(at.ordered.front().map(|(seq, _)| *seq)).min();
+    let settled = open.map_or(live.derived, |seq| live.derived.min(seq - 1));
+    while at.tickets.front().is_some_and(|(seq, _)| *seq <= settled) {
+        if let Some((_, ticket)) = at.tickets.pop_front() {
+            ticket.settle();
+        }
+    }
+}

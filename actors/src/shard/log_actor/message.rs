@@ -1,0 +1,90 @@
+//! What an entity's actor is told, and how its effects speak to it.
+
+use std::sync::Arc;
+
+use patchbay_protocol::CommandError;
+use patchbay_storage::WriteError;
+use patchbay_storage::log::LogKey;
+use ractor::ActorRef;
+use tokio::sync::oneshot;
+
+use crate::shard::Shards;
+use crate::shard::entity::LogEntity;
+use crate::shard::slots::Permit;
+
+/// A command with whom to answer and the place that it holds.
+pub struct Queued<E: LogEntity> {
+    pub(in crate::shard) command: E::Command,
+    pub(in crate::shard) reply: Option<oneshot::Sender<Result<E::Reply, CommandError>>>,
+    pub(in crate::shard) permit: Option<Permit>,
+    pub(in crate::shard) failures: u32,
+}
+
+/// A look at a state.
+pub type Look<S> = Box<dyn FnOnce(&S) + Send + Sync>;
+
+/// What an entity's actor is told.
+pub enum Msg<E: LogEntity> {
+    /// A command.
+    Command(Queued<E>),
+    /// The append under way was answered.
+    Appended(Result<(), WriteError>),
+    /// Derived rows up to this seq are durable, by that derivation.
+    Derived {
+        /// Which derivation.
+        derivation: u64,
+        /// Up to where.
+        seq: u64,
+    },
+    /// It is time to write derived rows again.
+    DeriveDue,
+    /// The effect of this seq is done.
+    HandedOn(u64),
+    /// A wake-up from memory.
+    Wake,
+    /// Nobody has asked for a while.
+    Idle,
+    /// An effect wants to see the state.
+    Peek(Look<E::State>),
+}
+
+/// How an entity's effects speak to it and to the store.
+pub struct Handle<E: LogEntity> {
+    pub(super) actor: ActorRef<Msg<E>>,
+    pub(super) shards: Arc<Shards>,
+    pub(super) key: LogKey,
+}
+
+impl<E: LogEntity> Clone for Handle<E> {
+    fn clone(&self) -> Self {
+        Self { actor: self.actor.clone(), shards: self.shards.clone(), key: self.key }
+    }
+}
+
+impl<E: LogEntity> Handle<E> {
+    /// Tells the entity something, past the bounds of admission: only as much as it has itself begun.
+    pub fn tell(&self, command: E::Command) {
+        // An actor that is gone finds what it needs in its log.
+        let _ = self.actor.cast(Msg::Command(Queued { command, reply: None, permit: None, failures: 0 }));
+    }
+
+    /// Shows the entity's state to `look`; drops it when the entity is not there.
+    pub fn peek(&self, look: impl FnOnce(&E::State) + Send + Sync + 'static) {
+        let _ = self.actor.cast(Msg::Peek(Box::new(look)));
+    }
+
+    /// Whether the actor that this speaks to has ended: what it began goes on under the next one, from the log.
+    pub fn has_ended(&self) -> bool {
+        matches!(self.actor.get_status(), ractor::ActorStatus::Stopping | ractor::ActorStatus::Stopped)
+    }
+
+    /// What the node's entities share.
+    pub fn shards(&self) -> &Arc<Shards> {
+        &self.shards
+    }
+
+    /// The entity's own log.
+    pub fn key(&self) -> LogKey {
+        self.key
+    }
+}
