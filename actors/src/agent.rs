@@ -116,17 +116,21 @@ impl SoftEntity for Agent {
 
     async fn load(&self, id: &EntityId) -> Result<State, CommandError> {
         let key = self.key(id);
-        let left = self.shards.tables.sessions(key).await.map_err(|_| CommandError::unavailable())?;
+        let (left, mut last_seen) =
+            self.shards.tables.sessions(key).await.map_err(|_| CommandError::unavailable())?;
         let mut sessions = Vec::new();
         for session in left {
             if session.incarnation == u64::from(self.shards.epoch) {
                 sessions.push(session);
                 continue;
             }
-            let gone = Tables::session_delete(key, self.stamp(key)?, &session.connection);
+            // Its node is gone, and nobody saw when: it was there at least when it came.
+            let seen = last_seen.map_or(session.since, |at| at.max(session.since));
+            last_seen = Some(seen);
+            let gone = Tables::session_delete(key, self.stamp(key)?, &session.connection, seen);
             self.shards.logs.write_until_answered(gone).await;
         }
-        Ok(State { sessions, said: Presence::Online, last_seen: None })
+        Ok(State { sessions, said: Presence::Online, last_seen })
     }
 
     async fn handle(
@@ -158,12 +162,11 @@ impl SoftEntity for Agent {
             AgentCommand::Disconnected { connection } => {
                 let there = state.sessions.iter().position(|s| s.connection == connection);
                 if let Some(at) = there {
-                    self.shards
-                        .logs
-                        .write_until_answered(Tables::session_delete(key, self.stamp(key)?, &connection))
-                        .await;
+                    let now = self.shards.clock.now();
+                    let gone = Tables::session_delete(key, self.stamp(key)?, &connection, now);
+                    self.shards.logs.write_until_answered(gone).await;
                     state.sessions.swap_remove(at);
-                    state.last_seen = Some(self.shards.clock.now());
+                    state.last_seen = Some(now);
                 }
             }
             AgentCommand::Set(said) => state.said = said,

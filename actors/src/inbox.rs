@@ -263,6 +263,10 @@ impl SoftEntity for Inbox {
                 *state = self.load(id).await?;
                 for brief in recent {
                     let Some(recent) = brief.recent else { continue };
+                    let home = self.directory.account(tenant, &brief.account).await?;
+                    if home.is_none_or(|account| account.inbox != *inbox) {
+                        continue;
+                    }
                     state.insert(&recent.summary);
                     if let Some(brief) = state.briefs.get_mut(&recent.summary.id) {
                         brief.recent = Some(recent);

@@ -54,6 +54,27 @@ pub struct NodeConfig {
     pub memory_is_short: MemoryIsShort,
 }
 
+impl NodeConfig {
+    /// With the configuration's defaults: 1,024 shards, two minutes' patience with the idle, no bound on memory.
+    pub fn new(
+        engine: Arc<dyn Engine>,
+        clock: Clock,
+        publisher: Arc<dyn Publisher>,
+        provider: Arc<dyn Provider>,
+    ) -> Self {
+        Self {
+            engine,
+            clock,
+            shards: 1024,
+            publisher,
+            provider,
+            outbound: OutboundConfig::default(),
+            idle_after: Duration::from_secs(120),
+            memory_is_short: Box::new(|| false),
+        }
+    }
+}
+
 /// Tells whether memory is short.
 pub type MemoryIsShort = Box<dyn Fn() -> bool + Send + Sync>;
 

@@ -1,14 +1,20 @@
 //! A conversation on a store without faults: ids that dedupe for ever, snapshots, replay.
 #![allow(missing_docs, clippy::unwrap_used)]
 
-use std::sync::Arc;
+mod common;
+
+use std::time::Duration;
 
 use bytes::Bytes;
+use common::World;
 use patchbay_actors::conversation::State;
+use patchbay_actors::desk::Who;
+use patchbay_protocol::command::{AddNote, Reply, Request, SendMessage};
 use patchbay_protocol::entry::{Actor, ActorType, Body, Cause, Entry, Opened, Received, Sent, StatusChanged};
 use patchbay_protocol::receipt::MessageStatus;
 use patchbay_protocol::summary::Contact;
 use patchbay_protocol::{Content, ConversationId, Timestamp};
+use patchbay_storage::Table;
 use proptest::prelude::*;
 
 fn id() -> ConversationId {
@@ -93,111 +99,37 @@ proptest! {
     }
 }
 
-mod forever {
-    use super::*;
-    use async_trait::async_trait;
-    use patchbay_actors::account::OutboundConfig;
-    use patchbay_actors::clock::Clock;
-    use patchbay_actors::desk::{Desk, Who};
-    use patchbay_actors::directory::{Account, Inbox, Settings};
-    use patchbay_actors::node::{Node, NodeConfig};
-    use patchbay_actors::ports::{Provider, Publisher};
-    use patchbay_protocol::command::{AddNote, Reply, Request, SendMessage};
-    use patchbay_protocol::outbound::{Call, CallResult};
-    use patchbay_storage::Table;
-    use patchbay_storage::model::Model;
-    use serde_json::json;
-    use std::time::Duration;
-
-    struct Nobody;
-
-    impl Publisher for Nobody {
-        fn entries(&self, _: ConversationId, _: &[(u64, Bytes)]) {}
-        fn inbox(&self, _: &patchbay_protocol::TenantId, _: &patchbay_protocol::InboxId, _: Bytes) {}
-        fn agent(&self, _: &patchbay_protocol::TenantId, _: &patchbay_protocol::AgentId, _: Bytes) {}
-    }
-
-    #[async_trait]
-    impl Provider for Nobody {
-        async fn call(&self, _: &Account, _: Call) -> CallResult {
-            CallResult::Answered {
-                status: 200,
-                retry_after: None,
-                body: Bytes::from_static(br#"{"messages":[{"id":"w"}]}"#),
-            }
+#[tokio::test(start_paused = true)]
+async fn ids_dedupe_after_a_hundred_thousand_more_two_snapshots_and_a_restart() {
+    let first = World::new().await;
+    let template =
+        || Content::Template { name: "t".into(), language: "en".into(), components: serde_json::Value::Null };
+    let message =
+        || SendMessage { client_id: "the first".into(), content: template(), reply_to: None, if_seq: None };
+    let (tenant, account) = (common::tenant(), common::account());
+    let (id, sent) = first.desk.send_to(&tenant, &account, "34600111222", message()).await.unwrap();
+    assert!(!sent.duplicate);
+    let who = Who::Api(tenant.clone());
+    for round in 0..400u32 {
+        let mut answers = Vec::with_capacity(250);
+        for n in 0..250u32 {
+            let note = AddNote { client_id: format!("{round}.{n}"), text: "x".into() };
+            answers.push(first.desk.submit(&who, id, Request::Note(note)).await.unwrap());
         }
-    }
-
-    async fn node(model: &Model, clock: Clock) -> Arc<Node> {
-        let config = NodeConfig {
-            engine: Arc::new(model.clone()),
-            clock,
-            shards: 4,
-            publisher: Arc::new(Nobody),
-            provider: Arc::new(Nobody),
-            outbound: OutboundConfig::default(),
-            idle_after: Duration::from_secs(60),
-            memory_is_short: Box::new(|| false),
-        };
-        Node::start(config).await.unwrap()
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn ids_dedupe_after_a_hundred_thousand_more_two_snapshots_and_a_restart() {
-        let (model, clock) = (Model::new(), Clock::from(Timestamp::from_seconds(1_000_000)));
-        let first = node(&model, clock).await;
-        let tenant: patchbay_protocol::TenantId = "t".parse().unwrap();
-        let directory = first.directory();
-        directory.put_inbox(&tenant, &"main".parse().unwrap(), &Inbox { name: "M".into() }).await.unwrap();
-        let account = Account {
-            connector: "whatsapp".into(),
-            inbox: "main".parse().unwrap(),
-            name: String::new(),
-            external_id: "1".into(),
-            credentials: json!({}),
-            settings: Settings::default(),
-        };
-        directory.put_account(&tenant, &"wa".parse().unwrap(), &account).await.unwrap();
-        let desk = Desk::new(first.clone());
-        let template = || Content::Template {
-            name: "t".into(),
-            language: "en".into(),
-            components: serde_json::Value::Null,
-        };
-        let message = || SendMessage {
-            client_id: "the first".into(),
-            content: template(),
-            reply_to: None,
-            if_seq: None,
-        };
-        let (id, sent) =
-            desk.send_to(&tenant, &"wa".parse().unwrap(), "34600111222", message()).await.unwrap();
-        assert!(!sent.duplicate);
-        let who = Who::Api(tenant.clone());
-        for round in 0..400u32 {
-            let mut answers = Vec::with_capacity(250);
-            for n in 0..250u32 {
-                let note = AddNote { client_id: format!("{round}.{n}"), text: "x".into() };
-                answers.push(desk.submit(&who, id, Request::Note(note)).await.unwrap());
-            }
-            for answer in answers {
-                assert!(matches!(answer.wait().await, Ok(Reply::Sent(_))));
-            }
-            // Time passes: derived rows and snapshots are written.
-            tokio::time::sleep(Duration::from_millis(300)).await;
+        for answer in answers {
+            assert!(matches!(answer.wait().await, Ok(Reply::Sent(_))));
         }
-        tokio::time::sleep(Duration::from_secs(5)).await;
-        assert!(model.writes_to(Table::Snapshots) >= 2, "{} snapshots", model.writes_to(Table::Snapshots));
-        let second = node(&model.fork(), clock).await;
-        let desk = Desk::new(second);
-        let (_, again) =
-            desk.send_to(&tenant, &"wa".parse().unwrap(), "34600111222", message()).await.unwrap();
-        assert_eq!((again.seq, again.duplicate), (sent.seq, true));
-        let note = AddNote { client_id: "7.7".into(), text: "x".into() };
-        let Ok(Reply::Sent(again)) = desk.submit(&who, id, Request::Note(note)).await.unwrap().wait().await
-        else {
-            panic!("refused")
-        };
-        assert!(again.duplicate);
+        // Time passes: derived rows and snapshots are written.
+        tokio::time::sleep(Duration::from_millis(300)).await;
     }
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    let snapshots = first.model.writes_to(Table::Snapshots);
+    assert!(snapshots >= 2, "{snapshots} snapshots");
+    let second = first.crash().await;
+    let (_, again) = second.desk.send_to(&tenant, &account, "34600111222", message()).await.unwrap();
+    assert_eq!((again.seq, again.duplicate), (sent.seq, true));
+    let note = AddNote { client_id: "7.7".into(), text: "x".into() };
+    let answer = second.desk.submit(&who, id, Request::Note(note)).await.unwrap().wait().await;
+    let Ok(Reply::Sent(again)) = answer else { panic!("refused") };
+    assert!(again.duplicate);
 }

@@ -10,7 +10,6 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use patchbay_actors::account::OutboundConfig;
 use patchbay_actors::clock::Clock;
 use patchbay_actors::desk::{Desk, Page, Who};
 use patchbay_actors::directory::{Account, Inbox, Settings, Tenant};
@@ -122,14 +121,9 @@ async fn start(
     let random = Mutex::new(SmallRng::seed_from_u64(seed));
     let graph = Arc::new(Graph { calls, alive: AtomicBool::new(true), random });
     let config = || NodeConfig {
-        engine: Arc::new(model.clone()),
-        clock,
         shards: 4,
-        publisher: shown.clone(),
-        provider: graph.clone(),
-        outbound: OutboundConfig::default(),
         idle_after: Duration::from_secs(3),
-        memory_is_short: Box::new(|| false),
+        ..NodeConfig::new(Arc::new(model.clone()), clock, shown.clone(), graph.clone())
     };
     model.set_faults(faults);
     let node = loop {

@@ -10,7 +10,6 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use patchbay_actors::account::OutboundConfig;
 use patchbay_actors::clock::Clock;
 use patchbay_actors::desk::{Desk, Who};
 use patchbay_actors::directory::{Account, Inbox, Settings};
@@ -91,16 +90,7 @@ async fn baseline(run: Duration) -> f64 {
 async fn notes(run: Duration) -> f64 {
     let dir = tempfile::tempdir().unwrap();
     let engine = Arc::new(Embedded::open(&dir.path().join("data")).unwrap());
-    let config = NodeConfig {
-        engine,
-        clock: Clock::System,
-        shards: 1024,
-        publisher: Arc::new(Nobody),
-        provider: Arc::new(Nobody),
-        outbound: OutboundConfig::default(),
-        idle_after: Duration::from_secs(60),
-        memory_is_short: Box::new(|| false),
-    };
+    let config = NodeConfig::new(engine, Clock::System, Arc::new(Nobody), Arc::new(Nobody));
     let node = Node::start(config).await.unwrap();
     let tenant: TenantId = "t".parse().unwrap();
     let directory = node.directory();

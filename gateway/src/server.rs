@@ -163,18 +163,16 @@ impl Server {
         let hub = Arc::new(Hub::default());
         let guard =
             Guard { allowed_hosts: config.providers.allowed_hosts.clone(), loopback: mode == Mode::Dev };
+        let provider = Arc::new(Outgoing::new(guard, config.providers.timeout)?);
         let node = Node::start(NodeConfig {
-            engine,
-            clock: Clock::System,
             shards: config.cluster.shards,
-            publisher: hub.clone(),
-            provider: Arc::new(Outgoing::new(guard, config.providers.timeout)?),
             outbound: OutboundConfig {
                 queue_max: config.outbound.queue_max,
                 max_age: config.outbound.max_age,
             },
             idle_after: config.limits.idle_after,
             memory_is_short: memory_is_short(config.limits.memory),
+            ..NodeConfig::new(engine, Clock::System, hub.clone(), provider)
         })
         .await?;
         let public_listener = TcpListener::bind(&config.public.listen).await.map_err(io("public.listen"))?;

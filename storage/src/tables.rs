@@ -12,7 +12,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::engine::{
-    Batch, CasOutcome, Document, DocumentKey, Engine, ReadError, Row, Scan, Table, WriteError,
+    Batch, CasOutcome, Cell, Document, DocumentKey, Engine, ReadError, Row, RowWrite, Scan, Table, WriteError,
 };
 use crate::log::LogKey;
 use crate::stamp::Stamp;
@@ -182,6 +182,8 @@ pub enum Set {
     Open,
 }
 
+/// Beside an agent's sessions, whose names are hexadecimal.
+const LAST_SEEN: &[u8] = b"last-seen";
 /// Parts that a set is spread over.
 pub const INBOX_PARTS: u8 = 16;
 
@@ -433,22 +435,26 @@ impl Tables {
         )
     }
 
-    /// The write that ends it.
-    pub fn session_delete(agent: LogKey, stamp: Stamp, connection: &str) -> Batch {
-        Batch::delete(
-            agent.shard,
-            Table::Sessions,
-            entity_partition(&agent.entity),
-            Bytes::copy_from_slice(connection.as_bytes()),
+    /// The write that ends it, and says when the agent was last seen.
+    pub fn session_delete(agent: LogKey, stamp: Stamp, connection: &str, last_seen: Timestamp) -> Batch {
+        let gone = RowWrite {
+            clustering: Bytes::copy_from_slice(connection.as_bytes()),
             stamp,
-        )
+            cell: Cell::Delete,
+        };
+        let seen =
+            RowWrite { clustering: Bytes::from_static(LAST_SEEN), stamp, cell: Cell::Put(json(&last_seen)) };
+        let partition = entity_partition(&agent.entity);
+        Batch { shard: agent.shard, table: Table::Sessions, partition, rows: vec![gone, seen] }
     }
 
-    /// An agent's sessions.
-    pub async fn sessions(&self, agent: LogKey) -> Result<Vec<Session>, ReadError> {
+    /// An agent's sessions, and when it was last seen.
+    pub async fn sessions(&self, agent: LogKey) -> Result<(Vec<Session>, Option<Timestamp>), ReadError> {
         let rows =
             self.engine.scan(Scan::all(Table::Sessions, entity_partition(&agent.entity), 1000)).await?;
-        rows.iter().map(parse).collect()
+        let (seen, sessions): (Vec<_>, Vec<_>) = rows.iter().partition(|r| r.clustering == LAST_SEEN);
+        let sessions = sessions.into_iter().map(parse).collect::<Result<_, _>>()?;
+        Ok((sessions, seen.first().map(|r| parse(r)).transpose()?))
     }
 
     /// The write of a dead letter.

@@ -149,7 +149,10 @@ pub(super) fn message(external_id: &str, message: &Outbound) -> Result<Call, Pro
 }
 
 fn envelope(kind: &str, value: Value, recipient: &Recipient) -> Value {
-    let mut frame = json!({"messaging_product": "whatsapp", "recipient_type": "individual", "type": kind});
+    // Numbers are digits; anything else that stands in the address is a group's id.
+    let group = recipient.address.bytes().any(|b| !b.is_ascii_digit());
+    let to_whom = if group { "group" } else { "individual" };
+    let mut frame = json!({"messaging_product": "whatsapp", "recipient_type": to_whom, "type": kind});
     frame[kind] = value;
     if !recipient.address.is_empty() {
         frame["to"] = json!(recipient.address);
