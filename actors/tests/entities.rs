@@ -89,10 +89,14 @@ async fn in_a_group_each_participant_climbs_for_itself_and_sends_go_to_the_group
     until("it is sent", async || (w.statuses("G-7", seq).await == ["sent"]).then_some(())).await;
     let call = w.graph.calls.lock().unwrap()[0].clone();
     assert_eq!((&call["recipient_type"], &call["to"]), (&json!("group"), &json!("G-7")));
-    let of = |who: &str, status: &str| {
-        json!({"id": "wamid.1", "status": status, "timestamp": at, "recipient_type": "group", "recipient_id": "G-7", "recipient_participant_id": who})
-    };
-    for status in [of("34611", "read"), of("34622", "delivered"), of("34611", "delivered"), of("34622", "played"), of("34622", "read")] {
+    let of = |who: &str, status: &str| json!({"id": "wamid.1", "status": status, "timestamp": at, "recipient_type": "group", "recipient_id": "G-7", "recipient_participant_id": who});
+    for status in [
+        of("34611", "read"),
+        of("34622", "delivered"),
+        of("34611", "delivered"),
+        of("34622", "played"),
+        of("34622", "read"),
+    ] {
         w.receipt(status).await;
     }
     let entries = w.entries("G-7").await;
@@ -142,8 +146,17 @@ async fn an_agent_is_there_while_any_of_its_sockets_is_and_is_last_seen_when_the
     assert_eq!(w.agent(AgentCommand::Get).await.last_seen, Some(since));
 }
 
-async fn list(w: &World, filter: Filter, after: Option<Position>, limit: usize) -> Vec<(String, u64, Status)> {
-    let found = w.desk.list(&Who::Api(tenant()), Some(&"main".parse().unwrap()), &filter, after, limit).await.unwrap();
+async fn list(
+    w: &World,
+    filter: Filter,
+    after: Option<Position>,
+    limit: usize,
+) -> Vec<(String, u64, Status)> {
+    let found = w
+        .desk
+        .list(&Who::Api(tenant()), Some(&"main".parse().unwrap()), &filter, after, limit)
+        .await
+        .unwrap();
     found.into_iter().map(|s| (s.contact.address, s.unread, s.status)).collect()
 }
 
@@ -169,7 +182,10 @@ async fn an_inbox_lists_what_is_newest_first_with_its_counts_and_shows_changes_c
     })
     .await;
     assert_eq!(found, [("34601".to_owned(), 1, Status::Resolved)]);
-    assert_eq!(list(&w, Filter { contact: Some("34602".into()), ..Filter::default() }, None, 10).await[0].1, 0);
+    assert_eq!(
+        list(&w, Filter { contact: Some("34602".into()), ..Filter::default() }, None, 10).await[0].1,
+        0
+    );
     // Paging: every conversation once.
     let first = w.desk.list(&Who::Api(tenant()), None, &Filter::default(), None, 2).await.unwrap();
     let last = first.last().unwrap();

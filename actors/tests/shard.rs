@@ -257,7 +257,10 @@ async fn an_actor_that_fails_rests_longer_each_time_and_comes_back_with_what_was
     }
     assert!(rests.windows(2).all(|r| r[0] < r[1]), "{rests:?}");
     let long = u64::try_from(LONG_PAUSE.as_millis()).unwrap();
-    assert!((long - 1000..=long).contains(rests.last().unwrap()), "past the limit it is left alone: {rests:?}");
+    assert!(
+        (long - 1000..=long).contains(rests.last().unwrap()),
+        "past the limit it is left alone: {rests:?}"
+    );
     // An activation that lasts has a clean record.
     tokio::time::sleep(LONG_PAUSE).await;
     w.slots.entity().fails.store(1, Ordering::Relaxed);

@@ -437,11 +437,8 @@ impl Tables {
 
     /// The write that ends it, and says when the agent was last seen.
     pub fn session_delete(agent: LogKey, stamp: Stamp, connection: &str, last_seen: Timestamp) -> Batch {
-        let gone = RowWrite {
-            clustering: Bytes::copy_from_slice(connection.as_bytes()),
-            stamp,
-            cell: Cell::Delete,
-        };
+        let gone =
+            RowWrite { clustering: Bytes::copy_from_slice(connection.as_bytes()), stamp, cell: Cell::Delete };
         let seen =
             RowWrite { clustering: Bytes::from_static(LAST_SEEN), stamp, cell: Cell::Put(json(&last_seen)) };
         let partition = entity_partition(&agent.entity);

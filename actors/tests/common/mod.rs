@@ -19,7 +19,9 @@ use patchbay_actors::router::Router as _;
 use patchbay_connectors::Connector as _;
 use patchbay_protocol::command::{Reply, Request, SendMessage};
 use patchbay_protocol::outbound::{Call, CallResult};
-use patchbay_protocol::{AccountId, AgentId, CommandError, Content, ConversationId, InboxId, TenantId, Timestamp};
+use patchbay_protocol::{
+    AccountId, AgentId, CommandError, Content, ConversationId, InboxId, TenantId, Timestamp,
+};
 use patchbay_storage::model::Model;
 use serde_json::{Value, json};
 
@@ -107,7 +109,10 @@ impl World {
         let world = Self::on(Model::new(), clock).await;
         let directory = world.node.directory();
         for inbox in ["main", "other"] {
-            directory.put_inbox(&tenant(), &inbox.parse().unwrap(), &Inbox { name: inbox.into() }).await.unwrap();
+            directory
+                .put_inbox(&tenant(), &inbox.parse().unwrap(), &Inbox { name: inbox.into() })
+                .await
+                .unwrap();
         }
         world.put_account("wa", "main").await;
         world
@@ -132,7 +137,15 @@ impl World {
             ..NodeConfig::new(Arc::new(model.clone()), clock, shown.clone(), graph.clone())
         };
         let node = Node::start(config).await.unwrap();
-        Self { model, clock, desk: Desk::new(node.clone()), intake: Intake::new(node.clone()), node, graph, shown }
+        Self {
+            model,
+            clock,
+            desk: Desk::new(node.clone()),
+            intake: Intake::new(node.clone()),
+            node,
+            graph,
+            shown,
+        }
     }
 
     /// Stops this node where it stands; another one starts on what had reached the store.

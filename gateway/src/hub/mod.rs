@@ -2,6 +2,8 @@
 //! and shared; per connection only a reference is queued.
 
 pub mod outbound;
+#[cfg(test)]
+mod schedules;
 pub mod seam;
 
 use std::collections::HashMap;

@@ -61,12 +61,30 @@ struct Queued {
     frame: Bytes,
 }
 
+struct Subscribed {
+    number: u64,
+    seam: Seam<Bytes>,
+}
+
+/// Where a subscription that is behind goes on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GoOn {
+    /// Of what.
+    pub topic: Topic,
+    /// Which subscription to it: another one of the same socket may follow.
+    pub number: u64,
+    /// The last seq that was pushed.
+    pub after: u64,
+}
+
 #[derive(Default)]
 struct Queue {
     frames: VecDeque<Queued>,
     bytes: usize,
     slots: HashMap<(Topic, String), Bytes>,
-    seams: HashMap<Topic, Seam<Bytes>>,
+    seams: HashMap<Topic, Subscribed>,
+    /// Subscriptions so far: each has a number of its own.
+    subscriptions: u64,
     behind: bool,
     /// The socket has ended: nothing is kept for it any more.
     ended: bool,
@@ -77,6 +95,7 @@ struct Queue {
 /// The outbound queue of one socket.
 pub struct Outbound {
     encoding: Encoding,
+    publication_bytes_max: usize,
     queue: Mutex<Queue>,
     /// Recoveries are read one at a time: what they bring is large.
     recovery: tokio::sync::Semaphore,
@@ -88,7 +107,12 @@ pub const SUBSCRIPTIONS_MAX: usize = 512;
 impl Outbound {
     /// An empty queue.
     pub fn new(encoding: Encoding) -> Arc<Self> {
-        Arc::new(Self { encoding, queue: Mutex::default(), recovery: tokio::sync::Semaphore::new(1) })
+        Self::with_bound(encoding, PUBLICATION_BYTES_MAX)
+    }
+
+    pub(super) fn with_bound(encoding: Encoding, publication_bytes_max: usize) -> Arc<Self> {
+        let recovery = tokio::sync::Semaphore::new(1);
+        Arc::new(Self { encoding, publication_bytes_max, queue: Mutex::default(), recovery })
     }
 
     /// The socket's encoding.
@@ -142,7 +166,9 @@ impl Outbound {
         if q.seams.keys().filter(|t| !matches!(t, Topic::Agent(..))).count() >= SUBSCRIPTIONS_MAX {
             return Err(ErrorCode::LimitExceeded);
         }
-        q.seams.insert(topic.clone(), Seam::reading());
+        q.subscriptions += 1;
+        let number = q.subscriptions;
+        q.seams.insert(topic.clone(), Subscribed { number, seam: Seam::reading() });
         Ok(())
     }
 
@@ -157,7 +183,7 @@ impl Outbound {
     /// A turn to read a past, when there is room for what it brings.
     pub async fn recovery_turn(&self) -> Option<tokio::sync::SemaphorePermit<'_>> {
         let turn = self.recovery.acquire().await.ok()?;
-        while self.lock().bytes >= PUBLICATION_BYTES_MAX {
+        while self.lock().bytes >= self.publication_bytes_max {
             tokio::time::sleep(ROOM_LOOK).await;
         }
         Some(turn)
@@ -183,8 +209,8 @@ impl Outbound {
     /// A confirmed entry of a topic.
     pub fn publish(&self, topic: &Topic, frames: &Frames) {
         let mut q = self.lock();
-        let room = q.bytes < PUBLICATION_BYTES_MAX;
-        let Some(seam) = q.seams.get_mut(topic) else { return };
+        let room = q.bytes < self.publication_bytes_max;
+        let Some(Subscribed { seam, .. }) = q.seams.get_mut(topic) else { return };
         let verdict = seam.offer(frames.seq, || frames.encoded(self.encoding), room);
         let behind = matches!(seam, Seam::Behind { .. });
         match verdict {
@@ -209,12 +235,14 @@ impl Outbound {
         if !q.is_open(topic) {
             return;
         }
-        if q.bytes < PUBLICATION_BYTES_MAX {
+        if q.bytes < self.publication_bytes_max {
             q.push(Some(topic.clone()), frames.encoded(self.encoding));
         } else if matches!(topic, Topic::Agent(..)) {
             q.closing.get_or_insert(Disconnect::InsufficientState);
         } else {
-            q.seams.insert(topic.clone(), Seam::Behind { last: 0 });
+            if let Some(subscribed) = q.seams.get_mut(topic) {
+                subscribed.seam = Seam::Behind { last: 0 };
+            }
             q.behind = true;
         }
         q.wake();
@@ -239,7 +267,7 @@ impl Outbound {
             Some(Err(_)) => q.closing = Some(Disconnect::InappropriateProtocol),
             None => {}
         }
-        let Some(seam) = q.seams.get_mut(topic) else { return };
+        let Some(Subscribed { seam, .. }) = q.seams.get_mut(topic) else { return };
         let held = seam.joined(read);
         if matches!(seam, Seam::Behind { .. }) {
             q.behind = true;
@@ -251,31 +279,37 @@ impl Outbound {
     }
 
     /// Entries read from the log for a subscription that was behind.
-    pub fn caught_up(&self, topic: &Topic, entries: Vec<Bytes>, read: u64) {
+    pub fn caught_up(&self, from: &GoOn, entries: Vec<Bytes>, read: u64) {
         {
             let mut q = self.lock();
-            if !matches!(q.seams.get(topic), Some(Seam::Reading { .. })) {
+            if !q.is_numbered(from) {
                 // It was ended, and perhaps begun anew, meanwhile.
                 return;
             }
             for frame in entries {
-                q.push(Some(topic.clone()), frame);
+                q.push(Some(from.topic.clone()), frame);
             }
         }
-        self.joined(topic, None, read);
+        self.joined(&from.topic, None, read);
+    }
+
+    /// Whether it is still the subscription that was behind.
+    pub fn is_still(&self, from: &GoOn) -> bool {
+        self.lock().is_numbered(from)
     }
 
     /// Subscriptions that are behind and may go on now, with the place to read after.
-    pub fn go_on(&self) -> Vec<(Topic, u64)> {
+    pub fn go_on(&self) -> Option<GoOn> {
         let mut q = self.lock();
-        if !q.behind || q.bytes >= PUBLICATION_BYTES_MAX / 2 {
-            return Vec::new();
+        if !q.behind || q.bytes >= self.publication_bytes_max / 2 {
+            return None;
         }
         // One at a time: each may bring a page.
-        let next =
-            q.seams.iter_mut().find_map(|(topic, seam)| seam.go_on().map(|after| (topic.clone(), after)));
-        q.behind = q.seams.values().any(|s| matches!(s, Seam::Behind { .. }));
-        next.into_iter().collect()
+        let next = q.seams.iter_mut().find_map(|(topic, Subscribed { number, seam })| {
+            seam.go_on().map(|after| GoOn { topic: topic.clone(), number: *number, after })
+        });
+        q.behind = q.seams.values().any(|s| matches!(s.seam, Seam::Behind { .. }));
+        next
     }
 
     /// The next frame to be written, or why to close; pending when there is neither.
@@ -315,7 +349,11 @@ pub enum Next {
 impl Queue {
     /// Whether a subscription's reply is out, so that it may be shown what has no order.
     fn is_open(&self, topic: &Topic) -> bool {
-        matches!(self.seams.get(topic), Some(Seam::Live { .. }))
+        self.seams.get(topic).is_some_and(|s| matches!(s.seam, Seam::Live { .. }))
+    }
+
+    fn is_numbered(&self, from: &GoOn) -> bool {
+        self.seams.get(&from.topic).is_some_and(|s| s.number == from.number)
     }
 
     fn push(&mut self, topic: Option<Topic>, frame: Bytes) {

@@ -97,10 +97,7 @@ impl<E: LogEntity> LogActor<E> {
                 shards.logs.write_until_answered(Tables::mark_write(shard, stamp, mark)).await;
                 for bucket in from..mark.bucket {
                     // What a lost drop leaves is read and found settled by the next sweep.
-                    let _ = shards
-                        .tables
-                        .drop_activity(shard, Mark { bucket, ..mark })
-                        .await;
+                    let _ = shards.tables.drop_activity(shard, Mark { bucket, ..mark }).await;
                 }
             });
         }
@@ -122,8 +119,7 @@ impl<E: LogEntity> LogActor<E> {
         }
         let Ok(stamp) = self.shards.stamps[at.key.shard as usize].next() else { return };
         live.snapshot_seq = snapshot.seq;
-        let (logs, write) =
-            (self.shards.logs.clone(), Logs::snapshot_write(at.key, stamp, &snapshot));
+        let (logs, write) = (self.shards.logs.clone(), Logs::snapshot_write(at.key, stamp, &snapshot));
         tokio::spawn(async move { logs.write_until_answered(write).await });
     }
 

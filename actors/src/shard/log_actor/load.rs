@@ -6,9 +6,9 @@ use std::sync::Arc;
 use bytes::Buf;
 use patchbay_protocol::Timestamp;
 use patchbay_protocol::ids::EntityId;
-use patchbay_storage::{ReadError, Stamp};
 use patchbay_storage::log::{AdoptError, LogKey, Snapshot};
 use patchbay_storage::tables::{Activity, IdKey, Tables};
+use patchbay_storage::{ReadError, Stamp};
 use ractor::ActorRef;
 
 use super::derive::Derive;
@@ -152,7 +152,12 @@ impl<E: LogEntity> LogActor<E> {
         Ok(entry.map(|e| (seq, e)))
     }
 
-    pub(super) async fn entry(&self, key: LogKey, live: &Live<E>, seq: u64) -> Result<Option<Arc<E::Entry>>, ReadError> {
+    pub(super) async fn entry(
+        &self,
+        key: LogKey,
+        live: &Live<E>,
+        seq: u64,
+    ) -> Result<Option<Arc<E::Entry>>, ReadError> {
         if seq == 0 || seq > live.last {
             return Ok(None);
         }

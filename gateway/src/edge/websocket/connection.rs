@@ -293,17 +293,9 @@ impl Connection {
         if self.closing.is_some() {
             return;
         }
-        for (topic, after) in self.outbound.go_on() {
-            self.lanes.start(
-                Some(topic.channel()),
-                commands::catch_up::run(
-                    self.sockets.clone(),
-                    self.outbound.clone(),
-                    self.client,
-                    topic,
-                    after,
-                ),
-            );
+        if let Some(from) = self.outbound.go_on() {
+            let lane = Some(from.topic.channel());
+            self.lanes.start(lane, commands::catch_up::run(self, from));
         }
     }
 

@@ -1,65 +1,54 @@
 //! A subscription that was behind goes on from the log, now that its socket has drained. Too far behind for one page:
 //! the SDK is told to come back with its position.
 
-use std::sync::Arc;
-
 use patchbay_actors::desk::{PAGE_BYTES_MAX, Page};
 use patchbay_protocol::CommandError;
 use patchbay_protocol::ids::ConversationId;
 
 use super::super::Sockets;
-use super::super::connection::{Change, Done, unsubscribe_push};
+use super::super::connection::{Change, Connection, Done, unsubscribe_push};
 use super::super::lanes::{Half, Later};
 use super::subscribe::RECOVERY_MAX_PUBLICATIONS;
-use crate::hub::outbound::{Frames, Outbound};
-use crate::hub::{ClientId, Topic};
+use crate::hub::Topic;
+use crate::hub::outbound::{Frames, GoOn, Outbound};
 
 /// The code that makes an SDK subscribe again with its position.
 const INSUFFICIENT_STATE: u32 = 2500;
 
-pub(crate) fn run(
-    sockets: Arc<Sockets>,
-    outbound: Arc<Outbound>,
-    client: ClientId,
-    topic: Topic,
-    after: u64,
-) -> Later<Half<Done>> {
+pub(crate) fn run(connection: &Connection, from: GoOn) -> Later<Half<Done>> {
+    let (sockets, outbound, client) =
+        (connection.sockets.clone(), connection.outbound.clone(), connection.client);
+    let info = super::info(connection);
     Box::pin(async move {
-        let channel = topic.channel();
-        let change = match &topic {
-            Topic::Conversation(id) => match caught_up(&sockets, &outbound, &topic, *id, after).await {
-                Ok(true) => Change::None,
-                Ok(false) | Err(_) => ended(&sockets, &outbound, client, &topic, channel),
-            },
+        let caught_up = match from.topic {
+            Topic::Conversation(id) => caught_up(&sockets, &outbound, &from, id).await.unwrap_or(false),
             // These have no past to go on from: the client subscribes anew and lists.
-            Topic::Inbox(..) | Topic::Agent(..) => ended(&sockets, &outbound, client, &topic, channel),
+            Topic::Inbox(..) | Topic::Agent(..) => false,
         };
+        let mut change = Change::None;
+        if !caught_up && outbound.is_still(&from) {
+            let channel = from.topic.channel();
+            super::leave(&sockets, &from.topic, client, info.as_deref());
+            outbound.reply(&unsubscribe_push(channel.clone(), INSUFFICIENT_STATE, "insufficient state"));
+            change = Change::Unsubscribed(channel);
+        }
         Half::Done(Done { id: 0, reply: None, change })
     })
-}
-
-/// Ends the subscription with the push that makes an SDK come back to it.
-fn ended(sockets: &Sockets, outbound: &Outbound, client: ClientId, topic: &Topic, channel: String) -> Change {
-    if sockets.hub.leave(topic, client) {
-        outbound.reply(&unsubscribe_push(channel.clone(), INSUFFICIENT_STATE, "insufficient state"));
-    }
-    Change::Unsubscribed(channel)
 }
 
 async fn caught_up(
     sockets: &Sockets,
     outbound: &Outbound,
-    topic: &Topic,
+    from: &GoOn,
     id: ConversationId,
-    after: u64,
 ) -> Result<bool, CommandError> {
     let tip = sockets.desk.tip_of(id).await?;
     let page = sockets
         .desk
-        .read(id, Page::After(after), tip, RECOVERY_MAX_PUBLICATIONS, PAGE_BYTES_MAX)
+        .read(id, Page::After(from.after), tip, RECOVERY_MAX_PUBLICATIONS, PAGE_BYTES_MAX)
         .await
         .map_err(|_| CommandError::unavailable())?;
-    let read = page.entries.last().map_or(after, |(seq, _)| *seq);
+    let read = page.entries.last().map_or(from.after, |(seq, _)| *seq);
     if read < tip {
         return Ok(false);
     }
@@ -67,8 +56,8 @@ async fn caught_up(
     let frames = page
         .entries
         .into_iter()
-        .map(|(seq, data)| Frames::new(topic.channel(), data, seq).encoded(encoding))
+        .map(|(seq, data)| Frames::new(from.topic.channel(), data, seq).encoded(encoding))
         .collect();
-    outbound.caught_up(topic, frames, read);
+    outbound.caught_up(from, frames, read);
     Ok(true)
 }

@@ -12,7 +12,7 @@ mod unsubscribe;
 
 use std::sync::Arc;
 
-use patchbay_protocol::client::reply::Reply;
+use patchbay_protocol::client::reply::{ClientInfo, Reply};
 use patchbay_protocol::client::request::Command;
 use patchbay_protocol::ids::ConversationId;
 use patchbay_protocol::{CommandError, Disconnect, ErrorCode};
@@ -24,7 +24,7 @@ use super::connection::{Change, Connection, Done};
 use super::lanes::{Half, Later};
 use super::session::Session;
 use crate::auth::Peer;
-use crate::hub::Topic;
+use crate::hub::{ClientId, Topic};
 
 /// Starts a command of a connected client in its lane.
 pub(super) fn start(connection: &mut Connection, command: Command) {
@@ -79,6 +79,22 @@ fn peer(connection: &Connection) -> Option<Peer> {
     match &connection.session {
         Session::Live(live) => Some(live.peer.clone()),
         Session::New | Session::Connecting | Session::Refused => None,
+    }
+}
+
+/// What others see of a live connection.
+fn info(connection: &Connection) -> Option<Arc<ClientInfo>> {
+    match &connection.session {
+        Session::Live(live) => Some(live.info.clone()),
+        Session::New | Session::Connecting | Session::Refused => None,
+    }
+}
+
+/// Takes a connection out of a topic, and tells whoever asked to know who looks at a conversation.
+fn leave(sockets: &Sockets, topic: &Topic, client: ClientId, info: Option<&ClientInfo>) {
+    let was = sockets.hub.leave(topic, client);
+    if let (true, Topic::Conversation(_), Some(info)) = (was, topic, info) {
+        sockets.hub.announce(topic, client, false, info);
     }
 }
 

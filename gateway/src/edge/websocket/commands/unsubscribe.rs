@@ -6,26 +6,19 @@ use patchbay_protocol::client::request::ChannelRequest;
 
 use super::super::connection::{Change, Connection, Done};
 use super::super::lanes::{Half, Later};
-use super::super::session::Session;
 use crate::hub::Topic;
 
 pub(super) fn run(connection: &mut Connection, id: u32, request: ChannelRequest) -> Later<Half<Done>> {
     let (sockets, client) = (connection.sockets.clone(), connection.client);
-    let info = match &connection.session {
-        Session::Live(live) => Some(live.info.clone()),
-        Session::New | Session::Connecting | Session::Refused => None,
-    };
+    let info = super::info(connection);
     // The topic follows from the name once the lane is reached: a subscribe before it may still be under way.
     let tenant = match super::peer(connection) {
         Some(crate::auth::Peer::Agent(agent)) => Some(agent.tenant),
         _ => None,
     };
     Box::pin(async move {
-        if let (Some(topic), Some(info)) = (tenant.and_then(|t| named(&t, &request.channel)), info) {
-            let was = sockets.hub.leave(&topic, client);
-            if was && matches!(topic, Topic::Conversation(_)) {
-                sockets.hub.announce(&topic, client, false, &info);
-            }
+        if let Some(topic) = tenant.and_then(|t| named(&t, &request.channel)) {
+            super::leave(&sockets, &topic, client, info.as_deref());
         }
         let reply = Reply { unsubscribe: Some(Default::default()), ..Reply::default() };
         Half::Done(Done { id, reply: Some(Ok(reply)), change: Change::Unsubscribed(request.channel) })
