@@ -23,14 +23,14 @@ fn the_first_frame_of_an_sdk_decodes() {
 fn golden_protobuf_frames() {
     let command = Command {
         id: 2,
-        subscribe: Some(SubscribeRequest {
+        subscribe: Some(Box::new(SubscribeRequest {
             channel: "c".into(),
             recover: true,
             epoch: "E".into(),
             offset: 7,
             flag: 1,
             ..Default::default()
-        }),
+        })),
         ..Default::default()
     };
     let golden = [0x10, 0x08, 2, 0x2a, 12, 0x0a, 1, b'c', 0x18, 1, 0x32, 1, b'E', 0x38, 7, 0x70, 1];
@@ -105,20 +105,22 @@ fn any_command() -> impl Strategy<Value = Command> {
     (any::<u32>(), "[a-z:]{0,20}", any::<bool>(), 0u64..1 << 50, "[A-Z]{0,8}", any::<i32>()).prop_map(
         |(id, text, flag, offset, epoch, limit)| Command {
             id,
-            subscribe: flag.then(|| SubscribeRequest {
-                channel: text.clone(),
-                recover: flag,
-                offset,
-                epoch: epoch.clone(),
-                ..Default::default()
+            subscribe: flag.then(|| {
+                Box::new(SubscribeRequest {
+                    channel: text.clone(),
+                    recover: flag,
+                    offset,
+                    epoch: epoch.clone(),
+                    ..Default::default()
+                })
             }),
-            history: Some(HistoryRequest {
+            history: Some(Box::new(HistoryRequest {
                 channel: text.clone(),
                 limit,
                 since: Some(StreamPosition { offset, epoch }),
                 reverse: flag,
-            }),
-            rpc: Some(RpcRequest { data: Bytes::from_static(br#"{"a":[1,"x"]}"#), method: text }),
+            })),
+            rpc: Some(Box::new(RpcRequest { data: Bytes::from_static(br#"{"a":[1,"x"]}"#), method: text })),
             ..Default::default()
         },
     )

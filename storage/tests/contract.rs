@@ -4,12 +4,13 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use patchbay_protocol::ids::{CommandId, EntityId};
+use patchbay_protocol::ids::{CommandId, ConversationId, EntityId};
+use patchbay_protocol::summary::{Contact, Status, Summary};
 use patchbay_protocol::timestamp::Timestamp;
 use patchbay_storage::embedded::Embedded;
 use patchbay_storage::log::{AdoptError, Append, BUCKET_ROWS, LogKey, Logs, Snapshot, Tail, entry_hash};
 use patchbay_storage::model::Model;
-use patchbay_storage::tables::{Activity, IdKey, Mark, Tables, Timer, hour_of};
+use patchbay_storage::tables::{Activity, DeadLetter, IdKey, Mark, Session, Set, Tables, Timer, hour_of};
 use patchbay_storage::{
     Batch, CasOutcome, Cell, DocumentKey, Engine, ReadError, RowWrite, Scan, Stamp, Table,
 };
@@ -209,10 +210,92 @@ async fn activity_marks_and_timers(engine: Arc<dyn Engine>) {
     );
 }
 
+async fn sessions_and_when_an_agent_was_last_seen(engine: Arc<dyn Engine>) {
+    let tables = Tables::new(engine.clone());
+    let at = |s| Timestamp::from_seconds(s);
+    let session =
+        |connection: &str, s| Session { connection: connection.into(), incarnation: 3, since: at(s) };
+    assert_eq!(tables.sessions(key()).await.unwrap(), (vec![], None));
+    for (n, connection) in [(1, "aa"), (2, "bb")] {
+        let write = Tables::session_write(key(), Stamp::new(1, n), &session(connection, n.into()));
+        engine.write(write).await.unwrap();
+    }
+    let (open, seen) = tables.sessions(key()).await.unwrap();
+    assert_eq!((open, seen), (vec![session("aa", 1), session("bb", 2)], None));
+    engine.write(Tables::session_delete(key(), Stamp::new(1, 3), "aa", at(9))).await.unwrap();
+    let (open, seen) = tables.sessions(key()).await.unwrap();
+    assert_eq!((open, seen), (vec![session("bb", 2)], Some(at(9))));
+    let other = LogKey { entity: [8; 16], shard: 3 };
+    assert_eq!(tables.sessions(other).await.unwrap(), (vec![], None), "another agent's are not seen");
+}
+
+async fn dead_letters_in_order_and_by_tenant(engine: Arc<dyn Engine>) {
+    let tables = Tables::new(engine.clone());
+    let (one, two) = ("t".parse().unwrap(), "u".parse().unwrap());
+    let letter = |id: &str| DeadLetter {
+        id: id.into(),
+        account: "wa".into(),
+        reason: "why".into(),
+        received_at: Timestamp::from_seconds(1),
+        item: serde_json::json!({"a": [1]}),
+    };
+    for (n, id) in [(1, "b"), (2, "a"), (3, "c")] {
+        engine.write(Tables::dead_letter_write(3, Stamp::new(1, n), &one, &letter(id))).await.unwrap();
+    }
+    let ids = |found: Vec<DeadLetter>| found.into_iter().map(|l| l.id).collect::<Vec<_>>();
+    assert_eq!(ids(tables.dead_letters(&one, "", 10).await.unwrap()), ["a", "b", "c"]);
+    assert_eq!(ids(tables.dead_letters(&one, "a", 1).await.unwrap()), ["b"]);
+    assert!(tables.dead_letters(&two, "", 10).await.unwrap().is_empty());
+    assert_eq!(tables.dead_letter(&one, "b").await.unwrap(), Some(letter("b")));
+    assert_eq!(tables.dead_letter(&two, "b").await.unwrap(), None);
+    engine.write(Tables::dead_letter_delete(3, Stamp::new(1, 4), &one, "b")).await.unwrap();
+    assert_eq!(ids(tables.dead_letters(&one, "", 10).await.unwrap()), ["a", "c"]);
+}
+
+async fn inbox_rows_of_two_sets(engine: Arc<dyn Engine>) {
+    let tables = Tables::new(engine.clone());
+    let (tenant, account) = ("t".parse().unwrap(), "wa".parse().unwrap());
+    let summary = |thread: &str, last_seq, status| Summary {
+        id: ConversationId::derive(&tenant, &account, thread),
+        account: account.clone(),
+        inbox: "main".parse().unwrap(),
+        contact: Contact::default(),
+        status,
+        assignee: None,
+        last_seq,
+        preview: String::new(),
+        unread: 0,
+        waiting_since: None,
+        window_until: None,
+        episode: 1,
+        updated_at: Timestamp::from_seconds(1),
+    };
+    let write = async |n, summary: &Summary| {
+        let key = LogKey { entity: *summary.id.as_bytes(), shard: 3 };
+        for batch in Tables::inbox_writes(key, Stamp::new(1, n), &tenant, summary) {
+            engine.write(batch).await.unwrap();
+        }
+    };
+    let count = async |set| tables.summaries(&tenant, &account, set).await.unwrap().len();
+    for n in 0..40 {
+        write(n + 1, &summary(&n.to_string(), 1, Status::Open)).await;
+    }
+    assert_eq!((count(Set::All).await, count(Set::Open).await), (40, 40));
+    let resolved = summary("7", 2, Status::Resolved);
+    write(50, &resolved).await;
+    assert_eq!((count(Set::All).await, count(Set::Open).await), (40, 39));
+    assert_eq!(tables.summary(&tenant, &account, resolved.id).await.unwrap(), Some(resolved.clone()));
+    write(51, &Summary { status: Status::Open, last_seq: 3, ..resolved }).await;
+    assert_eq!(count(Set::Open).await, 40);
+    let other = "u".parse().unwrap();
+    assert!(tables.summaries(&other, &account, Set::All).await.unwrap().is_empty());
+}
+
 macro_rules! suite {
     ($engine:ident, $make:path) => {
         suite!(@ $engine, $make, rows_and_scans documents logs_page_both_ways adoption an_append_across_a_bucket_edge
-            snapshots_and_references activity_marks_and_timers);
+            snapshots_and_references activity_marks_and_timers sessions_and_when_an_agent_was_last_seen
+            dead_letters_in_order_and_by_tenant inbox_rows_of_two_sets);
     };
     (@ $engine:ident, $make:path, $($test:ident)*) => {
         mod $engine {

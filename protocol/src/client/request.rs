@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 use super::raw;
 use super::reply::is_default;
 
-/// One command. A command with no field set is a ping's answer.
+/// One command. A command with no field set is a ping's answer. What is asked stands in a box: a frame may hold
+/// thousands of commands of three bytes each.
 #[derive(Clone, PartialEq, prost::Message, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Command {
@@ -17,53 +18,53 @@ pub struct Command {
     #[serde(skip_serializing_if = "is_default")]
     pub id: u32,
     /// Who is there.
-    #[prost(message, optional, tag = "4")]
+    #[prost(message, optional, boxed, tag = "4")]
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub connect: Option<ConnectRequest>,
+    pub connect: Option<Box<ConnectRequest>>,
     /// Wants a channel.
-    #[prost(message, optional, tag = "5")]
+    #[prost(message, optional, boxed, tag = "5")]
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub subscribe: Option<SubscribeRequest>,
+    pub subscribe: Option<Box<SubscribeRequest>>,
     /// Wants it no more.
-    #[prost(message, optional, tag = "6")]
+    #[prost(message, optional, boxed, tag = "6")]
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub unsubscribe: Option<ChannelRequest>,
+    pub unsubscribe: Option<Box<ChannelRequest>>,
     /// Writes into a live topic.
-    #[prost(message, optional, tag = "7")]
+    #[prost(message, optional, boxed, tag = "7")]
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub publish: Option<PublishRequest>,
+    pub publish: Option<Box<PublishRequest>>,
     /// Who is there.
-    #[prost(message, optional, tag = "8")]
+    #[prost(message, optional, boxed, tag = "8")]
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub presence: Option<ChannelRequest>,
+    pub presence: Option<Box<ChannelRequest>>,
     /// How many are there.
-    #[prost(message, optional, tag = "9")]
+    #[prost(message, optional, boxed, tag = "9")]
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub presence_stats: Option<ChannelRequest>,
+    pub presence_stats: Option<Box<ChannelRequest>>,
     /// What was said.
-    #[prost(message, optional, tag = "10")]
+    #[prost(message, optional, boxed, tag = "10")]
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub history: Option<HistoryRequest>,
+    pub history: Option<Box<HistoryRequest>>,
     /// A client's own ping.
-    #[prost(message, optional, tag = "11")]
+    #[prost(message, optional, boxed, tag = "11")]
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub ping: Option<Nothing>,
+    pub ping: Option<Box<Nothing>>,
     /// A message without an answer.
-    #[prost(message, optional, tag = "12")]
+    #[prost(message, optional, boxed, tag = "12")]
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub send: Option<SendRequest>,
+    pub send: Option<Box<SendRequest>>,
     /// One of our commands.
-    #[prost(message, optional, tag = "13")]
+    #[prost(message, optional, boxed, tag = "13")]
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub rpc: Option<RpcRequest>,
+    pub rpc: Option<Box<RpcRequest>>,
     /// A new token.
-    #[prost(message, optional, tag = "14")]
+    #[prost(message, optional, boxed, tag = "14")]
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub refresh: Option<RefreshRequest>,
+    pub refresh: Option<Box<RefreshRequest>>,
     /// A new subscription token.
-    #[prost(message, optional, tag = "15")]
+    #[prost(message, optional, boxed, tag = "15")]
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub sub_refresh: Option<SubRefreshRequest>,
+    pub sub_refresh: Option<Box<SubRefreshRequest>>,
 }
 
 impl Command {

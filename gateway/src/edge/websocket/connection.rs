@@ -377,7 +377,7 @@ impl Connection {
                         return self.close_after_replies(Disconnect::BadRequest);
                     };
                     self.session = Session::Connecting;
-                    self.lanes.start(None, commands::connect::run(self, command.id, connect));
+                    self.lanes.start(None, commands::connect::run(self, command.id, *connect));
                 }
                 Session::Connecting => {
                     self.backlog.push_front(command);

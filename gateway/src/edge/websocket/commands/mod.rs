@@ -30,19 +30,19 @@ use crate::hub::{ClientId, Topic};
 pub(super) fn start(connection: &mut Connection, command: Command) {
     let id = command.id;
     let (lane, first) = if let Some(r) = command.subscribe {
-        (Some(r.channel.clone()), subscribe::run(connection, id, r))
+        (Some(r.channel.clone()), subscribe::run(connection, id, *r))
     } else if let Some(r) = command.unsubscribe {
-        (Some(r.channel.clone()), unsubscribe::run(connection, id, r))
+        (Some(r.channel.clone()), unsubscribe::run(connection, id, *r))
     } else if let Some(r) = command.history {
-        (Some(r.channel.clone()), history::run(connection, id, r))
+        (Some(r.channel.clone()), history::run(connection, id, *r))
     } else if let Some(r) = command.presence {
         (Some(r.channel.clone()), presence::run(connection, id, r.channel, false))
     } else if let Some(r) = command.presence_stats {
         (Some(r.channel.clone()), presence::run(connection, id, r.channel, true))
     } else if let Some(r) = command.rpc {
-        (rpc::lane(&r), rpc::run(connection, id, r))
+        (rpc::lane(&r), rpc::run(connection, id, *r))
     } else if let Some(r) = command.refresh {
-        (None, refresh::run(connection, id, r))
+        (None, refresh::run(connection, id, *r))
     } else if command.ping.is_some() {
         (None, done(id, Ok(Reply { ping: Some(Default::default()), ..Reply::default() })))
     } else if command.publish.is_some() || command.sub_refresh.is_some() {
