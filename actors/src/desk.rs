@@ -13,12 +13,13 @@ use patchbay_protocol::inbound::{Address, AddressKind};
 use patchbay_protocol::outbound::Lane;
 use patchbay_protocol::principal::AgentPrincipal;
 use patchbay_protocol::summary::{Contact, Summary};
-use patchbay_protocol::{CommandError, ErrorCode};
+use patchbay_protocol::{CommandError, Content, ErrorCode};
 use patchbay_storage::ReadError;
 use patchbay_storage::log::LogKey;
 use tokio::time::Instant;
 
 use crate::account::{AccountCommand, AccountReply};
+use crate::conversation::window_closed;
 use crate::directory::Account;
 use crate::inbox::{Filter, InboxCommand, InboxReply, Position};
 use crate::node::Node;
@@ -235,10 +236,20 @@ impl Desk {
         let address = connector.recipient(to)?;
         self.check_send(&scope, &document, &message)?;
         let addresses = vec![Address { kind: AddressKind::WaId, value: address.clone() }];
-        let AccountReply::Thread(Some(thread)) =
-            self.node.account(tenant, account, AccountCommand::Resolve { addresses })?.wait().await?
-        else {
-            return Err(ErrorCode::Internal.into());
+        let find = AccountCommand::Find { addresses: addresses.clone() };
+        let thread = match self.node.account(tenant, account, find)?.wait().await? {
+            AccountReply::Thread(Some(thread)) => thread,
+            // Nobody has written yet, so no window is open; what would be refused leaves no alias behind.
+            _ if scope.channel.window.is_some() && !matches!(message.content, Content::Template { .. }) => {
+                return Err(window_closed(None));
+            }
+            _ => {
+                let resolve = AccountCommand::Resolve { addresses };
+                match self.node.account(tenant, account, resolve)?.wait().await? {
+                    AccountReply::Thread(Some(thread)) => thread,
+                    _ => return Err(ErrorCode::Internal.into()),
+                }
+            }
         };
         let id = ConversationId::derive(tenant, account, &thread.thread);
         let contact = Contact { address, ..Contact::default() };

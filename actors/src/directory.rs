@@ -283,7 +283,9 @@ impl Directory {
 
     /// Removes an inbox; tells whether it was there.
     pub async fn delete_inbox(&self, tenant: &TenantId, id: &InboxId) -> Result<bool, CommandError> {
-        self.delete(key(tenant.as_str(), "inbox", id.as_str())).await
+        let gone = self.delete(key(tenant.as_str(), "inbox", id.as_str())).await;
+        self.changed();
+        gone
     }
 
     /// Writes an account; tells whether it is new.

@@ -127,7 +127,11 @@ impl Intake {
         document: &Account,
         external: &str,
     ) -> Result<Option<AccountId>, CommandError> {
-        let secret = |a: &Account| a.credentials.get("app_secret").cloned();
+        // While a secret is rotated either may have signed.
+        let secrets = |a: &Account| -> Vec<Value> {
+            ["app_secret", "app_secret_previous"].iter().filter_map(|n| a.credentials.get(n).cloned()).collect()
+        };
+        let own = secrets(document);
         let mut after = String::new();
         loop {
             let page = self.node.directory().accounts(tenant, &after, 1000).await?;
@@ -135,7 +139,7 @@ impl Intake {
             let found = page.iter().find(|(_, a)| {
                 a.external_id == external
                     && a.connector == document.connector
-                    && secret(a) == secret(document)
+                    && secrets(a).iter().any(|s| own.contains(s))
             });
             if let Some((id, _)) = found {
                 return Ok(id.parse().ok());
@@ -337,11 +341,12 @@ impl Intake {
                     message_seq: status.callback.map(|e| e.seq),
                     update: status.update.clone(),
                 };
-                self.node
-                    .account(tenant, &target.account, AccountCommand::Keep(Box::new(kept)))?
-                    .wait()
-                    .await
-                    .map(|_| ())
+                let keep = AccountCommand::Keep {
+                    tenant: tenant.clone(),
+                    account: target.account.clone(),
+                    receipt: Box::new(kept),
+                };
+                self.node.account(tenant, &target.account, keep)?.wait().await.map(|_| ())
             }
         }
     }

@@ -111,6 +111,9 @@ pub(crate) async fn put(
         CommandError::invalid(format!("connector must be one of {}", patchbay_connectors::NAMES.join(", ")))
     })?;
     connector.check_credentials(&new.credentials)?;
+    if let Some(why) = api.destinations.refused(&new.settings.api_base) {
+        return Err(CommandError::invalid(format!("settings.api_base {why}")).into());
+    }
     if api.directory().inbox(&tenant, &inbox).await?.is_none() {
         return Err(CommandError::invalid("inbox: there is no such inbox").into());
     }
@@ -180,7 +183,12 @@ pub(crate) async fn list(
     let limit = page(q.limit);
     let found = api.directory().accounts(&tenant, q.after.as_deref().unwrap_or(""), limit).await?;
     let next = next(&found, limit);
-    Ok(Json(Accounts { accounts: found.into_iter().map(|(id, a)| shown(id, &a)).collect(), next }))
+    let mut accounts = Vec::with_capacity(found.len());
+    for (account, document) in &found {
+        let id: AccountId = name(account)?;
+        accounts.push(with_status(&api, &tenant, &id, shown(account.clone(), document)).await?);
+    }
+    Ok(Json(Accounts { accounts, next }))
 }
 
 /// Removes an account. Its conversations stay stored and are no longer shown.

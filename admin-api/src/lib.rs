@@ -63,18 +63,30 @@ pub trait TokenIssuer: Send + Sync + 'static {
     async fn create_key(&self, tenant: &TenantId, name: &str) -> Result<String, CommandError>;
 }
 
+/// Knows where calls to providers may go.
+pub trait Destinations: Send + Sync + 'static {
+    /// Why an account's `api_base` may not be called; `None` when it may.
+    fn refused(&self, api_base: &str) -> Option<String>;
+}
+
 /// What the API stands on.
 pub struct Api {
     desk: Arc<Desk>,
     auth: Arc<dyn Authenticator>,
     issuer: Arc<dyn TokenIssuer>,
+    destinations: Arc<dyn Destinations>,
     replies: idempotency::Replies,
 }
 
 impl Api {
     /// The API of a node.
-    pub fn new(desk: Arc<Desk>, auth: Arc<dyn Authenticator>, issuer: Arc<dyn TokenIssuer>) -> Arc<Self> {
-        Arc::new(Self { desk, auth, issuer, replies: idempotency::Replies::default() })
+    pub fn new(
+        desk: Arc<Desk>,
+        auth: Arc<dyn Authenticator>,
+        issuer: Arc<dyn TokenIssuer>,
+        destinations: Arc<dyn Destinations>,
+    ) -> Arc<Self> {
+        Arc::new(Self { desk, auth, issuer, destinations, replies: idempotency::Replies::default() })
     }
 
     fn directory(&self) -> &Arc<patchbay_actors::directory::Directory> {

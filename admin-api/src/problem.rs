@@ -30,24 +30,30 @@ pub struct Problem {
 }
 
 /// An error on its way out.
-pub(crate) struct Failure(CommandError);
+pub(crate) struct Failure {
+    error: CommandError,
+    /// Another status than the code's own.
+    status: Option<StatusCode>,
+}
 
 impl From<CommandError> for Failure {
     fn from(e: CommandError) -> Self {
-        Self(e)
+        Self { error: e, status: None }
     }
 }
 
 impl From<ErrorCode> for Failure {
     fn from(code: ErrorCode) -> Self {
-        Self(code.into())
+        CommandError::from(code).into()
     }
 }
 
 impl IntoResponse for Failure {
     fn into_response(self) -> Response {
-        let Self(error) = self;
+        let Self { error, status } = self;
         let code = error.code;
+        let own = StatusCode::from_u16(code.http_status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        let status = status.unwrap_or(own);
         let field = |name: &str| error.detail.as_ref().and_then(|d| d.get(name)).cloned();
         let detail = field("detail")
             .and_then(|d| d.as_str().map(str::to_owned))
@@ -56,13 +62,12 @@ impl IntoResponse for Failure {
         let problem = Problem {
             kind: format!("https://patchbay.dev/errors/{}", code.name()),
             title: code.name().replace('_', " "),
-            status: code.http_status(),
+            status: status.as_u16(),
             code: code.name().to_owned(),
             detail,
             retry_after_ms,
             last_seq: field("last_seq").and_then(|v| v.as_u64()),
         };
-        let status = StatusCode::from_u16(problem.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
         let mut response = (status, Json(problem)).into_response();
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
@@ -84,8 +89,6 @@ pub(crate) async fn not_found() -> Failure {
 }
 
 /// The path exists, but not for this method.
-pub(crate) async fn method_not_allowed() -> Response {
-    let mut response = Failure::from(ErrorCode::MethodNotFound).into_response();
-    *response.status_mut() = StatusCode::METHOD_NOT_ALLOWED;
-    response
+pub(crate) async fn method_not_allowed() -> Failure {
+    Failure { error: ErrorCode::MethodNotFound.into(), status: Some(StatusCode::METHOD_NOT_ALLOWED) }
 }

@@ -5,7 +5,7 @@ use patchbay_connectors::whatsapp::WhatsApp;
 use patchbay_connectors::{Connector, NAMES, by_name};
 use patchbay_protocol::content::{Content, Interactive};
 use patchbay_protocol::inbound::{AddressKind, Item, ItemKind, ThreadEvent};
-use patchbay_protocol::outbound::{Lane, Outbound, Recipient, Signal};
+use patchbay_protocol::outbound::{Lane, Outbound, Payload, Recipient, Signal};
 use patchbay_protocol::receipt::MessageStatus;
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -241,7 +241,7 @@ fn outbound(content: Content, recipient: Recipient) -> Value {
         at,
         thread: "34600".into(),
         recipient,
-        content,
+        payload: Payload::Message(content),
         reply_to: Some("wamid.0".into()),
         lane: Lane::Agent,
     };

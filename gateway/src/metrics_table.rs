@@ -36,6 +36,7 @@ pub const METRICS: &[Row] = &[
         "command",
         "Commands parked since they failed every time.",
     ),
+    ("patchbay_actors_succeeded_total", Kind::Counter, "kind", "Entities stopped since a later owner had written."),
     ("patchbay_edge_connections", Kind::Gauge, "", "Open sockets."),
     ("patchbay_edge_disconnects_total", Kind::Counter, "code", "Sockets closed by the server."),
     ("patchbay_edge_rpc_seconds", Kind::Histogram, "method", "From an rpc's arrival to its reply."),
@@ -43,7 +44,8 @@ pub const METRICS: &[Row] = &[
     ("patchbay_intake_dead_letters_total", Kind::Counter, "", "Items put into the dead letters."),
     ("patchbay_outbound_call_seconds", Kind::Histogram, "outcome", "Calls to providers."),
     ("patchbay_storage_commit_seconds", Kind::Histogram, "", "Writing and syncing one group."),
-    ("patchbay_storage_group_jobs", Kind::Histogram, "", "Writes of one group."),
+    ("patchbay_storage_groups_total", Kind::Counter, "", "Groups written and synced."),
+    ("patchbay_storage_jobs_total", Kind::Counter, "", "Writes in those groups."),
     (
         "patchbay_storage_stale_writes_total",
         Kind::Counter,
@@ -51,27 +53,22 @@ pub const METRICS: &[Row] = &[
         "Writes dropped since a later epoch had written.",
     ),
     ("patchbay_webhook_items_total", Kind::Counter, "", "Items of verified webhooks."),
-    ("patchbay_webhook_seconds", Kind::Histogram, "status", "From a webhook's body to its answer."),
+    ("patchbay_webhook_answer_seconds", Kind::Histogram, "status", "From a webhook's body to its answer."),
 ];
 
 const SECONDS: &[f64] =
     &[0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
-const COUNTS: &[f64] = &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0];
 
 /// Installs the recorder of the process.
 pub fn install() -> Result<PrometheusHandle, BuildError> {
     let handle = PrometheusBuilder::new()
         .set_buckets_for_metric(Matcher::Suffix("_seconds".into()), SECONDS)?
-        .set_buckets_for_metric(Matcher::Suffix("_jobs".into()), COUNTS)?
         .install_recorder()?;
     for (name, kind, _, help) in METRICS {
         match kind {
             Kind::Counter => metrics::describe_counter!(*name, *help),
             Kind::Gauge => metrics::describe_gauge!(*name, *help),
-            Kind::Histogram if name.ends_with("_seconds") => {
-                metrics::describe_histogram!(*name, Unit::Seconds, *help)
-            }
-            Kind::Histogram => metrics::describe_histogram!(*name, *help),
+            Kind::Histogram => metrics::describe_histogram!(*name, Unit::Seconds, *help),
         }
     }
     Ok(handle)

@@ -10,8 +10,9 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
-use patchbay_actors::directory::Account;
+use patchbay_actors::directory::{Account, Settings};
 use patchbay_actors::ports::Provider;
+use patchbay_admin_api::Destinations;
 use patchbay_protocol::outbound::{Call, CallResult};
 use reqwest::Url;
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
@@ -67,8 +68,7 @@ impl Guard {
     }
 
     /// The address of a call, if the account may call there.
-    fn url(&self, account: &Account, path: &str) -> Option<Url> {
-        let settings = &account.settings;
+    fn url(&self, settings: &Settings, path: &str) -> Option<Url> {
         let base =
             if settings.api_base.is_empty() { GRAPH_BASE } else { settings.api_base.trim_end_matches('/') };
         let version = if settings.api_version.is_empty() { GRAPH_VERSION } else { &settings.api_version };
@@ -82,6 +82,16 @@ impl Guard {
             && url.scheme() == "http"
             && (literal.is_some_and(|ip| ip.is_loopback()) || host == "localhost");
         (listed || local).then_some(url)
+    }
+}
+
+impl Destinations for Guard {
+    fn refused(&self, api_base: &str) -> Option<String> {
+        let settings = Settings { api_base: api_base.to_owned(), ..Settings::default() };
+        self.url(&settings, "").is_none().then(|| {
+            let local = if self.loopback { ", or http to loopback" } else { "" };
+            format!("must be https to one of {}{local}", self.allowed_hosts.join(", "))
+        })
     }
 }
 
@@ -142,7 +152,7 @@ impl Outgoing {
 #[async_trait]
 impl Provider for Outgoing {
     async fn call(&self, account: &Account, call: Call) -> CallResult {
-        let Some(url) = self.guard.url(account, &call.path) else { return CallResult::NotSent };
+        let Some(url) = self.guard.url(&account.settings, &call.path) else { return CallResult::NotSent };
         let token = account.credentials.get("access_token").and_then(|t| t.as_str()).unwrap_or("");
         let request = self
             .client
@@ -162,23 +172,15 @@ impl Provider for Outgoing {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use patchbay_actors::directory::Settings;
 
-    fn account(base: &str) -> Account {
-        Account {
-            connector: "whatsapp".into(),
-            inbox: "main".parse().unwrap(),
-            name: String::new(),
-            external_id: "1".into(),
-            credentials: serde_json::json!({}),
-            settings: Settings { api_base: base.into(), api_version: "v1".into(), ..Settings::default() },
-        }
+    fn settings(base: &str) -> Settings {
+        Settings { api_base: base.into(), api_version: "v1".into(), ..Settings::default() }
     }
 
     #[test]
     fn only_listed_hosts_over_https() {
         let guard = Guard { allowed_hosts: vec!["graph.facebook.com".into()], loopback: false };
-        assert!(guard.url(&account(""), "1/messages").is_some());
+        assert!(guard.url(&settings(""), "1/messages").is_some());
         for bad in [
             "http://graph.facebook.com",
             "https://evil.example",
@@ -191,11 +193,11 @@ mod tests {
             "https://graph.facebook.com@evil.example",
             "nonsense",
         ] {
-            assert!(guard.url(&account(bad), "1/messages").is_none(), "{bad}");
+            assert!(guard.url(&settings(bad), "1/messages").is_none(), "{bad}");
         }
         let dev = Guard { loopback: true, ..guard };
-        assert!(dev.url(&account("http://127.0.0.1:99"), "1/messages").is_some());
-        assert!(dev.url(&account("http://10.0.0.1"), "1/messages").is_none());
+        assert!(dev.url(&settings("http://127.0.0.1:99"), "1/messages").is_some());
+        assert!(dev.url(&settings("http://10.0.0.1"), "1/messages").is_none());
     }
 
     #[test]

@@ -163,7 +163,7 @@ impl Server {
         let hub = Arc::new(Hub::default());
         let guard =
             Guard { allowed_hosts: config.providers.allowed_hosts.clone(), loopback: mode == Mode::Dev };
-        let provider = Arc::new(Outgoing::new(guard, config.providers.timeout)?);
+        let provider = Arc::new(Outgoing::new(guard.clone(), config.providers.timeout)?);
         let node = Node::start(NodeConfig {
             shards: config.cluster.shards,
             outbound: OutboundConfig {
@@ -191,6 +191,7 @@ impl Server {
             desk: &desk,
             auth: &auth,
             hub: &hub,
+            guard,
             draining: watching.clone(),
             operator_key,
             tasks: tasks.clone(),
@@ -224,6 +225,7 @@ struct Doors<'a> {
     desk: &'a Arc<Desk>,
     auth: &'a Arc<Auth>,
     hub: &'a Arc<Hub>,
+    guard: Guard,
     draining: watch::Receiver<bool>,
     operator_key: Option<String>,
     tasks: TaskTracker,
@@ -261,7 +263,8 @@ impl Doors<'_> {
             self.auth.clone(),
             node.shards().clock,
         ));
-        let api = patchbay_admin_api::Api::new(self.desk.clone(), api_auth.clone(), api_auth);
+        let destinations = Arc::new(self.guard.clone());
+        let api = patchbay_admin_api::Api::new(self.desk.clone(), api_auth.clone(), api_auth, destinations);
         let limits = RequestLimits::new(self.config.limits.requests_per_second, self.mode == Mode::Dev);
         let admin = patchbay_admin_api::router(api)
             .layer(axum::middleware::from_fn_with_state(limits, limits::layer));

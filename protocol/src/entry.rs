@@ -71,6 +71,8 @@ pub enum Cause {
     Command,
     /// The snooze is over.
     SnoozeDue,
+    /// The provider named addresses of two conversations as one contact's.
+    SharedAddress,
 }
 
 /// A message that an entry speaks of.
@@ -197,7 +199,7 @@ pub enum Body {
     #[serde(rename = "conversation.snoozed")]
     Snoozed { episode: u64, cause: Cause, until: Timestamp },
     #[serde(rename = "conversation.linked")]
-    Linked { other: ConversationId },
+    Linked { episode: u64, cause: Cause, other: ConversationId },
     #[serde(rename = "message.received")]
     Received(Received),
     #[serde(rename = "message.sent")]
@@ -205,9 +207,22 @@ pub enum Body {
     #[serde(rename = "message.status")]
     Status(StatusChanged),
     #[serde(rename = "message.edited")]
-    Edited { target: Target, content: Content, provider_id: String },
+    Edited {
+        target: Target,
+        content: Content,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        provider_id: Option<String>,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        participant: Option<String>,
+    },
     #[serde(rename = "message.deleted")]
-    Deleted { target: Target, provider_id: String },
+    Deleted {
+        target: Target,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        provider_id: Option<String>,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        participant: Option<String>,
+    },
     /// `emoji` is empty when the reaction was taken back.
     #[serde(rename = "message.reacted")]
     Reacted {
@@ -215,6 +230,8 @@ pub enum Body {
         emoji: String,
         #[serde(default, skip_serializing_if = "Option::is_none")]
         provider_id: Option<String>,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        participant: Option<String>,
     },
     #[serde(rename = "note.added")]
     NoteAdded { client_id: String, text: String },

@@ -84,6 +84,8 @@ pub enum ThreadEvent {
         target: String,
         /// The emoji.
         emoji: String,
+        /// Who in a group.
+        participant: Option<String>,
     },
     /// The customer changed a message.
     Edit {
@@ -93,6 +95,8 @@ pub enum ThreadEvent {
         target: String,
         /// The new content.
         content: Content,
+        /// Who in a group.
+        participant: Option<String>,
     },
     /// The customer took a message back.
     Delete {
@@ -100,6 +104,8 @@ pub enum ThreadEvent {
         provider_id: String,
         /// The message's id.
         target: String,
+        /// Who in a group.
+        participant: Option<String>,
     },
     /// The business wrote from the provider's own app. Kept, never sent.
     Echo {
@@ -109,6 +115,8 @@ pub enum ThreadEvent {
         content: Content,
         /// When.
         sent_at: Timestamp,
+        /// The id of the message that it answers.
+        reply_to: Option<String>,
     },
     /// The contact changed its number or id; `ThreadItem::contact` has the new one.
     ContactChanged {

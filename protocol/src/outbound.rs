@@ -6,7 +6,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::content::Content;
-use crate::entry::ProviderError;
+use crate::entry::{Actor, ActorType, ProviderError};
 use crate::ids::EntryId;
 use crate::inbound::Address;
 use crate::timestamp::Timestamp;
@@ -26,6 +26,11 @@ pub enum Lane {
 impl Lane {
     /// Every lane, the highest first.
     pub const ALL: [Self; 3] = [Self::Agent, Self::Automation, Self::Bulk];
+
+    /// The lane of what somebody sends by hand or by the API.
+    pub fn of(actor: &Actor) -> Self {
+        if actor.kind == ActorType::Agent { Self::Agent } else { Self::Automation }
+    }
 }
 
 /// How to reach the customer: a number where one is known, else the channel's own id.
@@ -45,6 +50,21 @@ impl Recipient {
     }
 }
 
+/// What goes out.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Payload {
+    /// A reaction to a message; an empty emoji takes it back.
+    Reaction {
+        /// The provider's id of the message.
+        reaction_to: String,
+        /// The emoji.
+        emoji: String,
+    },
+    /// A message.
+    Message(Content),
+}
+
 /// A message on its way out: named by its entry, which is also its opaque callback data.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Outbound {
@@ -58,7 +78,7 @@ pub struct Outbound {
     /// To whom.
     pub recipient: Recipient,
     /// What.
-    pub content: Content,
+    pub payload: Payload,
     /// The provider's id of the message that it answers.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reply_to: Option<String>,
@@ -73,15 +93,6 @@ pub enum Signal {
     Read {
         /// The provider's id of the last one.
         provider_id: String,
-    },
-    /// The business reacts to a message; an empty emoji takes it back.
-    React {
-        /// To whom.
-        recipient: Recipient,
-        /// The provider's id of the message.
-        provider_id: String,
-        /// The emoji.
-        emoji: String,
     },
     /// The business is writing; the channel shows it for a while.
     Typing {

@@ -9,9 +9,8 @@ use patchbay_protocol::entry::ProviderError;
 use patchbay_protocol::ids::{AccountId, ConversationId, EntryId, InboxId, TenantId};
 use patchbay_protocol::inbound::StatusUpdate;
 use patchbay_protocol::outbound::{Backoff, CallResult, Outbound, Signal, Verdict};
-use patchbay_storage::tables::DeadLetter;
 
-use super::commands::{AccountCommand, KeptReceipt};
+use super::commands::{self, AccountCommand, KeptReceipt};
 use super::entity::{Account, Effect};
 use super::state::Kept;
 use crate::router::command_id;
@@ -154,12 +153,7 @@ async fn place(shared: &Account, tenant: &TenantId, account: &AccountId, receipt
 }
 
 fn bury(tenant: &TenantId, account: &AccountId, seq: u64, kept: &Kept) -> AccountCommand {
-    let letter = DeadLetter {
-        id: format!("{:012x}{account}-{seq}", kept.at.as_millis().max(0)),
-        account: account.to_string(),
-        reason: "a receipt that matched no message for 24 hours".into(),
-        received_at: kept.at,
-        item: serde_json::to_value(&kept.update).unwrap_or_default(),
-    };
+    let reason = "a receipt that matched no message for 24 hours";
+    let letter = commands::receipt_letter(account, &seq.to_string(), kept.at, &kept.update, reason);
     AccountCommand::DeadLetter { tenant: tenant.clone(), letter: Box::new(letter), kept: Some(seq) }
 }

@@ -1,11 +1,12 @@
 //! What can be asked of an account, and what it decides. Pure.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use patchbay_protocol::CommandError;
 use patchbay_protocol::entry::ProviderError;
-use patchbay_protocol::ids::{ConversationId, EntryId, TenantId};
-use patchbay_protocol::inbound::{AccountEvent, Address, StatusUpdate};
+use patchbay_protocol::ids::{AccountId, ConversationId, EntryId, TenantId};
+use patchbay_protocol::inbound::{AccountEvent, Address, AddressKind, StatusUpdate};
 use patchbay_protocol::outbound::{Outbound, Signal, Verdict};
 use patchbay_protocol::receipt::MessageStatus;
 use patchbay_protocol::timestamp::Timestamp;
@@ -44,7 +45,14 @@ pub enum AccountCommand {
     /// A conversation hands over a message.
     Enqueue(Box<Outbound>),
     /// A receipt that its conversation does not know.
-    Keep(Box<KeptReceipt>),
+    Keep {
+        /// Whose.
+        tenant: TenantId,
+        /// Whose.
+        account: AccountId,
+        /// The receipt.
+        receipt: Box<KeptReceipt>,
+    },
     /// Something about the account as a whole.
     Event(Box<AccountEvent>),
     /// An item that could not be taken.
@@ -136,10 +144,16 @@ pub enum AccountReply {
 
 type Outcome = Result<Decision<Account>, CommandError>;
 
-pub(super) fn lookups(command: &AccountCommand) -> Vec<Lookup> {
+pub(super) fn lookups(found: &Found<Record>, command: &AccountCommand) -> Vec<Lookup> {
     match command {
         AccountCommand::Resolve { addresses } | AccountCommand::Find { addresses } => {
-            addresses.iter().map(|a| Lookup::Id(address_id(a))).collect()
+            let mut wanted: Vec<Lookup> = addresses.iter().map(|a| Lookup::Id(address_id(a))).collect();
+            // Where they disagree, the threads' ages decide.
+            let known: BTreeSet<&str> = addresses.iter().filter_map(|a| thread_of(found, a)).collect();
+            if known.len() > 1 {
+                wanted.extend(known.into_iter().flat_map(first_addresses).map(|a| Lookup::Id(address_id(&a))));
+            }
+            wanted
         }
         AccountCommand::Called { verdict: Verdict::Accepted { aliases, .. }, .. } => {
             aliases.iter().map(|a| Lookup::Id(address_id(a))).collect()
@@ -156,7 +170,7 @@ pub(super) fn decide(state: &State, found: &Found<Record>, command: &AccountComm
             Ok(Decision::reply(AccountReply::Thread(threads(found, addresses))))
         }
         AccountCommand::Enqueue(outbound) => enqueue(state, found, outbound, now),
-        AccountCommand::Keep(receipt) => keep(state, receipt, now),
+        AccountCommand::Keep { tenant, account, receipt } => Ok(keep(state, tenant, account, receipt, now)),
         AccountCommand::Event(event) => Ok(entries(now, [AccountEntry::Event((**event).clone())])),
         AccountCommand::DeadLetter { tenant, letter, kept } => {
             Ok(dead_letter(state, tenant, letter, *kept, now))
@@ -196,20 +210,35 @@ fn entries(now: &Now, bodies: impl IntoIterator<Item = AccountEntry>) -> Decisio
     Decision::entries(bodies.into_iter().map(|b| record(now, b)).collect(), AccountReply::Taken)
 }
 
-/// Where known addresses lead: to the thread that was known first, and to another one if they disagree.
-fn threads(found: &Found<Record>, addresses: &[Address]) -> Option<ThreadReply> {
-    let mut known: Vec<(u64, String)> = Vec::new();
-    for address in addresses {
-        if let Some((seq, Record { body: AccountEntry::AliasAdded { thread, .. }, .. })) =
-            found.id(address_id(address))
-        {
-            known.push((seq, thread.clone()));
-        }
+fn alias<'a>(found: &'a Found<Record>, address: &Address) -> Option<(u64, &'a str)> {
+    match found.id(address_id(address))? {
+        (seq, Record { body: AccountEntry::AliasAdded { thread, .. }, .. }) => Some((seq, thread)),
+        _ => None,
     }
-    known.sort();
-    let (_, thread) = known.first()?.clone();
-    let other = known.into_iter().map(|(_, t)| t).find(|t| *t != thread);
-    Some(ThreadReply { thread, other })
+}
+
+fn thread_of<'a>(found: &'a Found<Record>, address: &Address) -> Option<&'a str> {
+    alias(found, address).map(|(_, thread)| thread)
+}
+
+/// The address that a thread's key was, whatever kind it is of: its alias is as old as the thread.
+fn first_addresses(thread: &str) -> impl Iterator<Item = Address> {
+    let kinds = [AddressKind::WaId, AddressKind::UserId, AddressKind::ParentUserId, AddressKind::Group];
+    kinds.into_iter().map(move |kind| Address { kind, value: thread.to_owned() })
+}
+
+/// Where known addresses lead: to the oldest thread, and to another one if they disagree.
+fn threads(found: &Found<Record>, addresses: &[Address]) -> Option<ThreadReply> {
+    let known: BTreeMap<&str, u64> =
+        addresses.iter().filter_map(|a| alias(found, a)).map(|(seq, thread)| (thread, seq)).collect();
+    let age = |thread: &str, seq: u64| {
+        let first = first_addresses(thread).filter_map(|a| alias(found, &a)).filter(|(_, t)| *t == thread);
+        first.map(|(seq, _)| seq).min().unwrap_or(seq)
+    };
+    let mut by_age: Vec<(u64, &str)> = known.into_iter().map(|(thread, seq)| (age(thread, seq), thread)).collect();
+    by_age.sort_unstable();
+    let mut threads = by_age.into_iter().map(|(_, thread)| thread.to_owned());
+    Some(ThreadReply { thread: threads.next()?, other: threads.next() })
 }
 
 fn unknown(found: &Found<Record>, addresses: &[Address]) -> Vec<Address> {
@@ -268,9 +297,21 @@ fn wake(state: &State, now: &Now) -> Outcome {
     Ok(decision)
 }
 
-fn keep(state: &State, receipt: &KeptReceipt, now: &Now) -> Outcome {
+fn keep(
+    state: &State,
+    tenant: &TenantId,
+    account: &AccountId,
+    receipt: &KeptReceipt,
+    now: &Now,
+) -> Decision<Account> {
+    if state.keeps(&receipt.update) {
+        return Decision::reply(AccountReply::Taken);
+    }
     if state.kept.len() >= KEPT_MAX {
-        return Err(CommandError::overloaded(1000));
+        // Nobody waits behind those that fit nowhere: what is over goes where they all go in the end.
+        let id = blake3::hash(receipt.update.provider_id.as_deref().unwrap_or("").as_bytes()).to_hex();
+        let letter = receipt_letter(account, &id[..16], now.at, &receipt.update, "too many receipts wait");
+        return dead_letter(state, tenant, &letter, None, now);
     }
     let id = receipt.update.provider_id.as_deref().unwrap_or("");
     let settled = state.conversation_of(id);
@@ -290,7 +331,24 @@ fn keep(state: &State, receipt: &KeptReceipt, now: &Now) -> Outcome {
         receipt: Box::new(KeptReceipt { conversation, ..receipt.clone() }),
     };
     // Its message was told while it was on its way here: it finds it at once.
-    Ok(if settled.is_some() { decision.effect(effect) } else { decision })
+    if settled.is_some() { decision.effect(effect) } else { decision }
+}
+
+/// A receipt as a dead letter; `own` tells it from others of the same instant.
+pub(super) fn receipt_letter(
+    account: &AccountId,
+    own: &str,
+    since: Timestamp,
+    update: &StatusUpdate,
+    reason: &str,
+) -> DeadLetter {
+    DeadLetter {
+        id: format!("{:012x}{account}-{own}", since.as_millis().max(0)),
+        account: account.to_string(),
+        reason: reason.to_owned(),
+        received_at: since,
+        item: serde_json::to_value(update).unwrap_or_default(),
+    }
 }
 
 fn dead_letter(

@@ -115,7 +115,7 @@ impl LogEntity for Account {
             AccountCommand::Resolve { .. } => "account.resolve",
             AccountCommand::Find { .. } => "account.find",
             AccountCommand::Enqueue(_) => "account.enqueue",
-            AccountCommand::Keep(_) => "account.keep",
+            AccountCommand::Keep { .. } => "account.keep",
             AccountCommand::Event(_) => "account.event",
             AccountCommand::DeadLetter { .. } => "account.dead_letter",
             AccountCommand::DropDeadLetter { .. } => "account.drop_dead_letter",
@@ -134,8 +134,8 @@ impl LogEntity for Account {
         command_id()
     }
 
-    fn lookups(_: &State, _: &Found<Record>, command: &AccountCommand) -> Vec<Lookup> {
-        commands::lookups(command)
+    fn lookups(_: &State, found: &Found<Record>, command: &AccountCommand) -> Vec<Lookup> {
+        commands::lookups(found, command)
     }
 
     fn decide(

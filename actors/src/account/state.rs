@@ -1,6 +1,6 @@
 //! The fold of an account's log: the unsettled sends, in lines by recipient.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::time::Duration;
 
 use patchbay_connectors::SendLimits;
@@ -8,6 +8,7 @@ use patchbay_protocol::ids::{ConversationId, EntryId};
 use patchbay_protocol::inbound::StatusUpdate;
 use patchbay_protocol::outbound::{Backoff, Lane, Outbound};
 use patchbay_protocol::timestamp::Timestamp;
+use patchbay_storage::tables::IdKey;
 use serde::{Deserialize, Serialize};
 
 use super::commands::AccountReply;
@@ -105,8 +106,17 @@ pub struct State {
     pub paused: Option<String>,
     /// Receipts that match nothing yet, by the seq that kept them.
     pub kept: BTreeMap<u64, Kept>,
+    /// What is kept, so that a repeat adds nothing.
+    kept_receipts: HashSet<u64>,
     recent: VecDeque<(String, ConversationId)>,
     recent_by_id: HashMap<String, ConversationId>,
+}
+
+/// What makes two receipts the same: the message, how far it has come, and for whom in a group.
+fn receipt_hash(update: &StatusUpdate) -> u64 {
+    let status = format!("{:?}", update.status);
+    let parts = [update.provider_id.as_deref().unwrap_or(""), &status, update.participant.as_deref().unwrap_or("")];
+    u64::from_be_bytes(IdKey::of(parts).0[..8].try_into().unwrap_or_default())
 }
 
 impl State {
@@ -126,6 +136,7 @@ impl State {
             not_before: Timestamp::default(),
             paused: None,
             kept: BTreeMap::new(),
+            kept_receipts: HashSet::new(),
             recent: VecDeque::new(),
             recent_by_id: HashMap::new(),
         }
@@ -157,6 +168,7 @@ impl State {
         let mut state = Self::fresh(limits, max_age);
         state.arrivals = frozen.arrivals;
         state.paused = frozen.paused;
+        state.kept_receipts = frozen.kept.values().map(|k| receipt_hash(&k.update)).collect();
         state.kept = frozen.kept;
         state.not_before = frozen.not_before;
         for (recipient, not_before) in frozen.held {
@@ -259,6 +271,11 @@ impl State {
         }
     }
 
+    /// Whether this very receipt is kept.
+    pub fn keeps(&self, update: &StatusUpdate) -> bool {
+        self.kept_receipts.contains(&receipt_hash(update))
+    }
+
     /// The conversation of a provider id that was settled not long ago.
     pub fn conversation_of(&self, provider_id: &str) -> Option<ConversationId> {
         self.recent_by_id.get(provider_id).copied()
@@ -295,10 +312,13 @@ impl State {
                     message_seq: *message_seq,
                     update: (**update).clone(),
                 };
+                self.kept_receipts.insert(receipt_hash(&kept.update));
                 self.kept.insert(seq, kept);
             }
             AccountEntry::Released { kept } => {
-                self.kept.remove(kept);
+                if let Some(kept) = self.kept.remove(kept) {
+                    self.kept_receipts.remove(&receipt_hash(&kept.update));
+                }
             }
             AccountEntry::Event(event) => {
                 if let Some(reason) = &event.pauses {

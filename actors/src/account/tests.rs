@@ -5,7 +5,7 @@ use std::time::Duration;
 use patchbay_connectors::SendLimits;
 use patchbay_protocol::entry::ProviderError;
 use patchbay_protocol::ids::{ConversationId, EntryId};
-use patchbay_protocol::outbound::{Backoff, Lane, Outbound, Recipient, Verdict};
+use patchbay_protocol::outbound::{Backoff, Lane, Outbound, Payload, Recipient, Verdict};
 use patchbay_protocol::receipt::MessageStatus;
 use patchbay_protocol::{Content, Timestamp};
 
@@ -34,13 +34,13 @@ fn entry(to: &str, seq: u64) -> EntryId {
 
 fn message(to: &str, seq: u64, lane: Lane, at: Timestamp) -> Box<Outbound> {
     let recipient = Recipient { address: to.into(), user_id: None };
-    let content = Content::Text { text: "x".into() };
+    let payload = Payload::Message(Content::Text { text: "x".into() });
     Box::new(Outbound {
         entry: entry(to, seq),
         at,
         thread: to.into(),
         recipient,
-        content,
+        payload,
         reply_to: None,
         lane,
     })

@@ -7,7 +7,7 @@ use bytes::Bytes;
 use patchbay_protocol::command::{Command, Reply, Request};
 use patchbay_protocol::entry::{Body, Entry};
 use patchbay_protocol::ids::{AgentId, CommandId, ConversationId, EntityId, EntryId};
-use patchbay_protocol::outbound::{Lane, Outbound, Recipient, Signal};
+use patchbay_protocol::outbound::{Lane, Outbound, Payload, Recipient, Signal};
 use patchbay_protocol::receipt::MessageStatus;
 use patchbay_protocol::{CommandError, Timestamp};
 use patchbay_storage::Stamp;
@@ -42,13 +42,6 @@ pub enum Effect {
     Typing {
         /// The provider's id of the last message.
         provider_id: String,
-    },
-    /// Sends a reaction.
-    React {
-        /// The provider's id of the message.
-        provider_id: String,
-        /// The emoji.
-        emoji: String,
     },
     /// Tells an agent that a conversation is now theirs.
     Assigned {
@@ -96,13 +89,19 @@ impl Conversation {
     async fn try_hand_on(&self, me: &Handle<Self>, id: ConversationId, seq: u64, lane: Lane) -> Option<()> {
         let logs = &me.shards().logs;
         let entry: Entry = Self::decode(&logs.row(me.key(), seq).await.ok()??.payload)?;
-        let Body::Sent(sent) = &entry.body else { return Some(()) };
+        let (payload, reply_to) = match entry.body {
+            Body::Sent(sent) => (Payload::Message(sent.content), sent.reply_to),
+            Body::Reacted { target, emoji, provider_id: None, .. } => {
+                (Payload::Reaction { reaction_to: target.provider_id, emoji }, None)
+            }
+            _ => return Some(()),
+        };
         let (opened, pending) = self.home(me, seq).await?;
         if !pending {
             // Its outcome is known by now.
             return Some(());
         }
-        let reply_to = match sent.reply_to {
+        let reply_to = match reply_to {
             Some(target) => provider_id_of(me, target).await?,
             None => None,
         };
@@ -114,7 +113,7 @@ impl Conversation {
                 address: opened.contact.address.clone(),
                 user_id: opened.contact.user_id.clone(),
             },
-            content: sent.content.clone(),
+            payload,
             reply_to,
             lane,
         };
@@ -134,14 +133,11 @@ impl Conversation {
         answer.await.ok()?
     }
 
-    async fn signal(&self, me: &Handle<Self>, signal: impl FnOnce(Recipient) -> Signal) {
+    async fn signal(&self, me: &Handle<Self>, signal: Signal) {
         let Some((home, _)) = self.home(me, 0).await else { return };
-        let recipient = Recipient { address: home.contact.address, user_id: home.contact.user_id };
         let Some(router) = self.router() else { return };
         // A signal that cannot be handed over now is not worth repeating.
-        if let Ok(answer) =
-            router.account(&home.tenant, &home.account, AccountCommand::Signal(signal(recipient)))
-        {
+        if let Ok(answer) = router.account(&home.tenant, &home.account, AccountCommand::Signal(signal)) {
             let _ = answer.wait().await;
         }
     }
@@ -263,16 +259,15 @@ impl LogEntity for Conversation {
     }
 
     fn replay(state: &State, seq: u64, entry: &Entry) -> Option<Effect> {
-        let Body::Sent(sent) = &entry.body else { return None };
-        let pending = sent.provider_id.is_none()
+        let ours = match &entry.body {
+            Body::Sent(sent) => sent.provider_id.is_none(),
+            Body::Reacted { provider_id, .. } => provider_id.is_none(),
+            _ => false,
+        };
+        let pending = ours
             && state.pending.contains(&seq)
             && state.status_of(seq).is_none_or(|s| s == MessageStatus::Pending);
-        let lane = if entry.actor.kind == patchbay_protocol::ActorType::Agent {
-            Lane::Agent
-        } else {
-            Lane::Automation
-        };
-        pending.then_some(Effect::HandOn { seq, lane })
+        pending.then(|| Effect::HandOn { seq, lane: Lane::of(&entry.actor) })
     }
 
     fn on_load(&self, _: &State) -> Option<Command> {
@@ -319,13 +314,10 @@ impl LogEntity for Conversation {
                     None => false,
                 };
                 if marks {
-                    self.signal(&me, |_| Signal::Read { provider_id }).await;
+                    self.signal(&me, Signal::Read { provider_id }).await;
                 }
             }
-            Effect::Typing { provider_id } => self.signal(&me, |_| Signal::Typing { provider_id }).await,
-            Effect::React { provider_id, emoji } => {
-                self.signal(&me, |recipient| Signal::React { recipient, provider_id, emoji }).await
-            }
+            Effect::Typing { provider_id } => self.signal(&me, Signal::Typing { provider_id }).await,
             Effect::Assigned { agent, seq } => {
                 let Some((home, _)) = self.home(&me, 0).await else { return };
                 let push = json!({"type": "assigned", "conversation": conversation, "seq": seq});

@@ -52,21 +52,19 @@ pub fn of(entry: &Entry) -> Vec<IdKey> {
             ids.extend(s.provider_id.as_deref().map(wamid));
             ids
         }
-        Body::Edited { provider_id, .. } | Body::Deleted { provider_id, .. } => vec![provider(provider_id)],
-        Body::Reacted { provider_id: Some(id), .. } | Body::ContactUpdated { provider_id: Some(id), .. } => {
-            vec![provider(id)]
-        }
+        Body::Edited { provider_id, .. }
+        | Body::Deleted { provider_id, .. }
+        | Body::Reacted { provider_id, .. }
+        | Body::ContactUpdated { provider_id, .. } => provider_id.iter().map(|id| provider(id)).collect(),
         Body::Opened(_)
         | Body::Resolved { .. }
         | Body::Reopened { .. }
         | Body::Pending { .. }
         | Body::Snoozed { .. }
         | Body::Linked { .. }
-        | Body::Reacted { provider_id: None, .. }
         | Body::Assigned { .. }
         | Body::Read { .. }
         | Body::TagAdded { .. }
-        | Body::TagRemoved { .. }
-        | Body::ContactUpdated { provider_id: None, .. } => vec![],
+        | Body::TagRemoved { .. } => vec![],
     }
 }

@@ -8,5 +8,6 @@ pub mod entity;
 pub mod ids;
 pub mod state;
 
+pub use commands::window_closed;
 pub use entity::{Conversation, Effect};
 pub use state::State;

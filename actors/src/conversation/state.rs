@@ -15,6 +15,8 @@ use serde::{Deserialize, Serialize};
 const STATUSES_KEPT: usize = 64;
 /// Runs of unread messages that are told apart; past it the two oldest are counted together.
 const UNREAD_RUNS_MAX: usize = 1024;
+/// Unread messages whose provider's id is at hand, to tell the customer that they were read.
+const UNREAD_IDS_MAX: usize = 64;
 
 /// Where the conversation belongs; set by its first entry.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -76,6 +78,8 @@ pub struct State {
     pub window_opened: Option<Timestamp>,
     /// The provider's id of the customer's last message.
     pub last_inbound: Option<(u64, String)>,
+    /// The newest customer messages that no agent has read, with the provider's ids.
+    unread_ids: VecDeque<(u64, String)>,
     /// Until when it is snoozed.
     pub snoozed_until: Option<Timestamp>,
     last_message: Option<LastBy>,
@@ -104,6 +108,7 @@ impl State {
             waiting_since: None,
             window_opened: None,
             last_inbound: None,
+            unread_ids: VecDeque::new(),
             snoozed_until: None,
             last_message: None,
             last_message_by_another: 0,
@@ -116,6 +121,11 @@ impl State {
     /// The status of a message that we sent, where it is at hand.
     pub fn status_of(&self, seq: u64) -> Option<MessageStatus> {
         self.statuses.get(&seq).copied()
+    }
+
+    /// The provider's id of the last unread customer message up to `seq`, as far as they are at hand.
+    pub fn last_unread(&self, seq: u64) -> Option<&str> {
+        self.unread_ids.iter().rev().find(|(s, _)| *s <= seq).map(|(_, id)| id.as_str())
     }
 
     /// How many customer messages no agent has read.
@@ -184,7 +194,7 @@ impl State {
                 self.set_status(Status::Snoozed, *episode);
                 self.snoozed_until = Some(*until);
             }
-            Body::Linked { other } => {
+            Body::Linked { other, .. } => {
                 self.linked.insert(*other);
             }
             Body::Received(m) => {
@@ -192,6 +202,10 @@ impl State {
                 self.waiting_since.get_or_insert(entry.at);
                 self.window_opened = self.window_opened.max(Some(m.sent_at));
                 self.last_inbound = Some((entry.seq, m.provider_id.clone()));
+                self.unread_ids.push_back((entry.seq, m.provider_id.clone()));
+                if self.unread_ids.len() > UNREAD_IDS_MAX {
+                    self.unread_ids.pop_front();
+                }
                 self.preview = m.content.preview();
                 self.message_by(&entry.actor, entry.seq);
             }
@@ -225,6 +239,10 @@ impl State {
                     home.contact = contact.clone();
                 }
             }
+            // Our own reaction goes out like a message.
+            Body::Reacted { provider_id: None, .. } => {
+                self.set_message_status(entry.seq, MessageStatus::Pending);
+            }
             Body::Edited { .. } | Body::Deleted { .. } | Body::Reacted { .. } | Body::NoteAdded { .. } => {}
         }
     }
@@ -250,6 +268,7 @@ impl State {
 
     fn read(&mut self, up_to: u64) {
         self.read_up_to = self.read_up_to.max(up_to);
+        self.unread_ids.retain(|(seq, _)| *seq > up_to);
         while let Some(run) = self.unread.front_mut() {
             if run.last <= up_to {
                 self.unread.pop_front();

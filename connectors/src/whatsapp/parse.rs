@@ -165,11 +165,9 @@ fn echo_item(message: &Value) -> Result<ThreadItem, String> {
     let contact = contact_of(&addresses, &Value::Null);
     let provider_id = text(&message["id"]).ok_or("an echo without an id")?;
     let sent_at = seconds(&message["timestamp"]).ok_or("an echo without a timestamp")?;
-    Ok(ThreadItem {
-        addresses,
-        contact,
-        event: ThreadEvent::Echo { provider_id, content: content(message), sent_at },
-    })
+    let reply_to = text(&message["context"]["id"]);
+    let event = ThreadEvent::Echo { provider_id, content: content(message), sent_at, reply_to };
+    Ok(ThreadItem { addresses, contact, event })
 }
 
 fn contact_of(addresses: &[Address], profile: &Value) -> Contact {
@@ -255,16 +253,18 @@ fn event(message: &Value, provider_id: String, participant: Option<String>) -> R
                 provider_id,
                 target,
                 emoji: text(&message["reaction"]["emoji"]).unwrap_or_default(),
+                participant,
             })
         }
         "edit" => {
             let target = text(&message["edit"]["original_message_id"]).ok_or("an edit without a target")?;
-            Ok(ThreadEvent::Edit { provider_id, target, content: content(&message["edit"]["message"]) })
+            let content = content(&message["edit"]["message"]);
+            Ok(ThreadEvent::Edit { provider_id, target, content, participant })
         }
         "revoke" => {
             let target =
                 text(&message["revoke"]["original_message_id"]).ok_or("a revoke without a target")?;
-            Ok(ThreadEvent::Delete { provider_id, target })
+            Ok(ThreadEvent::Delete { provider_id, target, participant })
         }
         _ => {
             let context = &message["context"];

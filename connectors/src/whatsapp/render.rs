@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use patchbay_protocol::content::{Choice, Interactive, MediaContent};
 use patchbay_protocol::entry::ProviderError;
-use patchbay_protocol::outbound::{Call, Outbound, Recipient, Signal};
+use patchbay_protocol::outbound::{Call, Outbound, Payload, Recipient, Signal};
 use patchbay_protocol::{CommandError, Content, ErrorCode};
 use serde_json::{Value, json};
 
@@ -135,11 +135,16 @@ fn interactive_fits(i: &Interactive) -> Result<(), CommandError> {
 /// The call that sends `message`. A business-scoped id goes into `recipient`, never into `to`, where the provider
 /// answers 200 and drops it.
 pub(super) fn message(external_id: &str, message: &Outbound) -> Result<Call, ProviderError> {
-    let (kind, value) = body(&message.content).ok_or_else(|| ProviderError {
-        code: "not_supported".into(),
-        title: message.content.kind().into(),
-        retryable: false,
-    })?;
+    let (kind, value) = match &message.payload {
+        Payload::Reaction { reaction_to, emoji } => {
+            ("reaction", json!({"message_id": reaction_to, "emoji": emoji}))
+        }
+        Payload::Message(content) => body(content).ok_or_else(|| ProviderError {
+            code: "not_supported".into(),
+            title: content.kind().into(),
+            retryable: false,
+        })?,
+    };
     let mut frame = envelope(kind, value, &message.recipient);
     frame["biz_opaque_callback_data"] = json!(message.entry.to_string());
     if let Some(id) = &message.reply_to {
@@ -254,9 +259,6 @@ pub(super) fn signal(external_id: &str, signal: &Signal) -> Call {
     let frame = match signal {
         Signal::Read { provider_id } => {
             json!({"messaging_product": "whatsapp", "status": "read", "message_id": provider_id})
-        }
-        Signal::React { recipient, provider_id, emoji } => {
-            envelope("reaction", json!({"message_id": provider_id, "emoji": emoji}), recipient)
         }
         Signal::Typing { provider_id } => {
             json!({"messaging_product": "whatsapp", "status": "read", "message_id": provider_id, "typing_indicator": {"type": "text"}})

@@ -59,13 +59,13 @@ impl Dev {
             let secrets = Secrets::of(&config.storage.data_dir)?;
             secrets.fill(&mut config);
             let metrics = crate::metrics_table::install()?;
-            let server = Server::start(&config, Mode::Dev, engine, metrics).await?;
+            let server = Server::start(&config, Mode::Dev, engine, metrics).await.map_err(Failure::of_start)?;
             let loopback = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
             let simulator = Arc::new(Simulator::start(loopback, self.seed, Faults::default()).await?);
             let demo = seed(&server, &simulator, &secrets).await.map_err(|e| Failure::Other(e.message()))?;
             let mut told = ready(&server, &config);
             told.simulator = Some(simulator.address().to_string());
-            told.operator_key = Some(secrets.operator_key.clone());
+            told.operator_key = config.operator_key().map_err(Failure::Other)?;
             if let Some(file) = &self.ready_file {
                 told.write(file)?;
             }
@@ -82,21 +82,26 @@ impl Dev {
 
 /// The keys that `dev` makes and keeps, so that tokens outlive a restart.
 pub(super) struct Secrets {
-    pub(super) operator_key: String,
-    pub(super) hmac: String,
+    operator_key: String,
+    hmac: String,
     demo_key: String,
     app_secret: String,
 }
 
 impl Secrets {
     /// Reads them from the data directory, or makes them there.
-    pub(super) fn of(data_dir: &Path) -> std::io::Result<Self> {
+    fn of(data_dir: &Path) -> std::io::Result<Self> {
         Ok(Self {
             operator_key: kept(data_dir, "operator_key")?,
             hmac: kept(data_dir, "hmac_secret")?,
             demo_key: kept(data_dir, "demo_key")?,
             app_secret: kept(data_dir, "demo_app_secret")?,
         })
+    }
+
+    /// The secret that tokens are signed with, where a node has made one.
+    pub(super) fn hmac_of(data_dir: &Path) -> std::io::Result<String> {
+        fs::read_to_string(data_dir.join("hmac_secret")).map(|secret| secret.trim().to_owned())
     }
 
     /// What is configured stands; the rest is ours.

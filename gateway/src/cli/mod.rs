@@ -17,6 +17,7 @@ use toml::Value;
 use tracing_subscriber::EnvFilter;
 
 use crate::config::{Config, ConfigError, load};
+use crate::server::RunError;
 
 /// Bad configuration (sysexits' EX_USAGE).
 const EXIT_CONFIG: u8 = 64;
@@ -75,7 +76,9 @@ impl ConfigArgs {
             Some(dir) => vec![("storage.data_dir", Value::String(dir.display().to_string()))],
             None => vec![],
         };
-        load(self.config.as_deref(), std::env::vars(), &flags)
+        // What is not text is none of ours.
+        let ours = std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)));
+        load(self.config.as_deref(), ours, &flags)
     }
 }
 
@@ -90,6 +93,16 @@ pub(crate) enum Failure {
 impl<E: std::error::Error> From<E> for Failure {
     fn from(e: E) -> Self {
         Self::Other(e.to_string())
+    }
+}
+
+impl Failure {
+    /// Why a node could not start: what the configuration says, or anything else.
+    fn of_start(e: RunError) -> Self {
+        match e {
+            RunError::Config(fault) => Self::Config(ConfigError(vec![fault])),
+            e => e.into(),
+        }
     }
 }
 

@@ -30,7 +30,7 @@ impl Run {
             let mut stop = Stop::new()?;
             let engine = Arc::new(Embedded::open(&config.storage.data_dir)?);
             let metrics = crate::metrics_table::install()?;
-            let server = Server::start(&config, Mode::Run, engine, metrics).await?;
+            let server = Server::start(&config, Mode::Run, engine, metrics).await.map_err(Failure::of_start)?;
             let ready = ready(&server, &config);
             tracing::info!(public = %server.public, ops = %server.ops, incarnation = ready.incarnation, "ready");
             if let Some(file) = &self.ready_file {

@@ -69,7 +69,14 @@ impl Token {
         let keys = if config.auth.hmac_secret_key.is_some() {
             config.token_keys().map_err(Failure::Other)?
         } else {
-            TokenKeys::new(vec![], Some(dev::Secrets::of(&config.storage.data_dir)?.hmac.as_bytes()))
+            let data_dir = &config.storage.data_dir;
+            let secret = dev::Secrets::hmac_of(data_dir).map_err(|e| {
+                Failure::Other(format!(
+                    "{}: {e}; `patchbay dev` makes a secret there when it starts, or set auth.hmac_secret_key",
+                    data_dir.join("hmac_secret").display()
+                ))
+            })?;
+            TokenKeys::new(vec![], Some(secret.as_bytes()))
         };
         let mut claims = agent_claims(&self.tenant, &self.agent, self.role, self.ttl, Clock::System.now());
         if self.operator {

@@ -36,18 +36,19 @@ pub fn load(
     for (name, value) in environment {
         if let Some(rest) = name.strip_prefix(PREFIX) {
             let key = rest.to_lowercase().replace("__", ".");
-            set(&mut table, &key, parse_env(&value));
+            let value = parse_env(&key, value);
+            set(&mut table, &key, value);
         }
     }
     for (key, value) in flags {
         set(&mut table, key, value.clone());
     }
     unknown(&table, "", &mut faults);
+    wrong(&table, &mut faults);
     if !faults.is_empty() {
         return Err(ConfigError(faults));
     }
-    let config = Config::deserialize(Value::Table(table))
-        .map_err(|e| ConfigError(vec![e.message().replace('\n', " ")]))?;
+    let config = Config::deserialize(Value::Table(table)).map_err(|e| ConfigError(vec![fault_of(&e)]))?;
     let faults = config.faults();
     if faults.is_empty() { Ok(config) } else { Err(ConfigError(faults)) }
 }
@@ -66,10 +67,46 @@ fn read(path: &Path, faults: &mut Vec<String>) -> Table {
     })
 }
 
-/// A value of the environment: as TOML where it is some, else as text.
-fn parse_env(text: &str) -> Value {
+fn fault_of(e: &toml::de::Error) -> String {
+    e.message().replace('\n', " ")
+}
+
+/// What is wrong with one value by itself.
+fn fault_in(key: &str, value: Value) -> Option<String> {
+    let mut alone = Table::new();
+    set(&mut alone, key, value);
+    Config::deserialize(Value::Table(alone)).err().map(|e| fault_of(&e))
+}
+
+/// A value of the environment: as TOML (a number, a list) where its key takes that, else as text.
+fn parse_env(key: &str, text: String) -> Value {
     let as_toml = format!("v = {text}").parse::<Table>().ok().and_then(|mut t| t.remove("v"));
-    as_toml.unwrap_or_else(|| Value::String(text.to_owned()))
+    match as_toml {
+        Some(value) if fault_in(key, value.clone()).is_none() => value,
+        _ => Value::String(text),
+    }
+}
+
+/// Names every key whose value is not what it takes.
+fn wrong(table: &Table, faults: &mut Vec<String>) {
+    for (key, _) in Config::known_keys() {
+        let mut at = Some(table);
+        let mut found = None;
+        for part in key.split('.') {
+            found = at.and_then(|t| t.get(part));
+            at = found.and_then(Value::as_table);
+        }
+        // One of a list of tables is looked at with its list.
+        if let Some(fault) = found.and_then(|value| fault_in(&key, value.clone())) {
+            faults.push(format!("{key}: {fault}"));
+        }
+    }
+    let lists = table.iter().flat_map(|(section, inner)| {
+        inner.as_table().into_iter().flatten().map(move |(name, value)| (format!("{section}.{name}"), value))
+    });
+    for (key, value) in lists.filter(|(_, value)| value.as_array().is_some_and(|l| l.iter().any(Value::is_table))) {
+        faults.extend(fault_in(&key, value.clone()).map(|fault| format!("{key}: {fault}")));
+    }
 }
 
 fn set(table: &mut Table, key: &str, value: Value) {
@@ -178,6 +215,33 @@ mod tests {
         )
         .unwrap_err();
         assert_eq!(faults.len(), 2, "{faults:?}");
-        assert!(load(None, env(&[("PATCHBAY__DRAIN__DEADLINE", "5")]), &[]).is_err());
+    }
+
+    #[test]
+    fn every_wrong_value_is_named_beside_what_is_unknown() {
+        let vars = [
+            ("PATCHBAY__DRAIN__DEADLINE", "5"),
+            ("PATCHBAY__LIMITS__CONNECTIONS", "x"),
+            ("PATCHBAY__PUBLIC__LISTN", "x"),
+        ];
+        let ConfigError(faults) = load(None, env(&vars), &[]).unwrap_err();
+        for key in ["drain.deadline", "limits.connections", "public.listn"] {
+            assert_eq!(faults.iter().filter(|f| f.contains(key)).count(), 1, "{key}: {faults:?}");
+        }
+    }
+
+    #[test]
+    fn the_environment_is_typed_by_its_key() {
+        let vars = [
+            ("PATCHBAY__AUTH__OPERATOR_KEY", "123456"),
+            ("PATCHBAY__AUTH__HMAC_SECRET_KEY", "true"),
+            ("PATCHBAY__STORAGE__DATA_DIR", "2026-11-21"),
+            ("PATCHBAY__PROVIDERS__ALLOWED_HOSTS", "[\"a.example\", \"b.example\"]"),
+            ("PATCHBAY__LIMITS__MEMORY", "2GiB"),
+        ];
+        let config = load(None, env(&vars), &[]).unwrap();
+        assert_eq!(config.operator_key().unwrap().as_deref(), Some("123456"));
+        assert_eq!(config.storage.data_dir, Path::new("2026-11-21"));
+        assert_eq!(config.providers.allowed_hosts, ["a.example", "b.example"]);
     }
 }

@@ -18,12 +18,18 @@ use patchbay_connectors::{Connector, NAMES, by_name};
 use patchbay_protocol::inbound::{Item, ItemKind};
 use patchbay_protocol::{AccountId, TenantId};
 use serde_json::Value;
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// The largest body.
 pub const BODY_BYTES_MAX: usize = 4 << 20;
-/// Bodies that are read and taken at once; past it the provider is told to come back.
-pub const BODIES_MAX: usize = 64;
+/// Bodies that are read or taken at once; past it the provider is told to come back.
+pub const BODIES_MAX: usize = 1024;
+/// What they may hold together; past it the provider is told to come back.
+pub const BODIES_BYTES_MAX: usize = 256 << 20;
+/// Bodies that are parsed and taken at once; past it they wait.
+pub const TAKEN_AT_ONCE: usize = 64;
+/// How long a body waits for that.
+const TURN_TIMEOUT: Duration = Duration::from_secs(10);
 /// What is over the bound is dropped up to here before the answer.
 const DROPPED_BYTES_MAX: usize = 1 << 20;
 /// How long a body may take to arrive.
@@ -34,12 +40,21 @@ pub struct Webhooks {
     intake: Arc<Intake>,
     directory: Arc<Directory>,
     bodies: Semaphore,
+    /// In KiB.
+    bytes: Arc<Semaphore>,
+    turns: Semaphore,
 }
 
 impl Webhooks {
     /// The door of a node.
     pub fn new(intake: Arc<Intake>, directory: Arc<Directory>) -> Arc<Self> {
-        Arc::new(Self { intake, directory, bodies: Semaphore::new(BODIES_MAX) })
+        Arc::new(Self {
+            intake,
+            directory,
+            bodies: Semaphore::new(BODIES_MAX),
+            bytes: Arc::new(Semaphore::new(BODIES_BYTES_MAX / 1024)),
+            turns: Semaphore::new(TAKEN_AT_ONCE),
+        })
     }
 
     async fn find(
@@ -90,27 +105,52 @@ pub async fn receive(
     body: Body,
 ) -> Response {
     let Ok(_place) = door.bodies.try_acquire() else { return try_again() };
-    let body = match tokio::time::timeout(BODY_TIMEOUT, read(body)).await {
-        Ok(Some(body)) => body,
-        Ok(None) => return StatusCode::PAYLOAD_TOO_LARGE.into_response(),
-        Err(_) => return StatusCode::REQUEST_TIMEOUT.into_response(),
+    let (body, _held) = match tokio::time::timeout(BODY_TIMEOUT, read(body, &door.bytes)).await {
+        Ok(Ok(read)) => read,
+        Ok(Err(Unread::TooLarge)) => return StatusCode::PAYLOAD_TOO_LARGE.into_response(),
+        Ok(Err(Unread::NoRoom)) => return try_again(),
+        Ok(Err(Unread::Broken)) | Err(_) => return StatusCode::REQUEST_TIMEOUT.into_response(),
+    };
+    let Ok(Ok(_turn)) = tokio::time::timeout(TURN_TIMEOUT, door.turns.acquire()).await else {
+        return try_again();
     };
     let started = std::time::Instant::now();
     let response = take(&door, &tenant, &account, &headers, &body).await;
     let status = response.status().as_u16().to_string();
-    metrics::histogram!("patchbay_webhook_seconds", "status" => status)
+    metrics::histogram!("patchbay_webhook_answer_seconds", "status" => status)
         .record(started.elapsed().as_secs_f64());
     response
 }
 
-/// A whole body, or `None` when it is over the bound. A little of what is over is read and dropped, so that whoever
-/// sends it is there to hear the answer.
-async fn read(body: Body) -> Option<Bytes> {
+/// Why a body was not read.
+enum Unread {
+    /// It is over the bound.
+    TooLarge,
+    /// Too much is held already.
+    NoRoom,
+    /// Its sender broke off.
+    Broken,
+}
+
+/// A whole body, with what it holds of the room for all. A little of what is over the bound is read and dropped, so
+/// that whoever sends it is there to hear the answer.
+async fn read(body: Body, room: &Arc<Semaphore>) -> Result<(Bytes, Option<OwnedSemaphorePermit>), Unread> {
     let mut stream = body.into_data_stream();
     let mut kept = BytesMut::new();
+    let mut held: Option<OwnedSemaphorePermit> = None;
     let mut over = 0;
-    while let Some(Ok(chunk)) = stream.next().await {
+    while let Some(chunk) = stream.next().await {
+        let chunk = chunk.map_err(|_| Unread::Broken)?;
         if over == 0 && kept.len() + chunk.len() <= BODY_BYTES_MAX {
+            let needed = (kept.len() + chunk.len()).div_ceil(1024) - kept.len().div_ceil(1024);
+            if needed > 0 {
+                let more = u32::try_from(needed).map_err(|_| Unread::TooLarge)?;
+                let more = room.clone().try_acquire_many_owned(more).map_err(|_| Unread::NoRoom)?;
+                match &mut held {
+                    Some(held) => held.merge(more),
+                    None => held = Some(more),
+                }
+            }
             kept.extend_from_slice(&chunk);
             continue;
         }
@@ -119,7 +159,7 @@ async fn read(body: Body) -> Option<Bytes> {
             break;
         }
     }
-    (over == 0).then(|| kept.freeze())
+    if over == 0 { Ok((kept.freeze(), held)) } else { Err(Unread::TooLarge) }
 }
 
 async fn take(door: &Webhooks, tenant: &str, account: &str, headers: &HeaderMap, body: &Bytes) -> Response {

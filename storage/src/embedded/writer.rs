@@ -70,7 +70,8 @@ impl Writer {
                 Err(_) => break,
             }
         }
-        metrics::histogram!("patchbay_storage_group_jobs").record(group.pending.len() as f64);
+        metrics::counter!("patchbay_storage_groups_total").increment(1);
+        metrics::counter!("patchbay_storage_jobs_total").increment(group.pending.len() as u64);
         let started = std::time::Instant::now();
         let done = group.batch.commit().and_then(|()| self.sync.sync(&self.keyspaces.database));
         metrics::histogram!("patchbay_storage_commit_seconds").record(started.elapsed().as_secs_f64());

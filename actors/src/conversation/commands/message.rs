@@ -2,6 +2,8 @@
 
 use patchbay_protocol::command::{Command, DeleteMessage, EditMessage, ReactMessage};
 use patchbay_protocol::entry::{Body, Target};
+use patchbay_protocol::ids::EntryId;
+use patchbay_protocol::outbound::Lane;
 use patchbay_protocol::{CommandError, ErrorCode};
 
 use super::{Draft, Known, Outcome};
@@ -17,21 +19,46 @@ pub(super) fn lookups(message_seq: u64) -> Vec<Lookup> {
     vec![Lookup::Seq(message_seq), Lookup::Id(ids::status(message_seq, None))]
 }
 
-fn own_message(state: &State, found: &Known, seq: u64) -> Result<(), CommandError> {
+/// The target of an edit or deletion: a message of the business, by its own id here.
+fn own_message(state: &State, found: &Known, seq: u64) -> Result<Target, CommandError> {
     let there = seq <= state.last_seq && matches!(found.seq(seq).map(|e| &e.body), Some(Body::Sent(_)));
-    if there { Ok(()) } else { Err(ErrorCode::NotFound.into()) }
+    let provider_id = EntryId { conversation: state.id, seq }.to_string();
+    if there { Ok(Target { seq: Some(seq), provider_id }) } else { Err(ErrorCode::NotFound.into()) }
 }
 
-/// No channel of this version can change what was sent.
-pub(super) fn edit(state: &State, found: &Known, _: &Command, request: &EditMessage) -> Outcome {
-    own_message(state, found, request.message_seq)?;
-    Err(ErrorCode::NotSupported.into())
+/// Changes what was sent, where the channel carries that by itself.
+pub(super) fn edit(
+    state: &State,
+    found: &Known,
+    command: &Command,
+    request: &EditMessage,
+    now: &Now,
+) -> Outcome {
+    if !command.scope.channel.can_edit {
+        return Err(ErrorCode::NotSupported.into());
+    }
+    let target = own_message(state, found, request.message_seq)?;
+    let mut draft = Draft::new(command, now);
+    let content = request.content.clone();
+    draft.add(Body::Edited { target, content, provider_id: None, participant: None });
+    draft.state_reply(state)
 }
 
-/// No channel of this version can take back what was sent.
-pub(super) fn delete(state: &State, found: &Known, _: &Command, request: &DeleteMessage) -> Outcome {
-    own_message(state, found, request.message_seq)?;
-    Err(ErrorCode::NotSupported.into())
+/// Takes back what was sent, where the channel carries that by itself.
+pub(super) fn delete(
+    state: &State,
+    found: &Known,
+    command: &Command,
+    request: &DeleteMessage,
+    now: &Now,
+) -> Outcome {
+    if !command.scope.channel.can_delete {
+        return Err(ErrorCode::NotSupported.into());
+    }
+    let target = own_message(state, found, request.message_seq)?;
+    let mut draft = Draft::new(command, now);
+    draft.add(Body::Deleted { target, provider_id: None, participant: None });
+    draft.state_reply(state)
 }
 
 pub(super) fn react(
@@ -59,9 +86,11 @@ pub(super) fn react(
     if !command.scope.channel.can_react {
         return Err(ErrorCode::NotSupported.into());
     }
+    super::send::check_open(state, &command.scope, now.at)?;
     let mut draft = Draft::new(command, now);
-    let target = Target { seq: Some(request.message_seq), provider_id: provider_id.clone() };
-    draft.add(Body::Reacted { target, emoji: request.emoji.clone(), provider_id: None });
-    let effect = Effect::React { provider_id, emoji: request.emoji.clone() };
-    draft.state_reply(state).map(|d| d.effect(effect))
+    let target = Target { seq: Some(request.message_seq), provider_id };
+    let emoji = request.emoji.clone();
+    let seq = draft.add(Body::Reacted { target, emoji, provider_id: None, participant: None });
+    let lane = Lane::of(&command.actor);
+    draft.state_reply(state).map(|d| d.effect(Effect::HandOn { seq, lane }))
 }

@@ -21,6 +21,8 @@ use super::entity::Conversation;
 use super::state::State;
 use crate::shard::entity::{Decision, Found, Lookup, Now};
 
+pub use send::window_closed;
+
 pub(crate) type Known = Found<Entry>;
 pub(crate) type Outcome = Result<Decision<Conversation>, CommandError>;
 
@@ -100,8 +102,8 @@ pub(crate) fn decide(state: &State, found: &Known, command: &Command, now: &Now)
         Request::Send { message, lane, opening } => {
             send::decide(state, found, command, message, *lane, opening.as_ref(), now)
         }
-        Request::Edit(r) => message::edit(state, found, command, r),
-        Request::Delete(r) => message::delete(state, found, command, r),
+        Request::Edit(r) => message::edit(state, found, command, r, now),
+        Request::Delete(r) => message::delete(state, found, command, r, now),
         Request::React(r) => message::react(state, found, command, r, now),
         Request::Read(r) => read::decide(state, command, r, now),
         Request::Assign(r) => assign::decide(state, command, r, now),

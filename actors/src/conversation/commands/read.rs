@@ -15,9 +15,9 @@ pub(super) fn decide(state: &State, command: &Command, request: &ReadConversatio
         return draft.state_reply(state);
     }
     draft.add(Body::Read { up_to_seq });
-    let seen =
-        state.last_inbound.as_ref().filter(|(seq, _)| (state.read_up_to + 1..=up_to_seq).contains(seq));
-    let effect = seen.map(|(_, provider_id)| Effect::MarkRead { provider_id: provider_id.clone() });
+    let effect = state
+        .last_unread(up_to_seq)
+        .map(|provider_id| Effect::MarkRead { provider_id: provider_id.to_owned() });
     draft.state_reply(state).map(|mut d| {
         d.effects.extend(effect);
         d

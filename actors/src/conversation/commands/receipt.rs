@@ -37,6 +37,12 @@ fn message_seq(found: &Known, named: Option<u64>, update: &StatusUpdate) -> Opti
     })
 }
 
+/// Whether an entry is a message or reaction of the business.
+fn went_out(found: &Known, seq: u64) -> bool {
+    let body = found.seq(seq).map(|e| &e.body);
+    matches!(body, Some(Body::Sent(_) | Body::Reacted { provider_id: None, .. }))
+}
+
 fn status_in(entry: Option<(u64, &Entry)>) -> Option<MessageStatus> {
     match entry.map(|(_, e)| &e.body) {
         Some(Body::Status(s)) => Some(s.status),
@@ -55,7 +61,7 @@ pub(super) fn receipt(
 ) -> Outcome {
     let message = message_seq(found, named, update).filter(|seq| *seq <= state.last_seq);
     match message {
-        Some(seq) if matches!(found.seq(seq).map(|e| &e.body), Some(Body::Sent(_))) => {
+        Some(seq) if went_out(found, seq) => {
             climb(state, found, command, seq, update, Actor::new(ActorType::Provider, "receipt"), now)
         }
         _ => Ok(Decision::reply(Reply::Unmatched)),
@@ -71,7 +77,7 @@ pub(super) fn outcome(
     update: &StatusUpdate,
     now: &Now,
 ) -> Outcome {
-    if !matches!(found.seq(seq).map(|e| &e.body), Some(Body::Sent(_))) {
+    if !went_out(found, seq) {
         return Ok(Decision::reply(Reply::Taken));
     }
     let actor =

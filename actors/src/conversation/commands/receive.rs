@@ -25,10 +25,11 @@ pub(super) fn lookups(event: &ThreadEvent) -> Vec<Lookup> {
 fn target_of(event: &ThreadEvent) -> Option<&str> {
     match event {
         ThreadEvent::Message(m) => m.reply_to.as_deref(),
+        ThreadEvent::Echo { reply_to, .. } => reply_to.as_deref(),
         ThreadEvent::Reaction { target, .. }
         | ThreadEvent::Edit { target, .. }
         | ThreadEvent::Delete { target, .. } => Some(target),
-        ThreadEvent::Echo { .. } | ThreadEvent::ContactChanged { .. } => None,
+        ThreadEvent::ContactChanged { .. } => None,
     }
 }
 
@@ -50,40 +51,46 @@ pub(super) fn decide(
     let contact = Actor::new(ActorType::Contact, sender(opening));
     match event {
         ThreadEvent::Message(m) => {
-            refresh_contact(state, opening, &mut draft);
+            refresh_contact(state, opening, &m.provider_id, &mut draft);
             draft.add_by(contact, received(m, found));
         }
-        ThreadEvent::Reaction { provider_id, target: t, emoji } => {
+        ThreadEvent::Reaction { provider_id, target: t, emoji, participant } => {
             draft.add_by(
                 contact,
                 Body::Reacted {
                     target: target(t, found),
                     emoji: emoji.clone(),
                     provider_id: Some(provider_id.clone()),
+                    participant: participant.clone(),
                 },
             );
         }
-        ThreadEvent::Edit { provider_id, target: t, content } => {
+        ThreadEvent::Edit { provider_id, target: t, content, participant } => {
             draft.add_by(
                 contact,
                 Body::Edited {
                     target: target(t, found),
                     content: content.clone(),
-                    provider_id: provider_id.clone(),
+                    provider_id: Some(provider_id.clone()),
+                    participant: participant.clone(),
                 },
             );
         }
-        ThreadEvent::Delete { provider_id, target: t } => {
+        ThreadEvent::Delete { provider_id, target: t, participant } => {
             draft.add_by(
                 contact,
-                Body::Deleted { target: target(t, found), provider_id: provider_id.clone() },
+                Body::Deleted {
+                    target: target(t, found),
+                    provider_id: Some(provider_id.clone()),
+                    participant: participant.clone(),
+                },
             );
         }
-        ThreadEvent::Echo { provider_id, content, sent_at } => {
+        ThreadEvent::Echo { provider_id, content, sent_at, reply_to } => {
             let sent = Sent {
                 client_id: provider_id.clone(),
                 content: content.clone(),
-                reply_to: None,
+                reply_to: reply_to.as_deref().and_then(|t| target(t, found).seq),
                 provider_id: Some(provider_id.clone()),
                 sent_at: Some(*sent_at),
             };
@@ -157,7 +164,7 @@ fn changed_contact(state: &State, opening: &Opening) -> Contact {
 }
 
 /// The contact gave itself a name or an id that we did not know.
-fn refresh_contact(state: &State, opening: &Opening, draft: &mut Draft<'_>) {
+fn refresh_contact(state: &State, opening: &Opening, provider_id: &str, draft: &mut Draft<'_>) {
     let Some(home) = &state.home else { return };
     let mut contact = home.contact.clone();
     let new = &opening.contact;
@@ -172,7 +179,7 @@ fn refresh_contact(state: &State, opening: &Opening, draft: &mut Draft<'_>) {
     if contact != home.contact {
         draft.add_by(
             Actor::new(ActorType::Provider, "profile"),
-            Body::ContactUpdated { contact, provider_id: None },
+            Body::ContactUpdated { contact, provider_id: Some(provider_id.to_owned()) },
         );
     }
 }

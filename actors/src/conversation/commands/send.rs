@@ -78,16 +78,21 @@ fn check_reply_to(state: &State, found: &Known, message: &SendMessage) -> Result
 
 /// Outside the channel's window only templates are sent.
 fn check_window(state: &State, scope: &Scope, content: &Content, now: Timestamp) -> Result<(), CommandError> {
+    if matches!(content, Content::Template { .. }) { Ok(()) } else { check_open(state, scope, now) }
+}
+
+/// Why a free-form message is refused, and what would be allowed.
+pub fn window_closed(since: Option<Timestamp>) -> CommandError {
+    CommandError::with(ErrorCode::WindowClosed, json!({"allowed": ["template"], "window_until": since}))
+}
+
+/// Whether the channel's window is open.
+pub(super) fn check_open(state: &State, scope: &Scope, now: Timestamp) -> Result<(), CommandError> {
     let Some(window) = scope.channel.window else { return Ok(()) };
-    if matches!(content, Content::Template { .. })
-        || state.window_until(Some(window)).is_some_and(|until| until > now)
-    {
+    if state.window_until(Some(window)).is_some_and(|until| until > now) {
         return Ok(());
     }
-    Err(CommandError::with(
-        ErrorCode::WindowClosed,
-        json!({"allowed": ["template"], "window_until": state.window_until(Some(window))}),
-    ))
+    Err(window_closed(state.window_until(Some(window))))
 }
 
 /// A business that writes first opens the conversation; one that writes after it was resolved opens the next episode.
