@@ -29,6 +29,8 @@ use crate::router::{Answer, Router, command_id};
 pub const PAGE_ENTRIES_MAX: usize = 1000;
 /// Its size, about.
 pub const PAGE_BYTES_MAX: usize = 512 * 1024;
+/// The content of one message that is sent, as JSON.
+pub const CONTENT_BYTES_MAX: usize = 64 * 1024;
 /// A customer is shown typing at most this often.
 const TYPING_PAUSE: Duration = Duration::from_secs(20);
 /// Conversations whose account is remembered.
@@ -207,6 +209,10 @@ impl Desk {
         message: &SendMessage,
     ) -> Result<(), CommandError> {
         let connector = patchbay_connectors::by_name(&account.connector).ok_or(ErrorCode::NotFound)?;
+        // A whole entry fits into a frame with room to spare.
+        if serde_json::to_vec(&message.content).map_or(true, |c| c.len() > CONTENT_BYTES_MAX) {
+            return Err(ErrorCode::TooLarge.into());
+        }
         connector.check(&message.content)?;
         if self.node.is_full(&scope.tenant, &scope.account) {
             Err(CommandError::overloaded(1000))

@@ -183,6 +183,27 @@ impl Directory {
         }
     }
 
+    /// Makes a document of what was there; tells whether it is new. Nobody else's change is lost.
+    async fn update<T: Serialize + DeserializeOwned>(
+        &self,
+        key: DocumentKey,
+        change: impl Fn(Option<T>) -> Option<T>,
+    ) -> Result<Option<bool>, CommandError> {
+        loop {
+            let before = self.tables.document::<T>(&key).await.map_err(|_| CommandError::unavailable())?;
+            let (expected, before) =
+                before.map_or((None, None), |(version, record)| (Some(version), Some(record)));
+            let Some(after) = change(before) else { return Ok(None) };
+            let outcome = self.tables.put_document(key.clone(), expected, &after).await;
+            self.forget(&key);
+            match outcome {
+                Ok(CasOutcome::Applied) => return Ok(Some(expected.is_none())),
+                Ok(CasOutcome::Refused(_)) => {}
+                Err(_) => return Err(CommandError::unavailable()),
+            }
+        }
+    }
+
     /// Writes a document that must not be there.
     async fn create<T: Serialize>(&self, key: DocumentKey, record: &T) -> Result<(), CommandError> {
         let outcome = self.tables.put_document(key.clone(), None, record).await;
@@ -343,16 +364,35 @@ impl Directory {
         gone
     }
 
-    /// Writes an agent; tells whether it is new.
+    /// Writes an agent; tells whether it is new. Tokens that were void stay void, whatever `agent` says.
     pub async fn put_agent(
         &self,
         tenant: &TenantId,
         id: &AgentId,
         agent: &Agent,
     ) -> Result<bool, CommandError> {
-        let new = self.put(key(tenant.as_str(), "agent", id.as_str()), agent).await;
+        let removed = self.removed_agent(tenant, id).await?;
+        let change = |before: Option<Agent>| {
+            let void = before.map_or(removed, |b| b.not_before);
+            Some(Agent { not_before: void.max(agent.not_before), ..agent.clone() })
+        };
+        let new = self.update(key(tenant.as_str(), "agent", id.as_str()), change).await;
         self.changed();
-        new
+        new.map(|new| new.unwrap_or(false))
+    }
+
+    /// Makes an agent's tokens that were issued before `at` void; tells whether there is such an agent.
+    pub async fn void_tokens(
+        &self,
+        tenant: &TenantId,
+        id: &AgentId,
+        at: Timestamp,
+    ) -> Result<bool, CommandError> {
+        let change =
+            |before: Option<Agent>| before.map(|b| Agent { not_before: b.not_before.max(Some(at)), ..b });
+        let done = self.update(key(tenant.as_str(), "agent", id.as_str()), change).await;
+        self.changed();
+        done.map(|done| done.is_some())
     }
 
     /// An agent.
@@ -371,7 +411,7 @@ impl Directory {
     }
 
     /// From when on tokens of a removed agent's name are good again.
-    pub async fn removed_agent(
+    async fn removed_agent(
         &self,
         tenant: &TenantId,
         id: &AgentId,

@@ -60,6 +60,7 @@ impl Intake {
         document: &Account,
         items: Vec<Item>,
     ) -> Result<(), CommandError> {
+        let items: Vec<Item> = items.into_iter().map(Item::bounded).collect();
         // As many at once as one entity is sure to admit.
         for chunk in items.chunks(CHUNK_ITEMS) {
             self.take_chunk(tenant, account, document, chunk).await?;
@@ -129,7 +130,10 @@ impl Intake {
     ) -> Result<Option<AccountId>, CommandError> {
         // While a secret is rotated either may have signed.
         let secrets = |a: &Account| -> Vec<Value> {
-            ["app_secret", "app_secret_previous"].iter().filter_map(|n| a.credentials.get(n).cloned()).collect()
+            ["app_secret", "app_secret_previous"]
+                .iter()
+                .filter_map(|n| a.credentials.get(n).cloned())
+                .collect()
         };
         let own = secrets(document);
         let mut after = String::new();

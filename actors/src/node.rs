@@ -27,6 +27,10 @@ use crate::shard::soft::SoftSlots;
 /// Entities woken at once by a sweep or by timers.
 const WAKE_AT_ONCE: usize = 64;
 
+/// Between two looks at the calls under way of a node that stops.
+const FINISH_LOOK: Duration = Duration::from_millis(20);
+/// Between two looks at entities that write their snapshots; longer than they wait to derive.
+const SNAPSHOT_LOOK: Duration = Duration::from_millis(300);
 /// Between two tries of what the store or an entity did not answer.
 const RETRY_PAUSE: Duration = Duration::from_secs(5);
 /// Memory is looked at least this often.
@@ -213,6 +217,34 @@ impl Node {
         self.accounts.passivate_idle(idle);
         self.agents.passivate_idle(idle);
         self.inboxes.passivate_idle(idle);
+    }
+
+    /// Before the process ends: begins no call to a provider any more, waits for those under way and for their
+    /// outcomes to be told, and lets every entity write its snapshot. What is left when its caller gives up is found
+    /// in the logs by the next start.
+    pub async fn finish(&self) {
+        self.accounts.entity().stop_calling();
+        for id in self.accounts.active() {
+            loop {
+                let status = match self.accounts.send(&id, AccountCommand::Status) {
+                    Ok(answer) => answer.wait().await,
+                    Err(e) => Err(e),
+                };
+                if matches!(status, Ok(AccountReply::Status { under_way: 0, .. })) {
+                    break;
+                }
+                tokio::time::sleep(FINISH_LOOK).await;
+            }
+        }
+        // Whoever has nothing under way is forgotten; the others are asked again while there is time.
+        while self.active_count() > 0 {
+            let before = self.active_count();
+            self.passivate_idle(Duration::ZERO);
+            tokio::time::sleep(SNAPSHOT_LOOK).await;
+            if self.active_count() == before {
+                return;
+            }
+        }
     }
 
     /// Wakes an entity and waits for its answer.

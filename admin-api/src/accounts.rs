@@ -148,7 +148,7 @@ async fn with_status(
     id: &AccountId,
     mut account: Account,
 ) -> Result<Account, Failure> {
-    if let AccountReply::Status { paused, unsettled, left, per_second } =
+    if let AccountReply::Status { paused, unsettled, left, per_second, .. } =
         api.desk.node().account(tenant, id, AccountCommand::Status)?.wait().await?
     {
         account.unsettled = Some(unsettled);

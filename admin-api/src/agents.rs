@@ -76,12 +76,7 @@ pub(crate) async fn put(
         }
         inboxes.push(inbox);
     }
-    let not_before = match api.directory().agent(&tenant, &id).await? {
-        Some(before) => before.not_before,
-        // Tokens of one of that name who was removed stay void.
-        None => api.directory().removed_agent(&tenant, &id).await?,
-    };
-    let document = directory::Agent { name: new.name, role: new.role, inboxes, not_before };
+    let document = directory::Agent { name: new.name, role: new.role, inboxes, not_before: None };
     let was = api.directory().put_agent(&tenant, &id, &document).await?;
     Ok((created(was), Json(shown(agent, document))))
 }
@@ -172,9 +167,9 @@ pub(crate) async fn revoke(
     Tenant(tenant): Tenant,
     Path(agent): Path<String>,
 ) -> Result<StatusCode, Failure> {
-    let id: AgentId = name(&agent)?;
-    let mut found = api.directory().agent(&tenant, &id).await?.ok_or(ErrorCode::NotFound)?;
-    found.not_before = Some(void_from(&api));
-    api.directory().put_agent(&tenant, &id, &found).await?;
-    Ok(StatusCode::NO_CONTENT)
+    if api.directory().void_tokens(&tenant, &name(&agent)?, void_from(&api)).await? {
+        Ok(StatusCode::NO_CONTENT)
+    } else {
+        Err(ErrorCode::NotFound.into())
+    }
 }

@@ -16,6 +16,9 @@ use crate::extract::{Query, Tenant, name, page};
 use crate::inboxes::Paging;
 use crate::problem::{Failure, Problem};
 
+/// The items of one page, in bytes; a single larger one is a page of its own.
+const PAGE_BYTES_MAX: usize = 4 << 20;
+
 /// An item that could not be taken.
 #[derive(Serialize, ToSchema)]
 pub(crate) struct DeadLetter {
@@ -52,7 +55,16 @@ pub(crate) async fn list(
         .dead_letters(&tenant, q.after.as_deref().unwrap_or(""), limit)
         .await
         .map_err(|_| CommandError::unavailable())?;
-    let next = (found.len() == limit).then(|| found.last().map(|l| l.id.clone())).flatten();
+    let mut bytes = 0;
+    let fits = found.iter().take_while(|letter| {
+        bytes += letter.item.to_string().len();
+        bytes <= PAGE_BYTES_MAX
+    });
+    // One at least, however large.
+    let fits = fits.count().max(1);
+    let whole = found.len() < limit && found.len() <= fits;
+    let found: Vec<_> = found.into_iter().take(fits).collect();
+    let next = if whole { None } else { found.last().map(|l| l.id.clone()) };
     let shown = |l: patchbay_storage::tables::DeadLetter| DeadLetter {
         id: l.id,
         account: l.account,

@@ -36,7 +36,12 @@ pub const METRICS: &[Row] = &[
         "command",
         "Commands parked since they failed every time.",
     ),
-    ("patchbay_actors_succeeded_total", Kind::Counter, "kind", "Entities stopped since a later owner had written."),
+    (
+        "patchbay_actors_succeeded_total",
+        Kind::Counter,
+        "kind",
+        "Entities stopped since a later owner had written.",
+    ),
     ("patchbay_edge_connections", Kind::Gauge, "", "Open sockets."),
     ("patchbay_edge_disconnects_total", Kind::Counter, "code", "Sockets closed by the server."),
     ("patchbay_edge_rpc_seconds", Kind::Histogram, "method", "From an rpc's arrival to its reply."),

@@ -211,11 +211,14 @@ impl Server {
         // Whoever still listens hears it.
         self.draining.send_replace(true);
         self.tasks.close();
-        if tokio::time::timeout(deadline, self.tasks.wait()).await.is_err() {
+        let finished = tokio::time::timeout(deadline, async {
+            self.tasks.wait().await;
+            // Calls under way are answered, and entities write their snapshots: the next start has less to read.
+            self.node.finish().await;
+        });
+        if finished.await.is_err() {
             tracing::warn!("the drain's deadline has passed with work left");
         }
-        // Ready entities write their snapshots, so that the next start has less to read.
-        self.node.passivate_idle(Duration::ZERO);
     }
 }
 

@@ -553,16 +553,125 @@ async fn a_node_short_of_memory_forgets_and_still_knows() {
         let body = webhook_body(NUMBER, &[text_item("34600111222", &format!("wamid.{n}"), "x")], &[]);
         assert_eq!(node.webhook("acme", "wa", &body).await, 200);
         until("everything is forgotten", async || {
-            let metrics = node
-                .http
-                .get(format!("http://{}/metrics", node.ready["ops"].as_str().unwrap()))
-                .send()
-                .await
-                .unwrap();
-            metrics.text().await.unwrap().lines().any(|l| l == "patchbay_actors_active 0").then_some(())
+            node.metrics().await.lines().any(|l| l == "patchbay_actors_active 0").then_some(())
         })
         .await;
         assert_eq!(node.webhook("acme", "wa", &body).await, 200, "a repeat after it was forgotten");
         assert_eq!(node.entries(&key, id).await.len(), n + 2);
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_drain_waits_for_the_calls_under_way() {
+    let mut w = world().await;
+    let id = conversation("acme", "wa", "34600111222");
+    let body = webhook_body(NUMBER, &[text_item("34600111222", "wamid.in", "x")], &[]);
+    assert_eq!(w.node.webhook("acme", "wa", &body).await, 200);
+    let faults = Faults { delay_ms: 3000, receipt_delay_ms: 1, missing_receipts: 1000, ..Faults::default() };
+    w.simulator.set_faults(faults);
+    let message = json!({"client_id": "c", "content": {"type": "text", "text": "x"}});
+    let (status, sent) =
+        w.node.api(&w.key, "POST", &format!("/conversations/{id}/messages"), Some(message)).await;
+    assert_eq!(status, 200, "{sent}");
+    until("the call is under way", async || (w.simulator.record_open_calls() == 1).then_some(())).await;
+    assert_eq!(w.node.terminate().await, Some(0));
+    w.node = Node::start(&w.node.dir.clone()).await;
+    let told: Vec<String> = until("its outcome is known", async || {
+        let entries = w.node.entries(&w.key, id).await;
+        let told: Vec<String> = entries
+            .iter()
+            .filter(|e| e["data"]["message_seq"] == sent["seq"])
+            .map(|e| e["data"]["status"].as_str().unwrap().to_owned())
+            .collect();
+        (!told.is_empty()).then_some(told)
+    })
+    .await;
+    assert_eq!(told, ["sent"], "nobody is left in doubt by a restart that was asked for");
+    assert_eq!(w.simulator.record().calls.len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_too_large_for_a_conversation_is_unsupported_and_kept_as_it_came() {
+    let w = world().await;
+    let id = conversation("acme", "wa", "34600111222");
+    let token = w.node.token(&w.key, "anna", 600).await;
+    let mut ws = w.node.socket(&token).await;
+    let small = webhook_body(NUMBER, &[text_item("34600111222", "wamid.1", "x")], &[]);
+    assert_eq!(w.node.webhook("acme", "wa", &small).await, 200);
+    ws.subscribe(&format!("conversation:{id}")).await.unwrap();
+    let large = "y".repeat(1_200_000);
+    let body = webhook_body(NUMBER, &[text_item("34600111222", "wamid.2", &large)], &[]);
+    assert_eq!(w.node.webhook("acme", "wa", &body).await, 200);
+    let push = ws.push().await.unwrap();
+    assert_eq!(push["pub"]["data"]["data"]["content"]["type"], "unsupported");
+    let dead = w.node.get(&w.key, "/dead-letters").await;
+    assert_eq!(dead["dead_letters"][0]["item"]["text"]["body"].as_str().map(str::len), Some(large.len()));
+    let message = json!({"client_id": "c", "content": {"type": "text", "text": "z".repeat(70_000)}});
+    let (status, _) =
+        w.node.api(&w.key, "POST", &format!("/conversations/{id}/messages"), Some(message)).await;
+    assert_eq!(status, 413);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn three_hundred_webhooks_at_once_are_all_taken() {
+    let w = world().await;
+    let bodies: Vec<Vec<u8>> = (0..300)
+        .map(|n| webhook_body(NUMBER, &[text_item(&format!("3460{n:04}"), &format!("wamid.{n}"), "x")], &[]))
+        .collect();
+    let posts = bodies.iter().map(|body| w.node.webhook("acme", "wa", body));
+    let answers: HashSet<u16> = futures_util::future::join_all(posts).await.into_iter().collect();
+    assert_eq!(answers, HashSet::from([200]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_account_says_where_it_may_not_call_and_lists_its_status() {
+    let w = world().await;
+    let account = |base: &str| json!({"connector": "whatsapp", "inbox": "main", "name": "W", "external_id": "2", "credentials": {"app_secret": "s", "verify_token": "v", "access_token": "t"}, "settings": {"api_base": base}});
+    let (status, problem) =
+        w.node.api(&w.key, "PUT", "/accounts/other", Some(account("http://169.254.169.254"))).await;
+    assert_eq!((status, problem["code"].as_str()), (422, Some("invalid_request")));
+    assert!(problem["detail"].as_str().unwrap().contains("settings.api_base"), "{problem}");
+    // The provider says that the account cannot send: it pauses and shows it, one by one and in the list.
+    w.simulator.set_faults(Faults { final_errors: 0, ..Faults::default() });
+    let event = json!({"object": "whatsapp_business_account", "entry": [{"id": "1", "changes": [{"field": "account_update", "value": {"event": "DISABLED_UPDATE", "ban_info": {"waba_ban_state": "DISABLE"}}}]}]});
+    assert_eq!(w.node.webhook("acme", "wa", event.to_string().as_bytes()).await, 200);
+    let listed = until("it is paused", async || {
+        let listed = w.node.get(&w.key, "/accounts").await["accounts"][0].take();
+        (listed["status"] == "paused").then_some(listed)
+    })
+    .await;
+    assert!(listed["reason"].is_string() && listed["limits"].is_object(), "{listed}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reaction_goes_out_like_a_message_and_not_past_the_window() {
+    let w = world().await;
+    let id = conversation("acme", "wa", "34600111222");
+    let token = w.node.token(&w.key, "anna", 600).await;
+    let mut ws = w.node.socket(&token).await;
+    let body = webhook_body(NUMBER, &[text_item("34600111222", "wamid.in", "x")], &[]);
+    assert_eq!(w.node.webhook("acme", "wa", &body).await, 200);
+    let react = json!({"conversation": id, "message_seq": 2, "emoji": "👍"});
+    let seq = ws.rpc("message.react", react).await.unwrap()["seq"].as_u64().unwrap();
+    let call = until("it is called", async || w.simulator.record().calls.first().cloned()).await;
+    assert_eq!(call.callback, format!("{id}-{seq}"));
+    until("its receipts come home", async || {
+        let entries = w.node.entries(&w.key, id).await;
+        let told =
+            entries.iter().any(|e| e["data"]["message_seq"] == json!(seq) && e["data"]["status"] == "sent");
+        told.then_some(())
+    })
+    .await;
+    let old = json!({"from": "34600999888", "id": "wamid.old", "timestamp": "1700000000", "type": "text", "text": {"body": "x"}});
+    assert_eq!(w.node.webhook("acme", "wa", &webhook_body(NUMBER, &[old], &[])).await, 200);
+    let old = conversation("acme", "wa", "34600999888");
+    let closed = ws.rpc("message.react", json!({"conversation": old, "message_seq": 2, "emoji": "👍"})).await;
+    assert_eq!(closed.unwrap_err()["code"], 420);
+    let edit = ws
+        .rpc(
+            "message.edit",
+            json!({"conversation": id, "message_seq": 2, "content": {"type": "text", "text": "x"}}),
+        )
+        .await;
+    assert_eq!(edit.unwrap_err()["code"], 421);
 }

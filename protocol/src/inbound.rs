@@ -21,6 +21,55 @@ pub struct Item {
     pub raw: Value,
 }
 
+/// The most that an item may bring into a log. Whatever is larger stands in the dead letters as it came.
+pub const ITEM_BYTES_MAX: usize = 128 * 1024;
+
+impl Item {
+    /// The item within its bound: a message that is too large becomes `unsupported`, anything else is broken.
+    #[must_use]
+    pub fn bounded(self) -> Self {
+        const REASON: &str = "larger than this system keeps in a conversation";
+        if self.kind.bytes() <= ITEM_BYTES_MAX {
+            return self;
+        }
+        let mut kind = self.kind;
+        if let ItemKind::Thread(ThreadItem { event, .. }) = &mut kind {
+            let unsupported = Content::Unsupported { reason: REASON.into() };
+            match event {
+                ThreadEvent::Message(m) => {
+                    (m.content, m.referral, m.errors) = (unsupported, None, Vec::new());
+                }
+                ThreadEvent::Edit { content, .. } | ThreadEvent::Echo { content, .. } => {
+                    *content = unsupported
+                }
+                ThreadEvent::Reaction { .. }
+                | ThreadEvent::Delete { .. }
+                | ThreadEvent::ContactChanged { .. } => {}
+            }
+        }
+        if kind.bytes() > ITEM_BYTES_MAX {
+            kind = ItemKind::Broken { reason: REASON.into() };
+        }
+        Self { kind, ..self }
+    }
+}
+
+fn json_bytes(value: &impl Serialize) -> usize {
+    serde_json::to_vec(value).map_or(usize::MAX, |v| v.len())
+}
+
+impl ItemKind {
+    /// What it would bring into a log, about.
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Thread(t) => json_bytes(&t.addresses) + json_bytes(&t.contact) + json_bytes(&t.event),
+            Self::Status(s) => json_bytes(s),
+            Self::Account(e) => json_bytes(e),
+            Self::Broken { .. } => 0,
+        }
+    }
+}
+
 /// What an item says.
 #[derive(Clone, Debug, PartialEq)]
 pub enum ItemKind {

@@ -1,6 +1,7 @@
 //! What an account does: calls the provider, tells conversations, places receipts.
 
 use std::panic::AssertUnwindSafe;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use futures_util::FutureExt as _;
@@ -59,6 +60,9 @@ fn not_ready(title: &str) -> Verdict {
 }
 
 async fn call(shared: &Account, tenant: &TenantId, account: &AccountId, outbound: &Outbound) -> Verdict {
+    if shared.stopping.load(Ordering::Relaxed) {
+        return not_ready("the node stops");
+    }
     let document = match shared.directory.account(tenant, account).await {
         Ok(Some(document)) => document,
         Ok(None) => {

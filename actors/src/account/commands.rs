@@ -135,6 +135,8 @@ pub enum AccountReply {
         paused: Option<String>,
         /// Unsettled sends.
         unsettled: usize,
+        /// Those of them that are being called, or whose outcome is being told.
+        under_way: usize,
         /// Messages that the provider's limit lets go at once now.
         left: u32,
         /// Messages a second that it lets go in the long run.
@@ -151,7 +153,8 @@ pub(super) fn lookups(found: &Found<Record>, command: &AccountCommand) -> Vec<Lo
             // Where they disagree, the threads' ages decide.
             let known: BTreeSet<&str> = addresses.iter().filter_map(|a| thread_of(found, a)).collect();
             if known.len() > 1 {
-                wanted.extend(known.into_iter().flat_map(first_addresses).map(|a| Lookup::Id(address_id(&a))));
+                wanted
+                    .extend(known.into_iter().flat_map(first_addresses).map(|a| Lookup::Id(address_id(&a))));
             }
             wanted
         }
@@ -235,7 +238,8 @@ fn threads(found: &Found<Record>, addresses: &[Address]) -> Option<ThreadReply> 
         let first = first_addresses(thread).filter_map(|a| alias(found, &a)).filter(|(_, t)| *t == thread);
         first.map(|(seq, _)| seq).min().unwrap_or(seq)
     };
-    let mut by_age: Vec<(u64, &str)> = known.into_iter().map(|(thread, seq)| (age(thread, seq), thread)).collect();
+    let mut by_age: Vec<(u64, &str)> =
+        known.into_iter().map(|(thread, seq)| (age(thread, seq), thread)).collect();
     by_age.sort_unstable();
     let mut threads = by_age.into_iter().map(|(_, thread)| thread.to_owned());
     Some(ThreadReply { thread: threads.next()?, other: threads.next() })

@@ -1,6 +1,7 @@
 //! The account as an entity.
 
 use std::collections::HashSet;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
@@ -73,18 +74,32 @@ pub struct Account {
     pub(super) directory: Arc<Directory>,
     pub(super) provider: Arc<dyn Provider>,
     pub(super) router: OnceLock<Weak<dyn Router>>,
+    /// The node stops: no call is begun any more.
+    pub(super) stopping: AtomicBool,
     full: Mutex<HashSet<[u8; 16]>>,
 }
 
 impl Account {
     /// Accounts that call through `provider`.
     pub fn new(config: OutboundConfig, directory: Arc<Directory>, provider: Arc<dyn Provider>) -> Self {
-        Self { config, directory, provider, router: OnceLock::new(), full: Mutex::default() }
+        Self {
+            config,
+            directory,
+            provider,
+            router: OnceLock::new(),
+            stopping: AtomicBool::new(false),
+            full: Mutex::default(),
+        }
     }
 
     /// Says how to reach other entities; once.
     pub fn set_router(&self, router: Weak<dyn Router>) {
         let _ = self.router.set(router);
+    }
+
+    /// From now on no call is begun; what is under way ends.
+    pub fn stop_calling(&self) {
+        self.stopping.store(true, Ordering::Relaxed);
     }
 
     /// Whether an account holds as much as it may.

@@ -3,9 +3,10 @@
 use std::time::Duration;
 
 use patchbay_protocol::timestamp::Timestamp;
+use serde::{Deserialize, Serialize};
 
 /// A token bucket.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Bucket {
     tokens: f64,
     burst: f64,

@@ -79,10 +79,11 @@ pub struct Frozen {
     kept: BTreeMap<u64, Kept>,
     recent: VecDeque<(String, ConversationId)>,
     /// Until when the provider holds back the account, and recipients.
-    #[serde(default)]
     not_before: Timestamp,
-    #[serde(default)]
     held: Vec<(String, Timestamp)>,
+    /// What was sent not long ago counts under the next owner as well.
+    bucket: Option<Bucket>,
+    pairs: Vec<(String, Bucket)>,
 }
 
 /// What an account is.
@@ -110,12 +111,15 @@ pub struct State {
     kept_receipts: HashSet<u64>,
     recent: VecDeque<(String, ConversationId)>,
     recent_by_id: HashMap<String, ConversationId>,
+    /// When the last entry was made.
+    at: Timestamp,
 }
 
 /// What makes two receipts the same: the message, how far it has come, and for whom in a group.
 fn receipt_hash(update: &StatusUpdate) -> u64 {
     let status = format!("{:?}", update.status);
-    let parts = [update.provider_id.as_deref().unwrap_or(""), &status, update.participant.as_deref().unwrap_or("")];
+    let parts =
+        [update.provider_id.as_deref().unwrap_or(""), &status, update.participant.as_deref().unwrap_or("")];
     u64::from_be_bytes(IdKey::of(parts).0[..8].try_into().unwrap_or_default())
 }
 
@@ -139,6 +143,7 @@ impl State {
             kept_receipts: HashSet::new(),
             recent: VecDeque::new(),
             recent_by_id: HashMap::new(),
+            at: Timestamp::default(),
         }
     }
 
@@ -152,7 +157,11 @@ impl State {
             .filter(|(_, l)| l.not_before > Timestamp::default())
             .map(|(r, l)| (r.clone(), l.not_before))
             .collect();
+        let used = self.lines.iter().filter(|(_, l)| !l.bucket.is_full(self.at));
+        let pairs = used.map(|(r, l)| (r.clone(), l.bucket)).collect();
         Frozen {
+            bucket: Some(self.bucket),
+            pairs,
             sends,
             arrivals: self.arrivals,
             paused: self.paused.clone(),
@@ -163,7 +172,7 @@ impl State {
         }
     }
 
-    /// The state of a snapshot. Buckets begin full and the breaker closed.
+    /// The state of a snapshot. The breaker begins closed.
     pub fn thaw(frozen: Frozen, limits: SendLimits, max_age: Duration) -> Self {
         let mut state = Self::fresh(limits, max_age);
         state.arrivals = frozen.arrivals;
@@ -171,6 +180,10 @@ impl State {
         state.kept_receipts = frozen.kept.values().map(|k| receipt_hash(&k.update)).collect();
         state.kept = frozen.kept;
         state.not_before = frozen.not_before;
+        state.bucket = frozen.bucket.unwrap_or(state.bucket);
+        for (recipient, bucket) in frozen.pairs {
+            state.line(&recipient, Timestamp::default()).bucket = bucket;
+        }
         for (recipient, not_before) in frozen.held {
             state.line(&recipient, Timestamp::default()).not_before = not_before;
         }
@@ -266,6 +279,7 @@ impl State {
         AccountReply::Status {
             paused: self.paused.clone(),
             unsettled: self.sends.len(),
+            under_way: self.sends.values().filter(|s| s.phase != Phase::Waiting).count(),
             left: self.bucket.tokens(now).max(0.0) as u32,
             per_second: self.limits.account_per_second as u32,
         }
@@ -284,6 +298,7 @@ impl State {
     /// The state after one more entry, which stands at `seq`.
     pub fn apply(&mut self, seq: u64, record: &Record) {
         let at = record.at;
+        self.at = at;
         match &record.body {
             AccountEntry::Queued { outbound, attempted } => self.queued(outbound, *attempted, at),
             AccountEntry::Attempted { entry } => self.attempted(*entry, at),

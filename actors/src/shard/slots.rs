@@ -133,7 +133,7 @@ impl<E: LogEntity> Slots<E> {
         let key = id.key();
         let shard = &self.shard_load[id.shard(self.shards.count) as usize];
         let mut map = self.lock();
-        let (actor, in_flight) = self.active(&mut map, id, key)?;
+        let (actor, in_flight) = self.activate(&mut map, id, key)?;
         let Some(permit) = Permit::take(&in_flight, shard) else {
             metrics::counter!("patchbay_actors_overloaded_total", "kind" => id.kind()).increment(1);
             return Err(CommandError::overloaded(RETRY_AFTER_MS));
@@ -144,7 +144,7 @@ impl<E: LogEntity> Slots<E> {
         Ok(Answer(answer))
     }
 
-    fn active(
+    fn activate(
         &self,
         map: &mut Map<E>,
         id: &EntityId,
@@ -213,6 +213,16 @@ impl<E: LogEntity> Slots<E> {
         map.slots.remove(&key);
         map.gates.remove(&key);
         true
+    }
+
+    /// Who is active.
+    pub fn active(&self) -> Vec<EntityId> {
+        let map = self.lock();
+        let ids = map.slots.values().filter_map(|s| match s {
+            Slot::Active(active) => Some(active.id.clone()),
+            Slot::Resting { .. } => None,
+        });
+        ids.collect()
     }
 
     /// How many are active.

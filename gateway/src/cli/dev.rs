@@ -59,7 +59,8 @@ impl Dev {
             let secrets = Secrets::of(&config.storage.data_dir)?;
             secrets.fill(&mut config);
             let metrics = crate::metrics_table::install()?;
-            let server = Server::start(&config, Mode::Dev, engine, metrics).await.map_err(Failure::of_start)?;
+            let server =
+                Server::start(&config, Mode::Dev, engine, metrics).await.map_err(Failure::of_start)?;
             let loopback = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
             let simulator = Arc::new(Simulator::start(loopback, self.seed, Faults::default()).await?);
             let demo = seed(&server, &simulator, &secrets).await.map_err(|e| Failure::Other(e.message()))?;

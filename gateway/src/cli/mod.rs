@@ -77,7 +77,8 @@ impl ConfigArgs {
             None => vec![],
         };
         // What is not text is none of ours.
-        let ours = std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)));
+        let ours =
+            std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)));
         load(self.config.as_deref(), ours, &flags)
     }
 }

@@ -104,7 +104,9 @@ fn wrong(table: &Table, faults: &mut Vec<String>) {
     let lists = table.iter().flat_map(|(section, inner)| {
         inner.as_table().into_iter().flatten().map(move |(name, value)| (format!("{section}.{name}"), value))
     });
-    for (key, value) in lists.filter(|(_, value)| value.as_array().is_some_and(|l| l.iter().any(Value::is_table))) {
+    for (key, value) in
+        lists.filter(|(_, value)| value.as_array().is_some_and(|l| l.iter().any(Value::is_table)))
+    {
         faults.extend(fault_in(&key, value.clone()).map(|fault| format!("{key}: {fault}")));
     }
 }

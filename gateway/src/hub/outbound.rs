@@ -144,7 +144,7 @@ impl Outbound {
         let mut q = self.lock();
         q.push(topic, frame);
         if q.bytes > TOTAL_BYTES_MAX {
-            q.closing.get_or_insert(Disconnect::Slow);
+            q.slow();
         }
         q.wake();
     }
@@ -210,6 +210,10 @@ impl Outbound {
     pub fn publish(&self, topic: &Topic, frames: &Frames) {
         let mut q = self.lock();
         let room = q.bytes < self.publication_bytes_max;
+        if !room {
+            // What does not matter for long gives way first.
+            q.slots.clear();
+        }
         let Some(Subscribed { seam, .. }) = q.seams.get_mut(topic) else { return };
         let verdict = seam.offer(frames.seq, || frames.encoded(self.encoding), room);
         let behind = matches!(seam, Seam::Behind { .. });
@@ -312,12 +316,19 @@ impl Outbound {
         next
     }
 
+    /// Ready when the socket is slow for good, also while it takes nothing.
+    pub fn poll_slow(&self, waker: &Waker) -> Poll<Disconnect> {
+        let mut q = self.lock();
+        if q.closing == Some(Disconnect::Slow) {
+            return Poll::Ready(Disconnect::Slow);
+        }
+        q.waker = Some(waker.clone());
+        Poll::Pending
+    }
+
     /// The next frame to be written, or why to close; pending when there is neither.
     pub fn poll_next(&self, waker: &Waker) -> Poll<Next> {
         let mut q = self.lock();
-        if q.closing == Some(Disconnect::Slow) {
-            return Poll::Ready(Next::Close(Disconnect::Slow));
-        }
         if let Some(queued) = q.frames.pop_front() {
             q.bytes -= queued.frame.len() + FRAME_COST;
             return Poll::Ready(Next::Frame(queued.frame));
@@ -356,8 +367,16 @@ impl Queue {
         self.seams.get(&from.topic).is_some_and(|s| s.number == from.number)
     }
 
+    /// The socket is slow for good: what waits for it is let go of, and nothing more is kept.
+    fn slow(&mut self) {
+        self.closing = Some(Disconnect::Slow);
+        self.frames = VecDeque::new();
+        self.slots = HashMap::new();
+        self.bytes = 0;
+    }
+
     fn push(&mut self, topic: Option<Topic>, frame: Bytes) {
-        if self.ended {
+        if self.ended || self.closing == Some(Disconnect::Slow) {
             return;
         }
         self.bytes += frame.len() + FRAME_COST;
@@ -368,5 +387,77 @@ impl Queue {
         if let Some(waker) = self.waker.take() {
             waker.wake();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn live(topic: &Topic) -> Arc<Outbound> {
+        let outbound = Outbound::with_bound(Encoding::Json, 1000);
+        outbound.subscribe(topic).unwrap();
+        outbound.joined(topic, None, 0);
+        outbound
+    }
+
+    fn frames(topic: &Topic, seq: u64) -> Frames {
+        Frames::new(topic.channel(), Bytes::from(format!("\"{}\"", "x".repeat(300))), seq)
+    }
+
+    fn drained(outbound: &Outbound) -> (usize, Option<Disconnect>) {
+        let mut frames = 0;
+        loop {
+            match outbound.poll_next(Waker::noop()) {
+                Poll::Ready(Next::Frame(_)) => frames += 1,
+                Poll::Ready(Next::Close(why)) => return (frames, Some(why)),
+                Poll::Pending => return (frames, None),
+            }
+        }
+    }
+
+    #[test]
+    fn an_agents_own_channel_that_does_not_fit_ends_the_socket() {
+        let topic = Topic::Agent("t".parse().unwrap(), "anna".parse().unwrap());
+        let outbound = live(&topic);
+        (0..10).for_each(|_| outbound.publish_loose(&topic, &frames(&topic, 0)));
+        let (pushed, why) = drained(&outbound);
+        assert_eq!((pushed < 10, why), (true, Some(Disconnect::InsufficientState)));
+    }
+
+    #[test]
+    fn an_inbox_that_does_not_fit_is_begun_anew() {
+        let topic = Topic::Inbox("t".parse().unwrap(), "main".parse().unwrap());
+        let outbound = live(&topic);
+        (0..10).for_each(|_| outbound.publish_loose(&topic, &frames(&topic, 0)));
+        assert_eq!(outbound.go_on(), None, "not before there is room");
+        assert_eq!(drained(&outbound).1, None);
+        assert_eq!(outbound.go_on().map(|from| from.topic), Some(topic));
+    }
+
+    #[test]
+    fn typing_gives_way_before_anything_else_does() {
+        let topic = Topic::Conversation(patchbay_protocol::ConversationId::from_bytes([1; 16]));
+        let outbound = live(&topic);
+        outbound.publish_latest(&topic, "anna", &frames(&topic, 0));
+        outbound.publish_latest(&topic, "anna", &frames(&topic, 0));
+        (1..=9).for_each(|seq| outbound.publish(&topic, &frames(&topic, seq)));
+        let (pushed, _) = drained(&outbound);
+        assert_eq!(
+            outbound.go_on().map(|from| from.after),
+            Some(pushed as u64),
+            "entries only, and the rest is in the log"
+        );
+    }
+
+    #[test]
+    fn past_the_bound_for_all_nothing_is_kept() {
+        let outbound = Outbound::new(Encoding::Json);
+        let large = patchbay_protocol::client::reply::RpcResult {
+            data: Bytes::from(format!("\"{}\"", "x".repeat(400_000))),
+        };
+        (0..20).for_each(|id| outbound.reply(&Reply { id, rpc: Some(large.clone()), ..Reply::default() }));
+        assert_eq!(outbound.lock().bytes, 0);
+        assert_eq!(outbound.poll_slow(Waker::noop()), Poll::Ready(Disconnect::Slow));
     }
 }

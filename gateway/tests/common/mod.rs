@@ -111,6 +111,12 @@ impl Node {
         ended.expect("the node did not end").unwrap().code()
     }
 
+    /// What the node measures.
+    pub async fn metrics(&self) -> String {
+        let url = format!("http://{}/metrics", self.ready["ops"].as_str().unwrap());
+        self.http.get(url).send().await.unwrap().text().await.unwrap()
+    }
+
     pub fn demo_key(&self) -> String {
         std::fs::read_to_string(self.dir.join("data/demo_key")).unwrap()
     }
@@ -254,6 +260,8 @@ pub struct Ws {
     pub pushes: VecDeque<Value>,
     /// The close code, once it was closed.
     pub closed: Option<u16>,
+    /// Whether pings are answered.
+    pub answers_pings: bool,
 }
 
 impl Ws {
@@ -264,7 +272,7 @@ impl Ws {
     pub async fn try_open(public: &str) -> Result<Self, WsError> {
         let request = format!("ws://{public}/connection/websocket").into_client_request()?;
         let (socket, _) = connect_async(request).await?;
-        Ok(Self { socket, id: 0, pushes: VecDeque::new(), closed: None })
+        Ok(Self { socket, id: 0, pushes: VecDeque::new(), closed: None, answers_pings: true })
     }
 
     pub async fn send_raw(&mut self, frame: Message) -> Result<(), WsError> {
@@ -311,7 +319,9 @@ impl Ws {
                     for line in text.lines() {
                         let reply: Value = serde_json::from_str(line).unwrap();
                         if reply.as_object().unwrap().is_empty() {
-                            let _ = self.socket.send(Message::text("{}")).await;
+                            if self.answers_pings {
+                                let _ = self.socket.send(Message::text("{}")).await;
+                            }
                         } else {
                             found.push(reply);
                         }

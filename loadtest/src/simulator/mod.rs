@@ -93,6 +93,11 @@ impl Simulator {
         webhooks::customer_writes(&self.sim, phone_number_id, customer)
     }
 
+    /// From now on, what goes wrong.
+    pub fn set_faults(&self, faults: Faults) {
+        *lock(&self.sim.faults) = faults;
+    }
+
     /// Calls under way.
     pub fn record_open_calls(&self) -> u64 {
         lock(&self.sim.record).calls_open

@@ -11,7 +11,10 @@ use crate::shard::entity::Now;
 pub(super) fn decide(state: &State, command: &Command, other: ConversationId, now: &Now) -> Outcome {
     let mut draft = Draft::new(command, now);
     if other != state.id && !state.is_linked(other) {
-        draft.add_by(Actor::system(), Body::Linked { episode: state.episode, cause: Cause::SharedAddress, other });
+        draft.add_by(
+            Actor::system(),
+            Body::Linked { episode: state.episode, cause: Cause::SharedAddress, other },
+        );
     }
     draft.state_reply(state)
 }

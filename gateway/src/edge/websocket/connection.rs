@@ -255,6 +255,9 @@ impl Connection {
     /// Writes what is queued and flushes once: frames that are queued together go out in one write.
     fn poll_write(&mut self, socket: &mut Socket, cx: &mut Context<'_>) -> Poll<Event> {
         let mut socket = Pin::new(socket);
+        if let Poll::Ready(why) = self.outbound.poll_slow(cx.waker()) {
+            return Poll::Ready(Event::Close(why));
+        }
         loop {
             match socket.as_mut().poll_ready(cx) {
                 Poll::Ready(Ok(())) => {}

@@ -11,11 +11,11 @@ use patchbay_actors::inbox::Filter;
 use patchbay_actors::router::Router as _;
 use patchbay_protocol::client::reply::{Reply, RpcResult};
 use patchbay_protocol::client::request::RpcRequest;
-use patchbay_protocol::command::{Empty, Reply as Answered, Request, SetTyping, TEXT_MAX};
+use patchbay_protocol::command::{Empty, Reply as Answered, Request, SetTyping};
 use patchbay_protocol::ids::{ConversationId, InboxId};
 use patchbay_protocol::principal::AgentPrincipal;
 use patchbay_protocol::summary::Status;
-use patchbay_protocol::{CommandError, Content, ErrorCode};
+use patchbay_protocol::{CommandError, ErrorCode};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
@@ -25,6 +25,8 @@ use super::super::connection::{Change, Connection, Done};
 use super::super::lanes::{Half, Later};
 use crate::auth::Peer;
 
+/// Summaries of one reply, in bytes.
+const LIST_BYTES_MAX: usize = 448 * 1024;
 /// How long a customer or colleague is shown as typing.
 const TYPING_FOR: Duration = Duration::from_secs(6);
 
@@ -146,15 +148,7 @@ async fn first_half(
 /// The command of a method.
 fn command(method: &str, data: Map<String, Value>, who: &Who) -> Result<Request, CommandError> {
     Ok(match method {
-        "message.send" => {
-            let message = parse::<patchbay_protocol::command::SendMessage>(data)?;
-            if let Content::Text { text } = &message.content
-                && text.len() > TEXT_MAX
-            {
-                return Err(ErrorCode::TooLarge.into());
-            }
-            Desk::send_request(who, message)
-        }
+        "message.send" => Desk::send_request(who, parse(data)?),
         "message.edit" => Request::Edit(parse(data)?),
         "message.delete" => Request::Delete(parse(data)?),
         "message.react" => Request::React(parse(data)?),
@@ -211,7 +205,16 @@ async fn list(sockets: &Sockets, who: &Who, data: Map<String, Value>) -> Result<
     {
         return Err(ErrorCode::NotFound.into());
     }
-    let found = sockets.desk.list(who, list.inbox.as_ref(), &filter, after, limit).await?;
+    let mut found = sockets.desk.list(who, list.inbox.as_ref(), &filter, after, limit).await?;
+    // A reply is one message: what does not fit stands on the next page.
+    let mut bytes = 0;
+    let fits = found.iter().take_while(|summary| {
+        bytes += serde_json::to_vec(summary).map_or(0, |s| s.len() + 1);
+        bytes <= LIST_BYTES_MAX
+    });
+    let fits = fits.count();
+    let limit = limit.min(fits.max(1));
+    found.truncate(limit);
     let next = (found.len() == limit).then(|| found.last().map(patchbay_admin_api::cursor)).flatten();
     Ok(json!({"conversations": found, "next": next}))
 }

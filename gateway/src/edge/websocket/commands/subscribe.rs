@@ -12,7 +12,7 @@ use super::super::Sockets;
 use super::super::connection::{Change, Connection, Done};
 use super::super::lanes::{Half, Later};
 use super::super::session::{Session, Subscription};
-use crate::auth::{Claims, Peer};
+use crate::auth::{Claims, Peer, Refusal};
 use crate::hub::Topic;
 
 /// Publications that a recovery brings; past it the client pages by `history`.
@@ -28,8 +28,13 @@ pub(super) fn run(connection: &mut Connection, id: u32, request: SubscribeReques
         return super::done(id, Err(ErrorCode::BadRequest.into()));
     }
     if !request.token.is_empty() {
-        // No channel of this version takes a token of its own.
-        return super::done(id, Err(ErrorCode::PermissionDenied.into()));
+        // No channel of this version takes a token of its own; one that has expired is fetched anew all the same.
+        let now = connection.sockets.desk.node().shards().clock.now();
+        let refused = match connection.sockets.auth.keys().verify(&request.token, now) {
+            Err(Refusal::Expired) => ErrorCode::TokenExpired,
+            _ => ErrorCode::PermissionDenied,
+        };
+        return super::done(id, Err(refused.into()));
     }
     let claims = live.claims.clone();
     let (sockets, client, outbound, info) =
