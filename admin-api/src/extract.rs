@@ -64,7 +64,7 @@ impl<T: DeserializeOwned> FromRequest<Arc<Api>> for Body<T> {
     async fn from_request(request: Request, api: &Arc<Api>) -> Result<Self, Failure> {
         let bytes = Bytes::from_request(request, api).await.map_err(|_| ErrorCode::TooLarge)?;
         let bytes = if bytes.is_empty() { Bytes::from_static(b"{}") } else { bytes };
-        serde_json::from_slice(&bytes).map(Body).map_err(|e| CommandError::invalid(e).into())
+        Ok(Body(patchbay_protocol::command::parse(&bytes)?))
     }
 }
 

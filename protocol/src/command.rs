@@ -311,6 +311,21 @@ pub struct Tip {
 /// What every command answers.
 pub type Outcome = Result<Reply, CommandError>;
 
+/// A request's body, strictly: what is wrong is named by its place.
+pub fn parse<T: serde::de::DeserializeOwned>(json: &[u8]) -> Result<T, CommandError> {
+    let mut from = serde_json::Deserializer::from_slice(json);
+    let parsed = serde_path_to_error::deserialize(&mut from).map_err(|e| {
+        let path = e.path().to_string();
+        let inner = e.into_inner();
+        match path.as_str() {
+            "." => CommandError::invalid(inner),
+            path => CommandError::invalid(format!("{path}: {inner}")),
+        }
+    })?;
+    from.end().map_err(CommandError::invalid)?;
+    Ok(parsed)
+}
+
 /// Refuses a `client_id` that is empty or too long.
 pub fn check_client_id(id: &str) -> Result<(), CommandError> {
     if id.is_empty() || id.len() > CLIENT_ID_MAX {

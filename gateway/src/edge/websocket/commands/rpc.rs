@@ -173,7 +173,7 @@ fn object(data: &[u8]) -> Result<Map<String, Value>, CommandError> {
 }
 
 fn parse<T: DeserializeOwned>(data: Map<String, Value>) -> Result<T, CommandError> {
-    serde_json::from_value(Value::Object(data)).map_err(CommandError::invalid)
+    patchbay_protocol::command::parse(Value::Object(data).to_string().as_bytes())
 }
 
 fn conversation(data: &mut Map<String, Value>) -> Result<ConversationId, CommandError> {

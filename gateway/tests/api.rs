@@ -1,0 +1,330 @@
+//! The admin API by the contract's section 3: who may, what a PUT, list and DELETE answer, problems, repeats.
+#![allow(missing_docs, clippy::unwrap_used)]
+
+mod common;
+
+use std::collections::HashSet;
+
+use common::{Node, conversation, text_item, webhook_body};
+use serde_json::{Value, json};
+
+const NUMBER: &str = "1001";
+const LUZ: &str = "34600111222";
+
+struct World {
+    node: Node,
+    key: String,
+    _dir: tempfile::TempDir,
+}
+
+async fn world() -> World {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Node::start(dir.path()).await;
+    let key = node.tenant("acme", "http://127.0.0.1:9", NUMBER).await;
+    World { node, key, _dir: dir }
+}
+
+impl World {
+    async fn call(&self, method: &str, path: &str, body: Value) -> (u16, Value) {
+        let body = if body.is_null() { None } else { Some(body) };
+        self.node.api(&self.key, method, path, body).await
+    }
+
+    async fn writes(&self, from: &str, id: &str) {
+        let body = webhook_body(NUMBER, &[text_item(from, id, "hola")], &[]);
+        assert_eq!(self.node.webhook("acme", "wa", &body).await, 200);
+    }
+}
+
+fn is_problem(problem: &Value, status: u16, code: &str) {
+    assert_eq!(
+        (problem["status"].as_u64(), problem["code"].as_str()),
+        (Some(u64::from(status)), Some(code)),
+        "{problem}"
+    );
+    for field in ["type", "title", "detail"] {
+        assert!(problem[field].as_str().is_some_and(|t| !t.is_empty()), "{field}: {problem}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_has_no_key_is_unauthorized_and_a_tenant_is_no_operator() {
+    let w = world().await;
+    for header in [None, Some("Bearer nonsense"), Some("Basic abc"), Some("Bearer ")] {
+        let mut request = w.node.http.get(w.node.url("/api/v1/inboxes"));
+        if let Some(header) = header {
+            request = request.header("authorization", header);
+        }
+        let answer = request.send().await.unwrap();
+        assert_eq!(answer.status(), 401, "{header:?}");
+        assert_eq!(answer.headers()["www-authenticate"], "Bearer");
+        assert_eq!(answer.headers()["content-type"], "application/problem+json");
+        is_problem(&answer.json().await.unwrap(), 401, "unauthorized");
+    }
+    let (status, problem) = w.call("POST", "/tenants", json!({"id": "other", "name": "O"})).await;
+    assert_eq!(status, 403);
+    is_problem(&problem, 403, "permission_denied");
+    assert_eq!(w.call("GET", "/cluster/nodes", Value::Null).await.0, 403);
+    let operator = w.node.operator_key().to_owned();
+    assert_eq!(w.node.api(&operator, "GET", "/cluster/nodes", None).await.0, 200);
+    let (_, shards) = w.node.api(&operator, "GET", "/cluster/shards", None).await;
+    assert!(shards.to_string().len() > 2, "{shards}");
+    let (status, _) =
+        w.node.api(&operator, "POST", "/tenants", Some(json!({"id": "acme", "name": "A"}))).await;
+    assert_eq!(status, 409, "a tenant is made once");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_put_has_its_get_list_and_delete_and_replaces_what_was_there() {
+    let w = world().await;
+    let account = json!({
+        "connector": "whatsapp", "inbox": "main", "name": "W", "external_id": "77",
+        "credentials": {"app_secret": "top-secret", "verify_token": "v", "access_token": "t"},
+    });
+    for (what, one, many, new, changed) in [
+        ("inboxes", "/inboxes/side", "/inboxes", json!({"name": "Side"}), json!({"name": "Other"})),
+        ("accounts", "/accounts/second", "/accounts", account.clone(), {
+            let mut changed = account.clone();
+            changed["name"] = json!("Other");
+            changed
+        }),
+        (
+            "agents",
+            "/agents/bob",
+            "/agents",
+            json!({"name": "Bob", "role": "agent", "inboxes": ["main"]}),
+            json!({"name": "Other", "role": "supervisor", "inboxes": []}),
+        ),
+    ] {
+        assert_eq!(w.call("GET", one, Value::Null).await.0, 404, "{what}");
+        assert_eq!(w.call("PUT", one, new.clone()).await.0, 201, "{what}");
+        assert_eq!(w.call("PUT", one, changed).await.0, 200, "{what}");
+        let (status, found) = w.call("GET", one, Value::Null).await;
+        assert_eq!((status, &found["name"]), (200, &json!("Other")), "{what}");
+        assert!(!found.to_string().contains("top-secret"), "secrets are never read back");
+        let (_, list) = w.call("GET", many, Value::Null).await;
+        assert_eq!(list[what].as_array().unwrap().len(), 2, "{what}: {list}");
+        assert!(list["next"].is_null());
+        let (_, page) = w.call("GET", &format!("{many}?limit=1"), Value::Null).await;
+        let next = page["next"].as_str().unwrap();
+        let (_, rest) = w.call("GET", &format!("{many}?limit=1&after={next}"), Value::Null).await;
+        assert_ne!(rest[what][0]["id"], page[what][0]["id"], "{what}");
+        assert_eq!(
+            w.call("GET", &format!("{many}?limit=99999"), Value::Null).await.0,
+            200,
+            "larger is clamped"
+        );
+        assert_eq!(w.call("DELETE", one, Value::Null).await.0, 204, "{what}");
+        assert_eq!(w.call("DELETE", one, Value::Null).await.0, 404, "{what}");
+        assert_eq!(w.call("GET", one, Value::Null).await.0, 404, "{what}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_wrong_is_named() {
+    let w = world().await;
+    w.writes(LUZ, "wamid.1").await;
+    let id = conversation("acme", "wa", LUZ);
+    let messages = format!("/conversations/{id}/messages");
+    let agent = |inboxes: Value| json!({"name": "B", "role": "agent", "inboxes": inboxes});
+    for (method, path, body, named) in [
+        ("PUT", "/inboxes/side", json!({"name": "S", "colour": "red"}), "colour"),
+        ("PUT", "/inboxes/side", json!({}), "name"),
+        ("PUT", "/inboxes/Side!", json!({"name": "S"}), "inbox"),
+        ("PUT", "/agents/bob", agent(json!(["nowhere"])), "nowhere"),
+        ("PUT", "/agents/bob", json!({"name": "B", "role": "king", "inboxes": []}), "role"),
+        (
+            "PUT",
+            "/accounts/x",
+            json!({"connector": "pigeon", "inbox": "main", "name": "", "external_id": "1", "credentials": {}}),
+            "connector",
+        ),
+        (
+            "PUT",
+            "/accounts/x",
+            json!({"connector": "whatsapp", "inbox": "main", "name": "", "external_id": "1", "credentials": {}}),
+            "app_secret",
+        ),
+        (
+            "POST",
+            messages.as_str(),
+            json!({"client_id": "1", "content": {"type": "text", "text": "x"}, "extra": 1}),
+            "extra",
+        ),
+        ("POST", messages.as_str(), json!({"client_id": "1", "content": {"type": "smoke"}}), "smoke"),
+        (
+            "POST",
+            messages.as_str(),
+            json!({"client_id": "x".repeat(65), "content": {"type": "text", "text": "x"}}),
+            "client_id",
+        ),
+        (
+            "POST",
+            messages.as_str(),
+            json!({"client_id": "1", "content": {"type": "text", "text": "x"}, "reply_to": 99}),
+            "reply_to",
+        ),
+        ("GET", "/conversations?colour=red", Value::Null, "colour"),
+        ("GET", "/conversations?status=lost", Value::Null, "status"),
+        ("GET", "/conversations?after=nonsense", Value::Null, "after"),
+    ] {
+        let (status, problem) = w.call(method, path, body).await;
+        assert_eq!(status, 422, "{method} {path}: {problem}");
+        is_problem(&problem, 422, "invalid_request");
+        assert!(problem["detail"].as_str().unwrap().contains(named), "{named}: {problem}");
+    }
+    let not_json =
+        w.node.http.put(w.node.url("/api/v1/inboxes/side")).bearer_auth(&w.key).body("{").send().await;
+    assert_eq!(not_json.unwrap().status(), 422);
+    let huge = json!({"name": "x".repeat(2 << 20)});
+    let (status, problem) = w.call("PUT", "/inboxes/side", huge).await;
+    assert_eq!(status, 413);
+    is_problem(&problem, 413, "too_large");
+    let (status, problem) = w.call("GET", "/nowhere", Value::Null).await;
+    assert_eq!(status, 404);
+    is_problem(&problem, 404, "not_found");
+    let (status, problem) = w.call("PATCH", "/inboxes", json!({})).await;
+    assert_eq!((status, problem["status"].as_u64()), (405, Some(405)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_repeated_post_is_answered_as_the_first_time() {
+    let w = world().await;
+    let post = async |key: &str, idempotency: &str, path: &str, body: Value| {
+        let request = w.node.http.post(w.node.url(&format!("/api/v1{path}"))).bearer_auth(key);
+        let answer = request.header("idempotency-key", idempotency).json(&body).send().await.unwrap();
+        (answer.status().as_u16(), answer.text().await.unwrap())
+    };
+    let operator = w.node.operator_key().to_owned();
+    let tenant = json!({"id": "other", "name": "O"});
+    let first = post(&operator, "k1", "/tenants", tenant.clone()).await;
+    assert_eq!(first.0, 201);
+    assert_eq!(
+        post(&operator, "k1", "/tenants", tenant).await,
+        first,
+        "the key is shown once, also to a repeat"
+    );
+    let (status, problem) = post(&operator, "k1", "/tenants", json!({"id": "third", "name": "T"})).await;
+    assert_eq!(status, 409, "{problem}");
+    w.writes(LUZ, "wamid.1").await;
+    let path = format!("/conversations/{}/messages", conversation("acme", "wa", LUZ));
+    let message = json!({"client_id": "c", "content": {"type": "text", "text": "x"}});
+    let posts = (0..10).map(|_| post(&w.key, "k2", &path, message.clone()));
+    let answers: Vec<(u16, String)> = futures_util::future::join_all(posts).await;
+    let good: HashSet<&String> = answers.iter().filter(|(s, _)| *s == 200).map(|(_, b)| b).collect();
+    assert_eq!(good.len(), 1, "{answers:?}");
+    assert!(answers.iter().all(|(s, _)| *s == 200 || *s == 503), "{answers:?}");
+    assert_eq!(post(&w.key, &"x".repeat(300), &path, message).await.0, 422);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn conversations_are_listed_read_and_moved() {
+    let w = world().await;
+    for (n, from) in ["34601", "34602", "34603"].iter().enumerate() {
+        w.writes(&format!("{from}000000"), &format!("wamid.{n}")).await;
+    }
+    let (_, all) = w.call("GET", "/conversations", Value::Null).await;
+    let addresses: Vec<&str> = all["conversations"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|c| c["contact"]["address"].as_str().unwrap())
+        .collect();
+    assert_eq!(addresses, ["34603000000", "34602000000", "34601000000"], "newest first");
+    let summary = &all["conversations"][0];
+    for field in [
+        "id",
+        "account",
+        "inbox",
+        "contact",
+        "status",
+        "assignee",
+        "last_seq",
+        "preview",
+        "unread",
+        "waiting_since",
+        "window_until",
+        "episode",
+        "updated_at",
+    ] {
+        assert!(summary.get(field).is_some(), "{field}: {summary}");
+    }
+    let id = conversation("acme", "wa", "34602000000");
+    let at = |what: &str| format!("/conversations/{id}/{what}");
+    let (status, done) = w.call("POST", &at("assign"), json!({"agent": "anna"})).await;
+    assert_eq!((status, done["seq"].as_u64()), (200, Some(3)));
+    let (_, same) = w.call("POST", &at("assign"), json!({"agent": "anna"})).await;
+    assert_eq!(same["seq"], 3, "what changes nothing answers the tip and writes nothing");
+    assert_eq!(w.call("POST", &at("assign"), json!({"agent": "nobody"})).await.0, 422);
+    let (_, mine) = w.call("GET", "/conversations?assignee=anna", Value::Null).await;
+    assert_eq!(mine["conversations"].as_array().unwrap().len(), 1);
+    for (what, body, seq) in [
+        ("pending", json!({}), 4),
+        ("pending", json!({}), 4),
+        ("tags", json!({"add": ["vip"], "remove": ["x"]}), 5),
+        ("read", json!({"up_to_seq": 99}), 6),
+        ("notes", json!({"client_id": "n", "text": "call back"}), 7),
+        ("snooze", json!({"until": "2999-01-01T00:00:00Z"}), 8),
+        ("reopen", json!({}), 9),
+        ("resolve", json!({}), 10),
+    ] {
+        let (status, done) = w.call("POST", &at(what), body).await;
+        assert_eq!((status, done["seq"].as_u64()), (200, Some(seq)), "{what}: {done}");
+        assert!(done["at"].is_string());
+    }
+    assert_eq!(w.call("POST", &at("snooze"), json!({"until": "2001-01-01T00:00:00Z"})).await.0, 422);
+    let seqs = async |query: &str| {
+        let (_, page) = w.call("GET", &at(&format!("entries?{query}")), Value::Null).await;
+        assert_eq!((page["last_seq"].as_u64(), page["epoch"].as_str().map(str::len)), (Some(10), Some(8)));
+        page["entries"].as_array().unwrap().iter().map(|e| e["seq"].as_u64().unwrap()).collect::<Vec<_>>()
+    };
+    assert_eq!(seqs("limit=3").await, [1, 2, 3]);
+    assert_eq!(seqs("after_seq=8").await, [9, 10]);
+    assert_eq!(seqs("before_seq=5&limit=2").await, [3, 4], "the last ones before it, still ascending");
+    w.writes("34602000000", "wamid.again").await;
+    let (_, reopened) = w.call("GET", &format!("/conversations/{id}"), Value::Null).await;
+    assert_eq!((reopened["episode"].as_u64(), reopened["status"].as_str()), (Some(2), Some("open")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_to_an_address_opens_its_conversation_and_a_refused_one_leaves_nothing() {
+    let w = world().await;
+    let send = async |content: Value, client_id: &str| {
+        let body = json!({"to": LUZ, "client_id": client_id, "content": content});
+        w.call("POST", "/accounts/wa/messages", body).await
+    };
+    let (status, problem) = send(json!({"type": "text", "text": "x"}), "1").await;
+    assert_eq!(status, 409, "{problem}");
+    assert_eq!(problem["code"], "window_closed");
+    assert_eq!(
+        w.call("GET", &format!("/conversations/{}", conversation("acme", "wa", LUZ)), Value::Null).await.0,
+        404
+    );
+    let template = json!({"type": "template", "name": "hello", "language": "es", "components": []});
+    let (status, sent) = send(template.clone(), "2").await;
+    assert_eq!(status, 200, "{sent}");
+    assert_eq!(sent["conversation"], conversation("acme", "wa", LUZ).to_string());
+    assert_eq!((sent["seq"].as_u64(), sent["duplicate"].as_bool()), (Some(2), Some(false)));
+    let (_, again) = send(template, "2").await;
+    assert_eq!((again["seq"].as_u64(), again["duplicate"].as_bool()), (Some(2), Some(true)));
+    let (status, problem) =
+        send(json!({"type": "template", "name": "other", "language": "es", "components": []}), "2").await;
+    assert_eq!(status, 409);
+    is_problem(&problem, 409, "conflict");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_api_describes_itself() {
+    let w = world().await;
+    let described: Value =
+        w.node.http.get(w.node.url("/api/v1/openapi.json")).send().await.unwrap().json().await.unwrap();
+    assert!(described["openapi"].as_str().unwrap().starts_with("3.1"));
+    for path in [
+        "/api/v1/tenants",
+        "/api/v1/accounts/{account}",
+        "/api/v1/conversations/{id}/messages",
+        "/api/v1/dead-letters",
+    ] {
+        assert!(described["paths"][path].is_object(), "{path}");
+    }
+}
