@@ -396,21 +396,27 @@ async fn run_timers(node: Weak<Node>, mut hour: i64) {
         let Some(strong) = node.upgrade() else { return };
         let (shards, timers) = (strong.shards.clone(), strong.shards.timers.clone());
         let now = shards.clock.now();
-        for entity in timers.take_due(now) {
-            let strong = strong.clone();
+        for Timer { entity, due } in timers.take_due(now) {
+            let (_, hold) = timers.hold(entity.shard(shards.count), due, now);
+            let node = Arc::downgrade(&strong);
             tokio::spawn(async move {
-                if !strong.wake(&entity).await {
-                    let due = strong.shards.clock.now().plus(RETRY_PAUSE);
-                    strong.shards.timers.arm(Timer { entity, due });
+                // Until it is acked its row is one that whoever comes after us reads.
+                while let Some(node) = node.upgrade()
+                    && !node.wake(&entity).await
+                {
+                    drop(node);
+                    tokio::time::sleep(RETRY_PAUSE).await;
                 }
+                drop(hold);
             });
         }
         if hour_of(now) > hour {
-            match turn_hour(&strong, hour, hour_of(now)).await {
+            match read_hours(&strong, hour + 2, hour_of(now) + 1).await {
                 Ok(()) => hour = hour_of(now),
                 Err(_) => tracing::warn!("timers of the next hour cannot be read yet"),
             }
         }
+        move_marks(&strong, hour).await;
         drop(strong);
         let next = timers.next_due().map_or(TIMER_LOOK, |at| at.since(shards.clock.now())).min(TIMER_LOOK);
         tokio::select! {
@@ -426,7 +432,7 @@ async fn load_timers(node: &Node) -> Result<i64, ReadError> {
     let present = hour_of(node.shards.clock.now());
     for shard in 0..node.shards.count {
         let Some(from) = tables.fired_until(shard).await? else { continue };
-        timers.marked(shard);
+        timers.marked(shard, from);
         for hour in from..=present + 1 {
             for timer in tables.timers(shard, hour).await? {
                 timers.arm(timer);
@@ -436,24 +442,31 @@ async fn load_timers(node: &Node) -> Result<i64, ReadError> {
     Ok(present)
 }
 
-/// Reads the hours that have come, and leaves those whose timers have fired an hour ago at least: what was not
-/// answered or not acked by then is still in a row that is read.
-async fn turn_hour(node: &Node, left: i64, present: i64) -> Result<(), ReadError> {
+/// Reads the timers of hours that have come near.
+async fn read_hours(node: &Node, from: i64, to: i64) -> Result<(), ReadError> {
     let (tables, timers) = (&node.shards.tables, &node.shards.timers);
     for shard in timers.marked_shards() {
-        for hour in left + 2..=present + 1 {
+        for hour in from..=to {
             for timer in tables.timers(shard, hour).await? {
                 timers.arm(timer);
             }
         }
+    }
+    Ok(())
+}
+
+/// Leaves the hours in which nothing is under way any more.
+async fn move_marks(node: &Node, present: i64) {
+    let (tables, timers) = (&node.shards.tables, &node.shards.timers);
+    for (shard, from, to) in timers.movable(present) {
         let Ok(stamp) = node.shards.stamps[shard as usize].next() else { continue };
-        node.shards.logs.write_until_answered(Tables::fired_write(shard, stamp, present - 1)).await;
-        for hour in left - 1..present - 1 {
+        node.shards.logs.write_until_answered(Tables::fired_write(shard, stamp, to)).await;
+        timers.marked(shard, to);
+        for hour in from..to {
             // What a lost drop leaves is never read again.
             let _ = tables.drop_timers(shard, hour).await;
         }
     }
-    Ok(())
 }
 
 /// Lets go of whoever nobody has asked for a while; of everybody who has nothing to do when memory is short.

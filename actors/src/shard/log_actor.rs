@@ -21,7 +21,7 @@ use futures_util::future::join_all;
 use patchbay_protocol::ids::{CommandId, EntityId};
 use patchbay_protocol::{CommandError, ErrorCode, Timestamp};
 use patchbay_storage::log::{APPEND_ROWS_MAX, AdoptError, Append, LogKey};
-use patchbay_storage::tables::{Activity, Tables, Timer, hour_of};
+use patchbay_storage::tables::{Activity, Tables, Timer};
 use patchbay_storage::{Batch, WriteError};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use tokio::sync::Mutex;
@@ -63,6 +63,8 @@ struct InFlight<E: LogEntity> {
     last: u64,
     ticket: Option<Ticket>,
     timer: Option<Timestamp>,
+    /// The shard's first mark, written with it.
+    first_mark: Option<i64>,
 }
 
 /// The actor's own state.
@@ -255,6 +257,7 @@ impl<E: LogEntity> LogActor<E> {
             last: 0,
             ticket: None,
             timer: None,
+            first_mark: None,
         };
         let mut intents: Vec<RowIntent> = Vec::new();
         let mut payloads: Vec<(CommandId, Bytes)> = Vec::new();
@@ -339,7 +342,7 @@ impl<E: LogEntity> LogActor<E> {
             return;
         };
         let mut rows: Vec<Batch> = intents.into_iter().map(|intent| intent(at.key, beside)).collect();
-        let mut append = None;
+        let (mut append, mut hold) = (None, None);
         batch.last = live.last;
         if !payloads.is_empty() {
             let first = live.confirmed + 1;
@@ -353,10 +356,13 @@ impl<E: LogEntity> LogActor<E> {
         }
         if let Some(due) = batch.timer {
             let timer = Timer { entity: at.id.clone(), due };
-            if self.shards.timers.needs_mark(at.key.shard) {
-                rows.push(Tables::fired_write(at.key.shard, beside, hour_of(now)));
+            let (hour, held) = self.shards.timers.hold(at.key.shard, due, now);
+            hold = Some(held);
+            if let Some(mark) = self.shards.timers.first_mark(at.key.shard) {
+                batch.first_mark = Some(mark);
+                rows.push(Tables::fired_write(at.key.shard, beside, mark));
             }
-            rows.push(Tables::timer_write(at.key.shard, beside, &timer, hour_of(now)));
+            rows.push(Tables::timer_write(at.key.shard, beside, &timer, hour));
         }
         at.in_flight = Some(batch);
         let (logs, me, gate) = (self.shards.logs.clone(), me.clone(), at.gate.clone());
@@ -370,6 +376,7 @@ impl<E: LogEntity> LogActor<E> {
                 }
             };
             let (result, _) = tokio::join!(append, beside);
+            drop(hold);
             let _ = me.cast(Msg::Appended(result));
         });
     }
@@ -393,7 +400,9 @@ impl<E: LogEntity> LogActor<E> {
         live.confirmed = batch.last;
         if let Some(due) = batch.timer {
             live.armed = Some(due);
-            self.shards.timers.marked(at.key.shard);
+            if let Some(mark) = batch.first_mark {
+                self.shards.timers.marked(at.key.shard, mark);
+            }
             self.shards.timers.arm(Timer { entity: at.id.clone(), due });
         }
         at.tickets.extend(batch.ticket.take().map(|t| (batch.last, t)));
