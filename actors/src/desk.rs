@@ -8,12 +8,12 @@ use std::time::Duration;
 use bytes::Bytes;
 use patchbay_protocol::command::{Command, Opening, Reply, Request, Scope, SendMessage, SendReply, Tip};
 use patchbay_protocol::entry::{Actor, ActorType, CausedBy};
-use patchbay_protocol::ids::{AccountId, AgentId, ConversationId, InboxId, TenantId};
-use patchbay_protocol::inbound::{Address, AddressKind};
+use patchbay_protocol::ids::{AccountId, AgentId, ConversationId, EntityId, InboxId, TenantId};
+use patchbay_protocol::inbound::{AccountEvent, Address, AddressKind};
 use patchbay_protocol::outbound::Lane;
-use patchbay_protocol::principal::AgentPrincipal;
+use patchbay_protocol::principal::{AgentPrincipal, ContactPrincipal};
 use patchbay_protocol::summary::{Contact, Summary};
-use patchbay_protocol::{CommandError, Content, ErrorCode};
+use patchbay_protocol::{CommandError, Content, ErrorCode, Timestamp};
 use patchbay_storage::ReadError;
 use patchbay_storage::log::LogKey;
 use tokio::time::Instant;
@@ -33,6 +33,8 @@ pub const PAGE_BYTES_MAX: usize = 512 * 1024;
 pub const CONTENT_BYTES_MAX: usize = 64 * 1024;
 /// A customer is shown typing at most this often.
 const TYPING_PAUSE: Duration = Duration::from_secs(20);
+/// Records of an account's log that one request looks at.
+const EVENT_RECORDS_MAX: u64 = 20_000;
 /// Conversations whose account is remembered.
 const PLACES_MAX: usize = 200_000;
 
@@ -94,6 +96,15 @@ pub enum Page {
     Before(Option<u64>),
 }
 
+/// What happened to an account as a whole.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AccountEvents {
+    /// (seq, when, what), ascending.
+    pub events: Vec<(u64, Timestamp, AccountEvent)>,
+    /// Where to go on.
+    pub next: Option<u64>,
+}
+
 /// Entries with the tip that bounds them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entries {
@@ -101,6 +112,12 @@ pub struct Entries {
     pub entries: Vec<(u64, Bytes)>,
     /// The owner's confirmed tip.
     pub tip: u64,
+}
+
+/// Whether a message's content fits: a whole entry fits into a frame with room to spare.
+pub fn check_size(content: &Content) -> Result<(), CommandError> {
+    let bytes = serde_json::to_vec(content).map_or(usize::MAX, |c| c.len());
+    if bytes <= CONTENT_BYTES_MAX { Ok(()) } else { Err(ErrorCode::TooLarge.into()) }
 }
 
 /// The desk of a node.
@@ -193,6 +210,18 @@ impl Desk {
         self.node.conversation(id, Self::command(&place.scope, who.actor(), request))
     }
 
+    /// Hands a visitor's command over to its own conversation.
+    pub async fn submit_contact(
+        &self,
+        contact: &ContactPrincipal,
+        request: Request,
+    ) -> Result<Answer<Reply>, CommandError> {
+        let scope = self.node.directory().scope(&contact.tenant, &contact.account).await?;
+        let scope = scope.ok_or(ErrorCode::NotFound)?;
+        let actor = Actor::new(ActorType::Contact, &contact.visitor);
+        self.node.conversation(contact.conversation(), Self::command(&scope, actor, request))
+    }
+
     async fn check_assignee(&self, tenant: &TenantId, agent: Option<&AgentId>) -> Result<(), CommandError> {
         match agent {
             Some(agent) if self.node.directory().agent(tenant, agent).await?.is_none() => {
@@ -209,10 +238,7 @@ impl Desk {
         message: &SendMessage,
     ) -> Result<(), CommandError> {
         let connector = patchbay_connectors::by_name(&account.connector).ok_or(ErrorCode::NotFound)?;
-        // A whole entry fits into a frame with room to spare.
-        if serde_json::to_vec(&message.content).map_or(true, |c| c.len() > CONTENT_BYTES_MAX) {
-            return Err(ErrorCode::TooLarge.into());
-        }
+        check_size(&message.content)?;
         connector.check(&message.content)?;
         if self.node.is_full(&scope.tenant, &scope.account) {
             Err(CommandError::overloaded(1000))
@@ -241,6 +267,10 @@ impl Desk {
         let connector = patchbay_connectors::by_name(&document.connector).ok_or(ErrorCode::NotFound)?;
         let address = connector.recipient(to)?;
         self.check_send(&scope, &document, &message)?;
+        if scope.channel.direct {
+            // The visitor's id is the thread key.
+            return self.open_with(&who, scope, address.clone(), address, message).await;
+        }
         let addresses = vec![Address { kind: AddressKind::WaId, value: address.clone() }];
         let find = AccountCommand::Find { addresses: addresses.clone() };
         let thread = match self.node.account(tenant, account, find)?.wait().await? {
@@ -257,13 +287,22 @@ impl Desk {
                 }
             }
         };
-        let id = ConversationId::derive(tenant, account, &thread.thread);
+        self.open_with(&who, scope, thread.thread, address, message).await
+    }
+
+    /// Sends into a thread, opening its conversation if there is none.
+    async fn open_with(
+        &self,
+        who: &Who,
+        scope: Scope,
+        thread: String,
+        address: String,
+        message: SendMessage,
+    ) -> Result<(ConversationId, SendReply), CommandError> {
+        let id = ConversationId::derive(&scope.tenant, &scope.account, &thread);
         let contact = Contact { address, ..Contact::default() };
-        let request = Request::Send {
-            message,
-            lane: who.lane(),
-            opening: Some(Opening { thread: thread.thread, contact }),
-        };
+        let opening = Some(Opening { thread, contact });
+        let request = Request::Send { message, lane: who.lane(), opening };
         match self.node.conversation(id, Self::command(&scope, who.actor(), request))?.wait().await? {
             Reply::Sent(reply) => Ok((id, reply)),
             _ => Err(ErrorCode::Internal.into()),
@@ -349,6 +388,40 @@ impl Desk {
             .wait()
             .await
             .map(|_| ())
+    }
+
+    /// What happened to an account as a whole, after `after`. Looks at so many records only: a page may hold less than
+    /// `limit` and still have a next one.
+    pub async fn account_events(
+        &self,
+        tenant: &TenantId,
+        account: &AccountId,
+        after: u64,
+        limit: usize,
+    ) -> Result<AccountEvents, CommandError> {
+        let id = EntityId::Account(tenant.clone(), account.clone());
+        let AccountReply::Tip(tip) = self.node.account(tenant, account, AccountCommand::Tip)?.wait().await?
+        else {
+            return Err(ErrorCode::Internal.into());
+        };
+        let key = LogKey { entity: id.key(), shard: id.shard(self.node.shards().count) };
+        let (mut events, mut seen, mut bytes) = (Vec::new(), after, 0);
+        while seen < tip && seen - after < EVENT_RECORDS_MAX && events.len() < limit && bytes < PAGE_BYTES_MAX
+        {
+            let rows =
+                self.node.shards().logs.forward(key, seen, tip, PAGE_ENTRIES_MAX, PAGE_BYTES_MAX).await;
+            for row in rows.map_err(|_| CommandError::unavailable())? {
+                if events.len() == limit || bytes >= PAGE_BYTES_MAX {
+                    break;
+                }
+                seen = row.seq;
+                if let Some(event) = crate::account::event_of(&row.payload) {
+                    bytes += row.payload.len();
+                    events.push((row.seq, event.0, event.1));
+                }
+            }
+        }
+        Ok(AccountEvents { events, next: (seen < tip).then_some(seen) })
     }
 
     /// A page of conversations, newest first; of one inbox, or of every inbox that `who` may see.

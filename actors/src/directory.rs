@@ -31,18 +31,48 @@ pub struct Tenant {
     pub created_at: Timestamp,
 }
 
-/// An API key, by a hash of its secret.
+/// What a key may do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum KeyScope {
+    /// Everything of its tenant.
+    #[default]
+    #[serde(alias = "tenant", alias = "admin", alias = "write")]
+    Full,
+    /// Reads only.
+    Read,
+}
+
+/// An API key of a tenant.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Key {
-    /// Whose.
-    pub tenant: TenantId,
     /// What it is called.
     pub name: String,
+    /// What it may do.
+    pub scope: KeyScope,
     /// The start of the secret, to be recognised by.
     pub prefix: String,
+    /// A hash of the secret.
+    pub hash: String,
     /// When it was made.
     pub created_at: Timestamp,
+    /// When it was last used, to within [`USED_PAUSE`].
+    pub last_used_at: Option<Timestamp>,
 }
+
+/// Whose key a secret is, by its hash.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct KeyOwner {
+    /// The tenant.
+    pub tenant: TenantId,
+    /// The key's id.
+    pub id: String,
+    /// What it may do.
+    pub scope: KeyScope,
+}
+
+/// The use of a key is noted at most this often.
+pub const USED_PAUSE: Duration = Duration::from_secs(60);
 
 /// An inbox.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -107,6 +137,7 @@ pub struct Directory {
     cache: Mutex<HashMap<DocumentKey, Stored>>,
     accounts: Mutex<HashMap<(TenantId, AccountId), Known>>,
     changes: watch::Sender<u64>,
+    keys_used: Mutex<HashMap<(TenantId, String), Timestamp>>,
     /// Rises with every write: what was read before one is not kept after it.
     writes: AtomicU64,
 }
@@ -130,6 +161,7 @@ impl Directory {
             cache: Mutex::default(),
             accounts: Mutex::default(),
             changes: watch::Sender::new(0),
+            keys_used: Mutex::default(),
             writes: AtomicU64::new(0),
         }
     }
@@ -267,14 +299,50 @@ impl Directory {
         self.list("", "tenant", after, limit).await
     }
 
-    /// Stores a key under a hash of its secret.
-    pub async fn put_key(&self, hash: &str, record: &Key) -> Result<bool, CommandError> {
-        self.put(key("", "key", hash), record).await
+    /// Stores a key. It opens the door when both its documents are there, so that one that is not listed opens none.
+    pub async fn put_key(&self, tenant: &TenantId, id: &str, record: &Key) -> Result<(), CommandError> {
+        self.put(key(tenant.as_str(), "key", id), record).await?;
+        let owner = KeyOwner { tenant: tenant.clone(), id: id.to_owned(), scope: record.scope };
+        self.put(key("", "key_owner", &record.hash), &owner).await.map(|_| ())
     }
 
-    /// The key of that hash.
-    pub async fn key(&self, hash: &str) -> Result<Option<Key>, CommandError> {
-        self.read(key("", "key", hash)).await
+    /// Whose key has that hash.
+    pub async fn key_owner(&self, hash: &str) -> Result<Option<KeyOwner>, CommandError> {
+        self.read(key("", "key_owner", hash)).await
+    }
+
+    /// Keys after `after`.
+    pub async fn keys(
+        &self,
+        tenant: &TenantId,
+        after: &str,
+        limit: usize,
+    ) -> Result<Vec<(String, Key)>, CommandError> {
+        self.list(tenant.as_str(), "key", after, limit).await
+    }
+
+    /// Removes a key; tells whether it was there. It opens no door from here on.
+    pub async fn delete_key(&self, tenant: &TenantId, id: &str) -> Result<bool, CommandError> {
+        let Some(record) = self.read::<Key>(key(tenant.as_str(), "key", id)).await? else { return Ok(false) };
+        self.delete(key("", "key_owner", &record.hash)).await?;
+        self.delete(key(tenant.as_str(), "key", id)).await
+    }
+
+    /// Notes that a key is used now; seldom a write.
+    pub async fn key_used(&self, owner: &KeyOwner, now: Timestamp) -> Result<(), CommandError> {
+        {
+            let mut used = lock(&self.keys_used);
+            let at = (owner.tenant.clone(), owner.id.clone());
+            if used.get(&at).is_some_and(|last| now.since(*last) < USED_PAUSE) {
+                return Ok(());
+            }
+            if used.len() >= CACHE_MAX {
+                used.clear();
+            }
+            used.insert(at, now);
+        }
+        let change = |before: Option<Key>| before.map(|k| Key { last_used_at: Some(now), ..k });
+        self.update(key(owner.tenant.as_str(), "key", &owner.id), change).await.map(|_| ())
     }
 
     /// Writes an inbox; tells whether it is new.
@@ -393,6 +461,12 @@ impl Directory {
         let done = self.update(key(tenant.as_str(), "agent", id.as_str()), change).await;
         self.changed();
         done.map(|done| done.is_some())
+    }
+
+    /// An agent's display name, where its document is at hand.
+    pub fn agent_name(&self, tenant: &TenantId, id: &AgentId) -> Option<String> {
+        let (_, bytes) = lock(&self.cache).get(&key(tenant.as_str(), "agent", id.as_str())).cloned()??;
+        serde_json::from_slice::<Agent>(&bytes).ok().map(|a| a.name)
     }
 
     /// An agent.

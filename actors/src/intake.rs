@@ -8,7 +8,9 @@ use patchbay_protocol::command::{Command, Opening, Reply, Request, Scope};
 use patchbay_protocol::content::Content;
 use patchbay_protocol::entry::Actor;
 use patchbay_protocol::ids::{AccountId, ConversationId, TenantId};
-use patchbay_protocol::inbound::{Address, Item, ItemKind, StatusItem, ThreadEvent, ThreadItem};
+use patchbay_protocol::inbound::{
+    Address, Item, ItemKind, StatusItem, StatusUpdate, ThreadEvent, ThreadItem,
+};
 use patchbay_protocol::{CommandError, ErrorCode, Timestamp};
 use patchbay_storage::tables::DeadLetter;
 use serde_json::Value;
@@ -66,6 +68,40 @@ impl Intake {
             self.take_chunk(tenant, account, document, chunk).await?;
         }
         Ok(())
+    }
+
+    /// Takes a dead letter again. An error that is not temporary says why it cannot be taken now either; then nothing
+    /// has changed.
+    pub async fn replay(
+        &self,
+        tenant: &TenantId,
+        account: &AccountId,
+        letter: &DeadLetter,
+    ) -> Result<(), CommandError> {
+        let document = self.node.directory().account(tenant, account).await?.ok_or(ErrorCode::NotFound)?;
+        let connector = patchbay_connectors::by_name(&document.connector).ok_or(ErrorCode::NotFound)?;
+        let items = match kept_receipt(&letter.item) {
+            // A receipt is kept as we understood it.
+            Some(update) => {
+                let status = StatusItem { callback: None, recipient: vec![], update };
+                let kind = ItemKind::Status(status);
+                vec![Item { external_id: document.external_id.clone(), kind, raw: letter.item.clone() }]
+            }
+            None => connector.replay(&document.external_id, &letter.item),
+        };
+        for item in &items {
+            let unsupported = matches!(
+                &item.kind,
+                ItemKind::Thread(ThreadItem { event: ThreadEvent::Message(m), .. })
+                    if matches!(m.content, Content::Unsupported { .. })
+            );
+            match &item.kind {
+                ItemKind::Broken { reason } => return Err(CommandError::invalid(reason)),
+                _ if unsupported => return Err(CommandError::invalid("it is not supported yet")),
+                _ => {}
+            }
+        }
+        self.take(tenant, account, &document, items).await
     }
 
     async fn take_chunk(
@@ -406,6 +442,12 @@ impl Intake {
     ) -> Result<(), CommandError> {
         self.dead_letter(tenant, account, reason, item)?.wait().await.map(|_| ())
     }
+}
+
+/// A receipt that matched nothing, if that is what this is.
+fn kept_receipt(item: &Value) -> Option<StatusUpdate> {
+    let ours = item.get("closes_window").is_some_and(Value::is_boolean);
+    if ours { serde_json::from_value(item.clone()).ok() } else { None }
 }
 
 /// A body that is sent again within the same hour makes no second letter.

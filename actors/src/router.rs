@@ -62,5 +62,5 @@ pub fn system_command(request: Request) -> Command {
 
 /// Of an account that is no more.
 pub(crate) fn no_channel() -> Channel {
-    Channel { window: None, can_edit: false, can_delete: false, can_react: false }
+    Channel { window: None, can_edit: false, can_delete: false, can_react: false, direct: false }
 }

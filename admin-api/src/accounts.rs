@@ -207,6 +207,53 @@ pub(crate) async fn delete(
     Ok(StatusCode::NO_CONTENT)
 }
 
+/// Something about an account as a whole.
+#[derive(Serialize, ToSchema)]
+pub(crate) struct Event {
+    /// Its place in the account's log.
+    seq: u64,
+    #[schema(value_type = String, format = DateTime)]
+    at: Timestamp,
+    /// The provider's field, or `account.paused` and `account.resumed`.
+    #[serde(rename = "type")]
+    kind: String,
+    /// In the provider's shape.
+    #[schema(value_type = Object)]
+    data: Value,
+}
+
+/// Events of an account, ascending.
+#[derive(Serialize, ToSchema)]
+pub(crate) struct Events {
+    events: Vec<Event>,
+    /// Where the next page begins; null at the end.
+    next: Option<String>,
+}
+
+/// The account's own log: templates, quality, bans, tier, errors that belong to no thread.
+#[utoipa::path(get, path = "/api/v1/accounts/{account}/events", params(Paging), responses((status = 200, body = Events), (status = 404, body = Problem)), security(("key" = [])))]
+pub(crate) async fn events(
+    State(api): State<Arc<Api>>,
+    Tenant(tenant): Tenant,
+    Path(account): Path<String>,
+    Query(q): Query<Paging>,
+) -> Result<Json<Events>, Failure> {
+    let id: AccountId = name(&account)?;
+    api.directory().account(&tenant, &id).await?.ok_or(ErrorCode::NotFound)?;
+    let after = match q.after.as_deref() {
+        None => 0,
+        Some(text) => text.parse().map_err(|_| CommandError::invalid("after is no cursor of this list"))?,
+    };
+    let found = api.desk.account_events(&tenant, &id, after, page(q.limit)).await?;
+    let shown = found.events.into_iter().map(|(seq, at, event)| Event {
+        seq,
+        at,
+        kind: event.kind,
+        data: event.data,
+    });
+    Ok(Json(Events { events: shown.collect(), next: found.next.map(|n| n.to_string()) }))
+}
+
 /// A message to an address.
 #[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]

@@ -18,8 +18,8 @@ use crate::inboxes::{Paging, created, next};
 use crate::problem::{Failure, Problem};
 
 /// The longest life of a token, and what it is when nobody says.
-const TTL_MAX_S: u64 = 30 * 24 * 3600;
-const TTL_DEFAULT_S: u64 = 3600;
+pub(crate) const TTL_MAX_S: u64 = 30 * 24 * 3600;
+pub(crate) const TTL_DEFAULT_S: u64 = 3600;
 
 /// An agent to be written.
 #[derive(Deserialize, ToSchema)]
@@ -136,10 +136,10 @@ pub(crate) struct NewToken {
 #[derive(Serialize, ToSchema)]
 pub(crate) struct Token {
     /// The JWT.
-    token: String,
+    pub(crate) token: String,
     /// When it ends.
     #[schema(value_type = String, format = DateTime)]
-    expires_at: Timestamp,
+    pub(crate) expires_at: Timestamp,
 }
 
 /// Issues a token of an agent.

@@ -7,7 +7,9 @@ use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use patchbay_actors::account::AccountCommand;
 use patchbay_actors::router::Router as _;
+use patchbay_protocol::ids::TenantId;
 use patchbay_protocol::{CommandError, ErrorCode, Timestamp};
+use patchbay_storage::tables::DeadLetter as StoredLetter;
 use serde::Serialize;
 use utoipa::ToSchema;
 
@@ -65,7 +67,7 @@ pub(crate) async fn list(
     let whole = found.len() < limit && found.len() <= fits;
     let found: Vec<_> = found.into_iter().take(fits).collect();
     let next = if whole { None } else { found.last().map(|l| l.id.clone()) };
-    let shown = |l: patchbay_storage::tables::DeadLetter| DeadLetter {
+    let shown = |l: StoredLetter| DeadLetter {
         id: l.id,
         account: l.account,
         reason: l.reason,
@@ -75,6 +77,38 @@ pub(crate) async fn list(
     Ok(Json(DeadLetters { dead_letters: found.into_iter().map(shown).collect(), next }))
 }
 
+/// What came of a replay.
+#[derive(Serialize, ToSchema)]
+pub(crate) struct Replayed {
+    id: String,
+    /// `true`: it is taken now, and no dead letter any more.
+    replayed: bool,
+}
+
+/// Takes an item again, as it came. What cannot be taken now either stays where it is.
+#[utoipa::path(post, path = "/api/v1/dead-letters/{id}/replay", responses((status = 200, body = Replayed), (status = 404, body = Problem), (status = 422, body = Problem)), security(("key" = [])))]
+pub(crate) async fn replay(
+    State(api): State<Arc<Api>>,
+    Tenant(tenant): Tenant,
+    Path(id): Path<String>,
+) -> Result<Json<Replayed>, Failure> {
+    let letter = find(&api, &tenant, &id).await?;
+    api.intake.replay(&tenant, &name(&letter.account)?, &letter).await?;
+    drop_letter(&api, &tenant, &letter).await?;
+    Ok(Json(Replayed { id, replayed: true }))
+}
+
+async fn find(api: &Api, tenant: &TenantId, id: &str) -> Result<StoredLetter, Failure> {
+    let found = api.directory().tables().dead_letter(tenant, id).await;
+    Ok(found.map_err(|_| CommandError::unavailable())?.ok_or(ErrorCode::NotFound)?)
+}
+
+async fn drop_letter(api: &Api, tenant: &TenantId, letter: &StoredLetter) -> Result<(), Failure> {
+    let drop = AccountCommand::DropDeadLetter { tenant: tenant.clone(), id: letter.id.clone() };
+    api.desk.node().account(tenant, &name(&letter.account)?, drop)?.wait().await?;
+    Ok(())
+}
+
 /// Lets go of a dead letter.
 #[utoipa::path(delete, path = "/api/v1/dead-letters/{id}", responses((status = 204), (status = 404, body = Problem)), security(("key" = [])))]
 pub(crate) async fn delete(
@@ -82,13 +116,7 @@ pub(crate) async fn delete(
     Tenant(tenant): Tenant,
     Path(id): Path<String>,
 ) -> Result<StatusCode, Failure> {
-    let tables = api.directory().tables();
-    let letter = tables
-        .dead_letter(&tenant, &id)
-        .await
-        .map_err(|_| CommandError::unavailable())?
-        .ok_or(ErrorCode::NotFound)?;
-    let drop = AccountCommand::DropDeadLetter { tenant: tenant.clone(), id };
-    api.desk.node().account(&tenant, &name(&letter.account)?, drop)?.wait().await?;
+    let letter = find(&api, &tenant, &id).await?;
+    drop_letter(&api, &tenant, &letter).await?;
     Ok(StatusCode::NO_CONTENT)
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use axum::extract::{FromRequest, FromRequestParts, Request};
 use axum::http::request::Parts;
-use axum::http::{HeaderMap, header};
+use axum::http::{HeaderMap, Method, header};
 use bytes::Bytes;
 use patchbay_protocol::ids::TenantId;
 use patchbay_protocol::principal::Principal;
@@ -34,7 +34,7 @@ impl FromRequestParts<Arc<Api>> for Operator {
     async fn from_request_parts(parts: &mut Parts, api: &Arc<Api>) -> Result<Self, Failure> {
         match principal(parts, api).await? {
             Principal::Operator => Ok(Self),
-            Principal::Tenant(_) | Principal::Agent(_) | Principal::Contact(..) => {
+            Principal::Tenant(_) | Principal::Reader(_) | Principal::Agent(_) | Principal::Contact(_) => {
                 Err(ErrorCode::PermissionDenied.into())
             }
         }
@@ -49,7 +49,8 @@ impl FromRequestParts<Arc<Api>> for Tenant {
     async fn from_request_parts(parts: &mut Parts, api: &Arc<Api>) -> Result<Self, Failure> {
         match principal(parts, api).await? {
             Principal::Tenant(tenant) => Ok(Self(tenant)),
-            Principal::Operator | Principal::Agent(_) | Principal::Contact(..) => {
+            Principal::Reader(tenant) if parts.method == Method::GET => Ok(Self(tenant)),
+            Principal::Operator | Principal::Reader(_) | Principal::Agent(_) | Principal::Contact(_) => {
                 Err(ErrorCode::PermissionDenied.into())
             }
         }

@@ -12,11 +12,13 @@
 mod accounts;
 mod agents;
 mod cluster;
+mod contacts;
 mod conversations;
 mod dead_letters;
 mod extract;
 mod idempotency;
 mod inboxes;
+mod keys;
 pub mod openapi;
 mod problem;
 mod tenants;
@@ -29,7 +31,9 @@ use axum::extract::DefaultBodyLimit;
 use axum::middleware;
 use axum::routing::{delete, get, post, put};
 use patchbay_actors::desk::Desk;
-use patchbay_protocol::ids::{AgentId, TenantId};
+use patchbay_actors::directory::{Key, KeyScope};
+use patchbay_actors::intake::Intake;
+use patchbay_protocol::ids::{AccountId, AgentId, TenantId};
 use patchbay_protocol::principal::{Principal, Role};
 use patchbay_protocol::{CommandError, Timestamp};
 
@@ -59,8 +63,23 @@ pub trait TokenIssuer: Send + Sync + 'static {
         not_before: Option<Timestamp>,
     ) -> Result<(String, Timestamp), CommandError>;
 
-    /// A new key of a tenant; its secret is told only here.
-    async fn create_key(&self, tenant: &TenantId, name: &str) -> Result<String, CommandError>;
+    /// A new key of a tenant: its id, its secret (told only here) and what is stored of it.
+    async fn create_key(
+        &self,
+        tenant: &TenantId,
+        name: &str,
+        scope: KeyScope,
+    ) -> Result<(String, String, Key), CommandError>;
+
+    /// A token of a web chat's visitor, with its end.
+    fn issue_contact(
+        &self,
+        tenant: &TenantId,
+        account: &AccountId,
+        visitor: &str,
+        name: Option<&str>,
+        ttl_s: u64,
+    ) -> Result<(String, Timestamp), CommandError>;
 }
 
 /// Knows where calls to providers may go.
@@ -72,6 +91,7 @@ pub trait Destinations: Send + Sync + 'static {
 /// What the API stands on.
 pub struct Api {
     desk: Arc<Desk>,
+    intake: Arc<Intake>,
     auth: Arc<dyn Authenticator>,
     issuer: Arc<dyn TokenIssuer>,
     destinations: Arc<dyn Destinations>,
@@ -82,11 +102,13 @@ impl Api {
     /// The API of a node.
     pub fn new(
         desk: Arc<Desk>,
+        intake: Arc<Intake>,
         auth: Arc<dyn Authenticator>,
         issuer: Arc<dyn TokenIssuer>,
         destinations: Arc<dyn Destinations>,
     ) -> Arc<Self> {
-        Arc::new(Self { desk, auth, issuer, destinations, replies: idempotency::Replies::default() })
+        let replies = idempotency::Replies::default();
+        Arc::new(Self { desk, intake, auth, issuer, destinations, replies })
     }
 
     fn directory(&self) -> &Arc<patchbay_actors::directory::Directory> {
@@ -102,11 +124,15 @@ impl Api {
 pub fn router(api: Arc<Api>) -> Router {
     let v1 = Router::new()
         .route("/tenants", post(tenants::create))
+        .route("/keys", post(keys::create).get(keys::list))
+        .route("/keys/{id}", delete(keys::delete))
         .route("/inboxes", get(inboxes::list))
         .route("/inboxes/{inbox}", put(inboxes::put).get(inboxes::get).delete(inboxes::delete))
         .route("/accounts", get(accounts::list))
         .route("/accounts/{account}", put(accounts::put).get(accounts::get).delete(accounts::delete))
         .route("/accounts/{account}/messages", post(accounts::send))
+        .route("/accounts/{account}/events", get(accounts::events))
+        .route("/accounts/{account}/contacts/{visitor}/tokens", post(contacts::issue))
         .route("/agents", get(agents::list))
         .route("/agents/{agent}", put(agents::put).get(agents::get).delete(agents::delete))
         .route("/agents/{agent}/tokens", post(agents::issue).delete(agents::revoke))
@@ -124,6 +150,7 @@ pub fn router(api: Arc<Api>) -> Router {
         .route("/conversations/{id}/read", post(conversations::read))
         .route("/dead-letters", get(dead_letters::list))
         .route("/dead-letters/{id}", delete(dead_letters::delete))
+        .route("/dead-letters/{id}/replay", post(dead_letters::replay))
         .route("/cluster/nodes", get(cluster::nodes))
         .route("/cluster/shards", get(cluster::shards))
         .route_layer(middleware::from_fn_with_state(api.clone(), idempotency::layer))

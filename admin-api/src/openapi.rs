@@ -5,7 +5,7 @@ use axum::response::{IntoResponse, Response};
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
 use utoipa::{Modify, OpenApi};
 
-use crate::{accounts, agents, cluster, conversations, dead_letters, inboxes, tenants};
+use crate::{accounts, agents, cluster, contacts, conversations, dead_letters, inboxes, keys, tenants};
 
 struct Key;
 
@@ -27,12 +27,13 @@ impl Modify for Key {
     paths(
         tenants::create,
         inboxes::put, inboxes::get, inboxes::list, inboxes::delete,
-        accounts::put, accounts::get, accounts::list, accounts::delete, accounts::send,
+        accounts::put, accounts::get, accounts::list, accounts::delete, accounts::send, accounts::events,
         agents::put, agents::get, agents::list, agents::delete, agents::issue, agents::revoke,
         conversations::list, conversations::get, conversations::entries, conversations::send, conversations::note,
         conversations::assign, conversations::resolve, conversations::reopen, conversations::pending,
         conversations::snooze, conversations::tag, conversations::read,
-        dead_letters::list, dead_letters::delete, cluster::nodes, cluster::shards,
+        dead_letters::list, dead_letters::delete, dead_letters::replay,
+        keys::create, keys::list, keys::delete, contacts::issue, cluster::nodes, cluster::shards,
     )
 )]
 struct Description;

@@ -42,6 +42,6 @@ pub(crate) async fn create(
 ) -> Result<(StatusCode, Json<CreatedTenant>), Failure> {
     let id: TenantId = new_name("id", &new.id)?;
     api.directory().create_tenant(&id, &directory::Tenant { name: new.name, created_at: api.now() }).await?;
-    let key = api.issuer.create_key(&id, "first").await?;
+    let (_, key, _) = api.issuer.create_key(&id, "first", directory::KeyScope::Full).await?;
     Ok((StatusCode::CREATED, Json(CreatedTenant { id: id.to_string(), key })))
 }

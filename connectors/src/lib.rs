@@ -18,6 +18,7 @@ use patchbay_protocol::outbound::{Call, CallResult, Outbound, Signal, Verdict};
 use patchbay_protocol::{CommandError, Content};
 use serde_json::Value;
 
+pub mod webchat;
 pub mod whatsapp;
 
 /// A webhook that is not the provider's, or not for this account.
@@ -67,10 +68,14 @@ pub trait Connector: Send + Sync + 'static {
     /// Every item of a body, in order.
     fn parse(&self, body: &[u8]) -> Result<Vec<Item>, NotUnderstood>;
 
+    /// The items of one item that was kept as it came (or of a whole body, as text), to be taken again.
+    fn replay(&self, external_id: &str, raw: &Value) -> Vec<Item>;
+
     /// Refuses content that the channel cannot carry, before anything is stored.
     fn check(&self, content: &Content) -> Result<(), CommandError>;
 
-    /// The address of a recipient as the channel writes it, or why `to` is none.
+    /// The address of a recipient as the channel writes it, or why `to` is none. Where the channel is
+    /// [`Channel::direct`] it is the thread key as well, and there are no aliases.
     fn recipient(&self, to: &str) -> Result<String, CommandError>;
 
     /// The call that sends a message.
@@ -87,9 +92,10 @@ pub trait Connector: Send + Sync + 'static {
 pub fn by_name(name: &str) -> Option<&'static dyn Connector> {
     match name {
         "whatsapp" => Some(&whatsapp::WhatsApp),
+        "webchat" => Some(&webchat::WebChat),
         _ => None,
     }
 }
 
 /// The names that [`by_name`] knows.
-pub const NAMES: [&str; 1] = ["whatsapp"];
+pub const NAMES: [&str; 2] = ["whatsapp", "webchat"];

@@ -175,6 +175,8 @@ impl Server {
             ..NodeConfig::new(engine, Clock::System, hub.clone(), provider)
         })
         .await?;
+        let directory = node.directory().clone();
+        hub.set_names(Box::new(move |tenant, agent| directory.agent_name(tenant, agent)));
         let public_listener = TcpListener::bind(&config.public.listen).await.map_err(io("public.listen"))?;
         let ops_listener = TcpListener::bind(&config.ops.listen).await.map_err(io("ops.listen"))?;
         let public = public_listener.local_addr().map_err(io("public.listen"))?;
@@ -267,11 +269,18 @@ impl Doors<'_> {
             node.shards().clock,
         ));
         let destinations = Arc::new(self.guard.clone());
-        let api = patchbay_admin_api::Api::new(self.desk.clone(), api_auth.clone(), api_auth, destinations);
+        let intake = Intake::new(node.clone());
+        let api = patchbay_admin_api::Api::new(
+            self.desk.clone(),
+            intake.clone(),
+            api_auth.clone(),
+            api_auth,
+            destinations,
+        );
         let limits = RequestLimits::new(self.config.limits.requests_per_second, self.mode == Mode::Dev);
         let admin = patchbay_admin_api::router(api)
             .layer(axum::middleware::from_fn_with_state(limits, limits::layer));
-        let webhooks = Webhooks::new(Intake::new(node.clone()), directory);
+        let webhooks = Webhooks::new(intake, directory);
         let webhooks = Router::new()
             .route("/webhooks/{tenant}/{account}", get(webhook::challenge).post(webhook::receive))
             .with_state(webhooks);

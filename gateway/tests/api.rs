@@ -328,3 +328,110 @@ async fn the_api_describes_itself() {
         assert!(described["paths"][path].is_object(), "{path}");
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_are_made_listed_used_and_removed() {
+    let w = world().await;
+    let (status, made) = w.call("POST", "/keys", json!({"name": "ci", "scope": "read"})).await;
+    assert_eq!(status, 201, "{made}");
+    let (id, secret) = (made["id"].as_str().unwrap().to_owned(), made["key"].as_str().unwrap().to_owned());
+    assert!(secret.starts_with(made["prefix"].as_str().unwrap()) && secret.len() >= 64);
+    let (_, list) = w.call("GET", "/keys", Value::Null).await;
+    let listed = list["keys"].as_array().unwrap();
+    assert_eq!(listed.len(), 2, "the tenant's first key and this one: {list}");
+    assert!(!list.to_string().contains(&secret), "a secret is shown once");
+    assert_eq!(w.node.api(&secret, "GET", "/inboxes", None).await.0, 200);
+    assert_eq!(
+        w.node.api(&secret, "PUT", "/inboxes/side", Some(json!({"name": "S"}))).await.0,
+        403,
+        "it may only read"
+    );
+    let (_, list) = w.call("GET", "/keys", Value::Null).await;
+    let own = list["keys"].as_array().unwrap().iter().find(|k| k["id"] == json!(id)).unwrap();
+    assert!(
+        own["last_used_at"].is_string() && own["created_at"].is_string() && own["scope"] == "read",
+        "{own}"
+    );
+    assert_eq!(w.call("DELETE", &format!("/keys/{id}"), Value::Null).await.0, 204);
+    assert_eq!(w.node.api(&secret, "GET", "/inboxes", None).await.0, 401, "it opens no door from here on");
+    assert_eq!(w.call("DELETE", &format!("/keys/{id}"), Value::Null).await.0, 404);
+    let (status, problem) = w.call("POST", "/keys", json!({"name": "x", "scope": "everything"})).await;
+    assert_eq!(status, 422);
+    assert!(problem["detail"].as_str().unwrap().contains("scope"), "{problem}");
+    // Rotation: a second full key replaces the first.
+    let (_, second) = w.call("POST", "/keys", json!({"name": "second"})).await;
+    let second = second["key"].as_str().unwrap().to_owned();
+    let (_, list) = w.node.api(&second, "GET", "/keys", None).await;
+    let first = list["keys"].as_array().unwrap().iter().find(|k| k["name"] == "first").unwrap();
+    assert_eq!(
+        w.node.api(&second, "DELETE", &format!("/keys/{}", first["id"].as_str().unwrap()), None).await.0,
+        204
+    );
+    assert_eq!(w.call("GET", "/inboxes", Value::Null).await.0, 401);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_account_tells_what_belongs_to_no_thread() {
+    let w = world().await;
+    let change = |field: &str, value: Value| {
+        json!({"object": "whatsapp_business_account", "entry": [{"id": "1", "changes": [{"field": field, "value": value}]}]}).to_string()
+    };
+    for n in 0..5 {
+        let body = change(
+            "message_template_status_update",
+            json!({"event": "APPROVED", "message_template_id": n, "message_template_name": "t"}),
+        );
+        assert_eq!(w.node.webhook("acme", "wa", body.as_bytes()).await, 200);
+    }
+    w.writes(LUZ, "wamid.1").await;
+    let body = change(
+        "account_update",
+        json!({"event": "DISABLED_UPDATE", "ban_info": {"waba_ban_state": "DISABLE"}}),
+    );
+    assert_eq!(w.node.webhook("acme", "wa", body.as_bytes()).await, 200);
+    let (mut after, mut all) = (String::new(), Vec::new());
+    loop {
+        let (status, page) = w.call("GET", &format!("/accounts/wa/events?limit=2{after}"), Value::Null).await;
+        assert_eq!(status, 200, "{page}");
+        let events = page["events"].as_array().unwrap();
+        assert!(events.len() <= 2);
+        all.extend(events.clone());
+        match page["next"].as_str() {
+            Some(next) => after = format!("&after={next}"),
+            None => break,
+        }
+    }
+    let kinds: Vec<&str> = all.iter().map(|e| e["type"].as_str().unwrap()).collect();
+    assert_eq!(kinds[..5], ["message_template_status_update"; 5]);
+    assert!(kinds.contains(&"account_update"));
+    assert!(all.windows(2).all(|e| e[0]["seq"].as_u64() < e[1]["seq"].as_u64()) && all[0]["at"].is_string());
+    assert_eq!(all[3]["data"]["message_template_id"], 3);
+    assert_eq!(w.call("GET", "/accounts/nowhere/events", Value::Null).await.0, 404);
+    assert_eq!(w.call("GET", "/accounts/wa/events?after=x", Value::Null).await.0, 422);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dead_letter_is_taken_again_or_says_why_not() {
+    let w = world().await;
+    // For a number that no account has yet.
+    let body = webhook_body("2002", &[text_item(LUZ, "wamid.lost", "hola")], &[]);
+    assert_eq!(w.node.webhook("acme", "wa", &body).await, 200);
+    let broken = webhook_body(NUMBER, &[json!({"type": "text", "text": {"body": "no id"}})], &[]);
+    assert_eq!(w.node.webhook("acme", "wa", &broken).await, 200);
+    let (_, list) = w.call("GET", "/dead-letters", Value::Null).await;
+    let letters = list["dead_letters"].as_array().unwrap().clone();
+    assert_eq!(letters.len(), 2, "{list}");
+    let path = |letter: &Value| format!("/dead-letters/{}/replay", letter["id"].as_str().unwrap());
+    let (lost, broken): (Vec<&Value>, Vec<&Value>) =
+        letters.iter().partition(|l| l["item"]["id"] == "wamid.lost");
+    let (status, problem) = w.call("POST", &path(broken[0]), json!({})).await;
+    assert_eq!(status, 422, "{problem}");
+    let (status, done) = w.call("POST", &path(lost[0]), json!({})).await;
+    assert_eq!((status, done["replayed"].as_bool()), (200, Some(true)), "{done}");
+    let (_, found) =
+        w.call("GET", &format!("/conversations/{}", conversation("acme", "wa", LUZ)), Value::Null).await;
+    assert_eq!(found["preview"], "hola");
+    assert_eq!(w.call("POST", &path(lost[0]), json!({})).await.0, 404, "it is no dead letter any more");
+    let (_, list) = w.call("GET", "/dead-letters", Value::Null).await;
+    assert_eq!(list["dead_letters"].as_array().unwrap().len(), 1, "what cannot be taken stays");
+}

@@ -165,6 +165,8 @@ pub struct Channel {
     pub can_delete: bool,
     /// Whether reactions can be sent.
     pub can_react: bool,
+    /// Whether the customer is on our own socket, with no provider between.
+    pub direct: bool,
 }
 
 /// Where a command is meant to act. A conversation of another tenant or account answers as if it did not exist.
@@ -218,6 +220,8 @@ pub enum Request {
     Delete(DeleteMessage),
     React(ReactMessage),
     Read(ReadConversation),
+    /// The visitor of a web chat has seen what the business wrote up to here.
+    ContactRead(ReadConversation),
     Assign(AssignConversation),
     Resolve,
     Reopen,
@@ -263,6 +267,7 @@ impl Request {
             Self::Delete(_) => "message.delete",
             Self::React(_) => "message.react",
             Self::Read(_) => "conversation.read",
+            Self::ContactRead(_) => "contact.read",
             Self::Assign(_) => "conversation.assign",
             Self::Resolve => "conversation.resolve",
             Self::Reopen => "conversation.reopen",

@@ -1,6 +1,6 @@
 //! Who is asking: the outcome of authentication, as every door hands it on.
 
-use crate::ids::{AccountId, AgentId, InboxId, TenantId};
+use crate::ids::{AccountId, AgentId, ConversationId, InboxId, TenantId};
 
 /// What a token's `role` claim may say (contract §5).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
@@ -38,10 +38,32 @@ pub enum Principal {
     Operator,
     /// A tenant's API key.
     Tenant(TenantId),
+    /// A tenant's API key that may only read.
+    Reader(TenantId),
     /// An agent, supervisor or admin on a socket.
     Agent(AgentPrincipal),
-    /// A customer on a web chat.
-    Contact(TenantId, AccountId, String),
+    /// A visitor of a web chat.
+    Contact(ContactPrincipal),
+}
+
+/// A visitor of a web chat: it has one conversation, its own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ContactPrincipal {
+    /// The tenant.
+    pub tenant: TenantId,
+    /// The web chat's account.
+    pub account: AccountId,
+    /// The token's `sub`: also the thread key.
+    pub visitor: String,
+    /// How agents see the visitor.
+    pub name: Option<String>,
+}
+
+impl ContactPrincipal {
+    /// The visitor's own conversation.
+    pub fn conversation(&self) -> ConversationId {
+        ConversationId::derive(&self.tenant, &self.account, &self.visitor)
+    }
 }
 
 /// An agent with what it may do now. The agent's document decides the inboxes; a token's role can only lower them.

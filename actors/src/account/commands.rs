@@ -77,6 +77,8 @@ pub enum AccountCommand {
     Resume,
     /// How it is. Writes nothing.
     Status,
+    /// The tip of its log. Writes nothing.
+    Tip,
     /// A call was answered (or not).
     Called {
         /// Which.
@@ -129,6 +131,8 @@ pub enum AccountReply {
     Taken,
     /// To [`AccountCommand::Resolve`] and [`AccountCommand::Find`].
     Thread(Option<ThreadReply>),
+    /// To [`AccountCommand::Tip`].
+    Tip(u64),
     /// To [`AccountCommand::Status`].
     Status {
         /// Why nothing is called, if so.
@@ -192,6 +196,7 @@ pub(super) fn decide(state: &State, found: &Found<Record>, command: &AccountComm
         AccountCommand::Resume if state.paused.is_some() => Ok(entries(now, [AccountEntry::Resumed {}])),
         AccountCommand::Resume => Ok(Decision::reply(AccountReply::Taken)),
         AccountCommand::Status => Ok(Decision::reply(state.status(now.at))),
+        AccountCommand::Tip => Ok(Decision::reply(AccountReply::Tip(now.next_seq - 1))),
         AccountCommand::Called { entry, verdict, jitter } => {
             called(state, found, *entry, verdict, *jitter, now)
         }

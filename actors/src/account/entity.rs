@@ -137,6 +137,7 @@ impl LogEntity for Account {
             AccountCommand::Signal(_) => "account.signal",
             AccountCommand::Resume => "account.resume",
             AccountCommand::Status => "account.status",
+            AccountCommand::Tip => "account.tip",
             AccountCommand::Called { .. } => "account.called",
             AccountCommand::Told { .. } => "account.told",
             AccountCommand::Placed { .. } => "account.placed",

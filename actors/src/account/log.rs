@@ -100,6 +100,19 @@ pub enum AccountEntry {
     Resumed {},
 }
 
+/// What a record says of the account as a whole, if it does.
+pub fn event_of(payload: &[u8]) -> Option<(Timestamp, AccountEvent)> {
+    let record: Record = serde_json::from_slice(payload).ok()?;
+    let own = |kind: &str, data| AccountEvent { kind: kind.into(), data, pauses: None };
+    let event = match record.body {
+        AccountEntry::Event(event) => event,
+        AccountEntry::Paused { reason } => own("account.paused", serde_json::json!({"reason": reason})),
+        AccountEntry::Resumed {} => own("account.resumed", serde_json::json!({})),
+        _ => return None,
+    };
+    Some((record.at, event))
+}
+
 /// The id by which a send is found, also long after it was settled.
 pub fn send_id(entry: EntryId) -> IdKey {
     IdKey::of(["send", &entry.to_string()])

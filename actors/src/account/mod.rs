@@ -15,3 +15,4 @@ mod tests;
 
 pub use commands::{AccountCommand, AccountReply, KeptReceipt, ThreadReply};
 pub use entity::{Account, OutboundConfig};
+pub use log::event_of;

@@ -128,6 +128,15 @@ impl State {
         self.unread_ids.iter().rev().find(|(s, _)| *s <= seq).map(|(_, id)| id.as_str())
     }
 
+    /// The newest of our messages up to `seq` that the customer has not read, as far as they are at hand; ascending.
+    pub fn unread_by_contact(&self, seq: u64, at_most: usize) -> Vec<u64> {
+        let unread =
+            self.statuses.range(..=seq).rev().filter(|(_, s)| s.climb(MessageStatus::Read).is_some());
+        let mut newest: Vec<u64> = unread.take(at_most).map(|(seq, _)| *seq).collect();
+        newest.reverse();
+        newest
+    }
+
     /// How many customer messages no agent has read.
     pub fn unread(&self) -> u64 {
         self.unread.iter().map(|r| r.count).sum()

@@ -67,6 +67,7 @@ impl Connector for WhatsApp {
             can_edit: false,
             can_delete: false,
             can_react: true,
+            direct: false,
         }
     }
 
@@ -91,6 +92,10 @@ impl Connector for WhatsApp {
 
     fn parse(&self, body: &[u8]) -> Result<Vec<Item>, NotUnderstood> {
         parse::items(body)
+    }
+
+    fn replay(&self, external_id: &str, raw: &Value) -> Vec<Item> {
+        parse::replay(external_id, raw)
     }
 
     fn check(&self, content: &Content) -> Result<(), CommandError> {

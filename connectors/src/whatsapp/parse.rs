@@ -43,6 +43,24 @@ pub(super) fn items(body: &[u8]) -> Result<Vec<Item>, NotUnderstood> {
     Ok(items)
 }
 
+/// An item of its own, as it stands in the dead letters, in the envelope that it came in.
+pub(super) fn replay(external_id: &str, raw: &Value) -> Vec<Item> {
+    if let Value::String(body) = raw {
+        return items(body.as_bytes()).unwrap_or_else(|_| vec![broken(raw, "not a body of this provider")]);
+    }
+    let metadata = json!({"phone_number_id": external_id});
+    let contact = raw["from"].as_str().map(|from| json!({"wa_id": from})).into_iter().collect::<Vec<_>>();
+    let mut found = Vec::new();
+    if raw["status"].is_string() && !raw["type"].is_string() {
+        messages(&json!({"metadata": metadata, "statuses": [raw]}), &mut found);
+    } else if raw["to"].is_string() || raw["to_user_id"].is_string() {
+        echoes(&json!({"metadata": metadata, "message_echoes": [raw]}), &mut found);
+    } else {
+        messages(&json!({"metadata": metadata, "contacts": contact, "messages": [raw]}), &mut found);
+    }
+    found
+}
+
 fn broken(raw: &Value, reason: &str) -> Item {
     Item {
         external_id: String::new(),

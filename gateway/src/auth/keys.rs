@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use patchbay_actors::clock::Clock;
-use patchbay_actors::directory::{Directory, Key};
+use patchbay_actors::directory::{Directory, Key, KeyScope};
 use patchbay_admin_api::{Authenticator, TokenIssuer};
-use patchbay_protocol::ids::{AgentId, TenantId};
+use patchbay_protocol::ids::{AccountId, AgentId, TenantId};
 use patchbay_protocol::principal::{Principal, Role};
 use patchbay_protocol::{CommandError, ErrorCode, Timestamp};
 use sha2::{Digest, Sha256};
@@ -29,19 +29,22 @@ pub fn hash(secret: &str) -> String {
     hex(&Sha256::digest(secret.as_bytes()))
 }
 
-/// Stores a new key of a tenant; the secret is told only here.
-pub async fn create(
-    directory: &Directory,
-    tenant: &TenantId,
-    name: &str,
-    now: Timestamp,
-) -> Result<String, CommandError> {
-    let secret = fresh_secret();
-    put(directory, tenant, name, &secret, now).await?;
-    Ok(secret)
+/// A key's id and record around its secret.
+fn record(name: &str, scope: KeyScope, secret: &str, now: Timestamp) -> (String, Key) {
+    let hash = hash(secret);
+    let key = Key {
+        name: name.to_owned(),
+        scope,
+        prefix: secret.chars().take(10).collect(),
+        created_at: now,
+        last_used_at: None,
+        hash: hash.clone(),
+    };
+    // Of the hash: to store a secret again is to store the same key.
+    (format!("key_{}", &hash[..16]), key)
 }
 
-/// Stores a given secret as a key of a tenant.
+/// Stores a given secret as a key of a tenant, once.
 pub async fn put(
     directory: &Directory,
     tenant: &TenantId,
@@ -49,13 +52,11 @@ pub async fn put(
     secret: &str,
     now: Timestamp,
 ) -> Result<(), CommandError> {
-    let key = Key {
-        tenant: tenant.clone(),
-        name: name.to_owned(),
-        prefix: secret.chars().take(10).collect(),
-        created_at: now,
-    };
-    directory.put_key(&hash(secret), &key).await.map(|_| ())
+    let (id, key) = record(name, KeyScope::Full, secret, now);
+    if directory.key_owner(&key.hash).await?.is_some() {
+        return Ok(());
+    }
+    directory.put_key(tenant, &id, &key).await
 }
 
 /// The doorkeeper of the API.
@@ -75,6 +76,30 @@ impl ApiAuth {
     }
 }
 
+/// Claims of somebody of a tenant, issued at `now`.
+fn claims(tenant: &TenantId, sub: &str, now: Timestamp) -> Claims {
+    let jti: u128 = rand::random();
+    Claims {
+        tenant: Some(tenant.to_string()),
+        sub: sub.to_owned(),
+        role: None,
+        account: None,
+        name: None,
+        iat: now.as_millis() / 1000,
+        exp: None,
+        jti: Some(format!("{jti:032x}")),
+    }
+}
+
+impl ApiAuth {
+    fn sign(&self, claims: Claims, ttl_s: u64) -> Result<(String, Timestamp), CommandError> {
+        let exp = claims.iat.saturating_add(i64::try_from(ttl_s).unwrap_or(i64::MAX / 2));
+        let claims = Claims { exp: Some(exp), ..claims };
+        let token = self.auth.keys().issue(&claims).ok_or(ErrorCode::NotAvailable)?;
+        Ok((token, Timestamp::from_seconds(exp)))
+    }
+}
+
 #[async_trait]
 impl Authenticator for ApiAuth {
     async fn principal(&self, bearer: &str) -> Result<Principal, CommandError> {
@@ -82,10 +107,15 @@ impl Authenticator for ApiAuth {
         if self.operator_hash.is_some_and(|own| own.ct_eq(&given).into()) {
             return Ok(Principal::Operator);
         }
-        match self.directory.key(&hex(&given)).await? {
-            Some(key) => Ok(Principal::Tenant(key.tenant)),
-            None => Err(ErrorCode::Unauthorized.into()),
+        let owner = self.directory.key_owner(&hex(&given)).await?.ok_or(ErrorCode::Unauthorized)?;
+        if let Err(error) = self.directory.key_used(&owner, self.clock.now()).await {
+            // The key is good all the same.
+            tracing::warn!(code = error.code.name(), "a key's use could not be noted");
         }
+        Ok(match owner.scope {
+            KeyScope::Full => Principal::Tenant(owner.tenant),
+            KeyScope::Read => Principal::Reader(owner.tenant),
+        })
     }
 }
 
@@ -99,23 +129,36 @@ impl TokenIssuer for ApiAuth {
         ttl_s: u64,
         not_before: Option<Timestamp>,
     ) -> Result<(String, Timestamp), CommandError> {
-        let now = self.clock.now().max(not_before.unwrap_or_default()).as_millis() / 1000;
-        let exp = now.saturating_add(i64::try_from(ttl_s).unwrap_or(i64::MAX / 2));
-        let jti: u128 = rand::random();
-        let claims = Claims {
-            tenant: Some(tenant.to_string()),
-            sub: agent.to_string(),
-            role: Some(role),
-            account: None,
-            iat: now,
-            exp: Some(exp),
-            jti: Some(format!("{jti:032x}")),
-        };
-        let token = self.auth.keys().issue(&claims).ok_or(ErrorCode::NotAvailable)?;
-        Ok((token, Timestamp::from_seconds(exp)))
+        let now = self.clock.now().max(not_before.unwrap_or_default());
+        self.sign(Claims { role: Some(role), ..claims(tenant, agent.as_str(), now) }, ttl_s)
     }
 
-    async fn create_key(&self, tenant: &TenantId, name: &str) -> Result<String, CommandError> {
-        create(&self.directory, tenant, name, self.clock.now()).await
+    fn issue_contact(
+        &self,
+        tenant: &TenantId,
+        account: &AccountId,
+        visitor: &str,
+        name: Option<&str>,
+        ttl_s: u64,
+    ) -> Result<(String, Timestamp), CommandError> {
+        let contact = Claims {
+            role: Some(Role::Contact),
+            account: Some(account.to_string()),
+            name: name.map(str::to_owned),
+            ..claims(tenant, visitor, self.clock.now())
+        };
+        self.sign(contact, ttl_s)
+    }
+
+    async fn create_key(
+        &self,
+        tenant: &TenantId,
+        name: &str,
+        scope: KeyScope,
+    ) -> Result<(String, String, Key), CommandError> {
+        let secret = fresh_secret();
+        let (id, key) = record(name, scope, &secret, self.clock.now());
+        self.directory.put_key(tenant, &id, &key).await?;
+        Ok((id, secret, key))
     }
 }

@@ -6,8 +6,8 @@ pub mod token;
 use std::sync::Arc;
 
 use patchbay_actors::directory::Directory;
-use patchbay_protocol::ids::{AgentId, TenantId};
-use patchbay_protocol::principal::{AgentPrincipal, Role};
+use patchbay_protocol::ids::{AccountId, AgentId, TenantId};
+use patchbay_protocol::principal::{AgentPrincipal, ContactPrincipal, Role};
 use patchbay_protocol::{CommandError, Timestamp};
 
 pub use token::{Claims, TokenKeys};
@@ -17,6 +17,8 @@ pub use token::{Claims, TokenKeys};
 pub enum Peer {
     /// An agent, supervisor or admin.
     Agent(AgentPrincipal),
+    /// A visitor of a web chat.
+    Contact(ContactPrincipal),
     /// Runs the cluster.
     Operator,
     /// A token without a role (Centrifugo's kind): live topics only.
@@ -73,12 +75,26 @@ impl Auth {
         Ok((peer, claims))
     }
 
+    async fn contact(&self, claims: &Claims) -> Result<ContactPrincipal, Refusal> {
+        let tenant: TenantId =
+            claims.tenant.as_deref().unwrap_or("").parse().map_err(|_| Refusal::Invalid)?;
+        let account: AccountId =
+            claims.account.as_deref().unwrap_or("").parse().map_err(|_| Refusal::Invalid)?;
+        let document = self.directory.account(&tenant, &account).await?.ok_or(Refusal::Invalid)?;
+        let connector = patchbay_connectors::by_name(&document.connector).ok_or(Refusal::Invalid)?;
+        if !connector.channel().direct {
+            return Err(Refusal::Invalid);
+        }
+        let visitor = connector.recipient(&claims.sub).map_err(|_| Refusal::Invalid)?;
+        Ok(ContactPrincipal { tenant, account, visitor, name: claims.name.clone() })
+    }
+
     /// Who verified claims stand for, by the documents as they are now.
     pub async fn peer(&self, claims: &Claims) -> Result<Peer, Refusal> {
         match claims.role {
             None => Ok(Peer::Plain(claims.sub.clone())),
             Some(Role::Operator) => Ok(Peer::Operator),
-            Some(Role::Contact) => Err(Refusal::NotAvailable),
+            Some(Role::Contact) => self.contact(claims).await.map(Peer::Contact),
             Some(role @ (Role::Agent | Role::Supervisor | Role::Admin)) => {
                 let tenant: TenantId =
                     claims.tenant.as_deref().unwrap_or("").parse().map_err(|_| Refusal::Invalid)?;

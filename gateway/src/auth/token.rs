@@ -25,6 +25,9 @@ pub struct Claims {
     /// The account of a contact.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub account: Option<String>,
+    /// The display name of a contact.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
     /// When it was issued, in seconds.
     #[serde(default)]
     pub iat: i64,
@@ -153,6 +156,7 @@ mod tests {
             sub: "anna".into(),
             role: Some(Role::Agent),
             account: None,
+            name: None,
             iat: 1000,
             exp: Some(2000),
             jti: Some("j".into()),

@@ -57,6 +57,7 @@ pub(super) fn agent_claims(
         sub: agent.to_string(),
         role: Some(role),
         account: None,
+        name: None,
         iat,
         exp: Some(iat + i64::from(ttl_s)),
         jti: Some(format!("{jti:032x}")),

@@ -5,11 +5,12 @@ pub mod outbound;
 #[cfg(test)]
 mod schedules;
 pub mod seam;
+pub mod view;
 
 use std::collections::HashMap;
 use std::fmt;
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use bytes::Bytes;
 use patchbay_actors::ports::Publisher;
@@ -45,12 +46,25 @@ impl Topic {
     }
 }
 
+/// How a subscription sees a conversation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum View {
+    /// As the business does.
+    Whole,
+    /// As a visitor does: messages and media of its own thread, of this tenant.
+    Contact(TenantId),
+}
+
+/// Tells how an agent of a tenant is called, where that is at hand.
+pub type Names = Box<dyn Fn(&TenantId, &AgentId) -> Option<String> + Send + Sync>;
+
 /// One connection's subscription.
 struct Member {
     client: ClientId,
     outbound: Arc<Outbound>,
     info: Arc<ClientInfo>,
     join_leave: bool,
+    view: View,
 }
 
 /// A connection's id: 128 random bits.
@@ -66,15 +80,26 @@ impl fmt::Display for ClientId {
 /// The hub.
 pub struct Hub {
     parts: Vec<Mutex<HashMap<Topic, Vec<Member>>>>,
+    names: OnceLock<Names>,
 }
 
 impl Default for Hub {
     fn default() -> Self {
-        Self { parts: (0..PARTS).map(|_| Mutex::default()).collect() }
+        Self { parts: (0..PARTS).map(|_| Mutex::default()).collect(), names: OnceLock::new() }
     }
 }
 
 impl Hub {
+    /// Says how agents are called; once.
+    pub fn set_names(&self, names: Names) {
+        let _ = self.names.set(names);
+    }
+
+    /// How an agent is called, where that is at hand.
+    pub fn name(&self, tenant: &TenantId, agent: &AgentId) -> Option<String> {
+        self.names.get()?(tenant, agent)
+    }
+
     fn part(&self, topic: &Topic) -> MutexGuard<'_, HashMap<Topic, Vec<Member>>> {
         let mut hash = DefaultHasher::new();
         topic.hash(&mut hash);
@@ -91,12 +116,13 @@ impl Hub {
         outbound: &Arc<Outbound>,
         info: &Arc<ClientInfo>,
         join_leave: bool,
+        view: View,
     ) -> Result<(), ErrorCode> {
         outbound.subscribe(topic)?;
         let mut part = self.part(topic);
         let members = part.entry(topic.clone()).or_default();
         members.retain(|m| m.client != client);
-        members.push(Member { client, outbound: outbound.clone(), info: info.clone(), join_leave });
+        members.push(Member { client, outbound: outbound.clone(), info: info.clone(), join_leave, view });
         Ok(())
     }
 
@@ -139,10 +165,18 @@ impl Hub {
     /// Shows that somebody is writing: without offset, only the latest matters.
     pub fn typing(&self, conversation: ConversationId, actor: &str, publication: Bytes) {
         let topic = Topic::Conversation(conversation);
-        let frames = Frames::new(topic.channel(), publication, 0);
+        let frames = Frames::new(topic.channel(), publication.clone(), 0);
         let part = self.part(&topic);
         for member in part.get(&topic).into_iter().flatten() {
-            member.outbound.publish_latest(&topic, actor, &frames);
+            match &member.view {
+                View::Whole => member.outbound.publish_latest(&topic, actor, &frames),
+                View::Contact(tenant) => {
+                    let seen = view::typing_for_contact(&publication, |agent| self.name(tenant, agent));
+                    let Some(seen) = seen else { continue };
+                    let frames = Frames::new(topic.channel(), seen, 0);
+                    member.outbound.publish_latest(&topic, actor, &frames);
+                }
+            }
         }
     }
 
@@ -163,8 +197,19 @@ impl Publisher for Hub {
         let Some(members) = part.get(&topic) else { return };
         for (seq, data) in entries {
             let frames = Frames::new(topic.channel(), data.clone(), *seq);
+            // Made when the first visitor is met, and then shared as well: all of a conversation are of one tenant.
+            let mut contact: Option<Option<Frames>> = None;
             for member in members {
-                member.outbound.publish(&topic, &frames);
+                let frames = match &member.view {
+                    View::Whole => Some(&frames),
+                    View::Contact(tenant) => contact
+                        .get_or_insert_with(|| {
+                            let seen = view::for_contact(data, |agent| self.name(tenant, agent))?;
+                            Some(Frames::new(topic.channel(), seen, *seq))
+                        })
+                        .as_ref(),
+                };
+                member.outbound.publish(&topic, *seq, frames);
             }
             metrics::counter!("patchbay_hub_publications_total").increment(members.len() as u64);
         }

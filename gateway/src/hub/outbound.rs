@@ -63,7 +63,8 @@ struct Queued {
 
 struct Subscribed {
     number: u64,
-    seam: Seam<Bytes>,
+    /// What is held is a frame, or a seq that this subscription does not see.
+    seam: Seam<Option<Bytes>>,
 }
 
 /// Where a subscription that is behind goes on.
@@ -206,8 +207,8 @@ impl Outbound {
         q.bytes = bytes;
     }
 
-    /// A confirmed entry of a topic.
-    pub fn publish(&self, topic: &Topic, frames: &Frames) {
+    /// A confirmed entry of a topic; `frames` is `None` where this subscription does not see it.
+    pub fn publish(&self, topic: &Topic, seq: u64, frames: Option<&Frames>) {
         let mut q = self.lock();
         let room = q.bytes < self.publication_bytes_max;
         if !room {
@@ -215,12 +216,15 @@ impl Outbound {
             q.slots.clear();
         }
         let Some(Subscribed { seam, .. }) = q.seams.get_mut(topic) else { return };
-        let verdict = seam.offer(frames.seq, || frames.encoded(self.encoding), room);
+        let encoded = || frames.map(|f| f.encoded(self.encoding));
+        let verdict = seam.offer(seq, encoded, room);
         let behind = matches!(seam, Seam::Behind { .. });
         match verdict {
             Verdict::Push => {
-                q.push(Some(topic.clone()), frames.encoded(self.encoding));
-                q.wake();
+                if let Some(frame) = encoded() {
+                    q.push(Some(topic.clone()), frame);
+                    q.wake();
+                }
             }
             Verdict::Keep if behind && !q.behind => {
                 q.behind = true;
@@ -276,7 +280,7 @@ impl Outbound {
         if matches!(seam, Seam::Behind { .. }) {
             q.behind = true;
         }
-        for frame in held {
+        for frame in held.into_iter().flatten() {
             q.push(Some(topic.clone()), frame);
         }
         q.wake();
@@ -441,7 +445,7 @@ mod tests {
         let outbound = live(&topic);
         outbound.publish_latest(&topic, "anna", &frames(&topic, 0));
         outbound.publish_latest(&topic, "anna", &frames(&topic, 0));
-        (1..=9).for_each(|seq| outbound.publish(&topic, &frames(&topic, seq)));
+        (1..=9).for_each(|seq| outbound.publish(&topic, seq, Some(&frames(&topic, seq))));
         let (pushed, _) = drained(&outbound);
         assert_eq!(
             outbound.go_on().map(|from| from.after),

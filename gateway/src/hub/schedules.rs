@@ -16,7 +16,7 @@ use proptest::prelude::*;
 use serde_json::Value;
 
 use super::outbound::{Frames, GoOn, Next, Outbound};
-use super::{ClientId, Hub, Topic};
+use super::{ClientId, Hub, Topic, View};
 
 /// Bytes of the queue past which publications wait in the log: a few entries.
 const ROOM: usize = 1500;
@@ -157,7 +157,9 @@ impl World {
         let again = match job {
             Job::Subscribe { from, joined: false, .. } => {
                 let info = Arc::new(ClientInfo::default());
-                self.hub.join(&topic(), self.client, &self.outbound, &info, false).expect("lanes keep order");
+                self.hub
+                    .join(&topic(), self.client, &self.outbound, &info, false, View::Whole)
+                    .expect("lanes keep order");
                 Some(Job::Subscribe { from, joined: true, tip: None })
             }
             // The owner answers the tip in order with its publications: all up to it are on the wire or past.

@@ -1,6 +1,6 @@
 //! `message.edit`, `message.delete`, `message.react`: where the channel can.
 
-use patchbay_protocol::command::{Command, DeleteMessage, EditMessage, ReactMessage};
+use patchbay_protocol::command::{Command, DeleteMessage, EditMessage, ReactMessage, Reply, StateReply};
 use patchbay_protocol::entry::{Body, Target};
 use patchbay_protocol::ids::EntryId;
 use patchbay_protocol::outbound::Lane;
@@ -10,7 +10,7 @@ use super::{Draft, Known, Outcome};
 use crate::conversation::entity::Effect;
 use crate::conversation::ids;
 use crate::conversation::state::State;
-use crate::shard::entity::{Lookup, Now};
+use crate::shard::entity::{Decision, Lookup, Now};
 
 /// The longest emoji, in bytes (families with skin tones are long).
 const EMOJI_MAX: usize = 64;
@@ -92,5 +92,8 @@ pub(super) fn react(
     let emoji = request.emoji.clone();
     let seq = draft.add(Body::Reacted { target, emoji, provider_id: None, participant: None });
     let lane = Lane::of(&command.actor);
-    draft.state_reply(state).map(|d| d.effect(Effect::HandOn { seq, lane }))
+    let reply = StateReply { seq, at: now.at };
+    let direct = super::send::carried(state, command, seq, &mut draft);
+    let decision = Decision::entries(draft.entries, Reply::State(reply));
+    Ok(if direct { decision } else { decision.effect(Effect::HandOn { seq, lane }) })
 }

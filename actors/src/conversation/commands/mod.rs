@@ -79,6 +79,7 @@ pub(crate) fn lookups(state: &State, found: &Known, command: &Command) -> Vec<Lo
         Request::Delete(r) => vec![Lookup::Seq(r.message_seq)],
         Request::React(r) => message::lookups(r.message_seq),
         Request::Read(_)
+        | Request::ContactRead(_)
         | Request::Assign(_)
         | Request::Resolve
         | Request::Reopen
@@ -106,6 +107,7 @@ pub(crate) fn decide(state: &State, found: &Known, command: &Command, now: &Now)
         Request::Delete(r) => message::delete(state, found, command, r, now),
         Request::React(r) => message::react(state, found, command, r, now),
         Request::Read(r) => read::decide(state, command, r, now),
+        Request::ContactRead(r) => read::by_contact(state, command, r, now),
         Request::Assign(r) => assign::decide(state, command, r, now),
         Request::Resolve => status::resolve(state, command, now),
         Request::Reopen => status::reopen(state, command, now),

@@ -1,10 +1,12 @@
 //! What the provider brings: messages, reactions, edits, deletions, echoes, changed contacts. One entry for every
 //! provider id, whenever and to whichever node it is repeated (G5).
 
-use patchbay_protocol::command::{Command, Opening, Reply};
-use patchbay_protocol::entry::{Actor, ActorType, Body, Cause, Opened, Received, Sent, Target};
+use patchbay_protocol::command::{Command, Opening, Reply, SendReply};
+use patchbay_protocol::entry::{Actor, ActorType, Body, Cause, Entry, Opened, Received, Sent, Target};
 use patchbay_protocol::inbound::{InboundMessage, ThreadEvent};
 use patchbay_protocol::summary::{Contact, Status};
+use patchbay_protocol::{CommandError, ErrorCode};
+use serde_json::json;
 
 use super::{Draft, Known, Outcome};
 use crate::conversation::ids;
@@ -43,7 +45,10 @@ pub(super) fn decide(
 ) -> Outcome {
     let id = event.provider_id();
     let echo_of_ours = matches!(event, ThreadEvent::Echo { .. }) && found.id(ids::wamid(id)).is_some();
-    if found.id(ids::provider(id)).is_some() || echo_of_ours {
+    if let Some((seq, before)) = found.id(ids::provider(id)) {
+        return repeated(command, event, seq, before);
+    }
+    if echo_of_ours {
         return Ok(Decision::reply(Reply::Taken));
     }
     let mut draft = Draft::new(command, now);
@@ -106,7 +111,22 @@ pub(super) fn decide(
             );
         }
     }
-    Ok(Decision::entries(draft.entries, Reply::Taken))
+    let seq = now.next_seq + draft.entries.len() as u64 - 1;
+    let reply = Reply::Sent(SendReply { seq, at: now.at, duplicate: false });
+    Ok(Decision::entries(draft.entries, reply))
+}
+
+/// The same id again adds nothing. Whoever names its own messages is told when it named two of them alike.
+fn repeated(command: &Command, event: &ThreadEvent, seq: u64, before: &Entry) -> Outcome {
+    let same = match (event, &before.body) {
+        (ThreadEvent::Message(new), Body::Received(old)) => new.content == old.content,
+        _ => true,
+    };
+    if command.actor.kind == ActorType::Contact && !same {
+        let detail = json!({"detail": "this client_id was used for another message"});
+        return Err(CommandError::with(ErrorCode::Conflict, detail));
+    }
+    Ok(Decision::reply(Reply::Sent(SendReply { seq, at: before.at, duplicate: true })))
 }
 
 fn sender(opening: &Opening) -> String {

@@ -1,8 +1,10 @@
 //! `message.send`: a message to the customer, once for every (actor, `client_id`) (G5).
 
 use patchbay_protocol::command::{Command, Opening, Reply, Scope, SendMessage, SendReply, check_client_id};
-use patchbay_protocol::entry::{Body, Cause, Opened, Sent};
+use patchbay_protocol::entry::{Actor, ActorType, Body, Cause, Opened, Sent, StatusChanged};
+use patchbay_protocol::ids::EntryId;
 use patchbay_protocol::outbound::Lane;
+use patchbay_protocol::receipt::MessageStatus;
 use patchbay_protocol::summary::Status;
 use patchbay_protocol::{CommandError, Content, ErrorCode, Timestamp};
 use serde_json::json;
@@ -51,7 +53,27 @@ pub(super) fn decide(
         sent_at: None,
     }));
     let reply = Reply::Sent(SendReply { seq, at: now.at, duplicate: false });
-    Ok(Decision::entries(draft.entries, reply).effect(Effect::HandOn { seq, lane }))
+    let direct = carried(state, command, seq, &mut draft);
+    let decision = Decision::entries(draft.entries, reply);
+    Ok(if direct { decision } else { decision.effect(Effect::HandOn { seq, lane }) })
+}
+
+/// Where the customer is on our own socket, what is in the log is sent. Tells whether that is so.
+pub(super) fn carried(state: &State, command: &Command, seq: u64, draft: &mut Draft<'_>) -> bool {
+    let direct = command.scope.channel.direct;
+    if direct {
+        let told = StatusChanged {
+            message_seq: seq,
+            status: MessageStatus::Sent,
+            provider_id: Some(EntryId { conversation: state.id, seq }.to_string()),
+            provider_at: None,
+            pricing: None,
+            participant: None,
+            error: None,
+        };
+        draft.add_by(Actor::new(ActorType::Provider, "webchat"), Body::Status(told));
+    }
+    direct
 }
 
 /// The same id again: the first answer for the same content, a conflict for another.

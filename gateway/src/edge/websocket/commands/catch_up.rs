@@ -8,7 +8,9 @@ use patchbay_protocol::ids::ConversationId;
 use super::super::Sockets;
 use super::super::connection::{Change, Connection, Done, unsubscribe_push};
 use super::super::lanes::{Half, Later};
+use super::reading::Reading;
 use super::subscribe::RECOVERY_MAX_PUBLICATIONS;
+use crate::auth::Peer;
 use crate::hub::Topic;
 use crate::hub::outbound::{Frames, GoOn, Outbound};
 
@@ -18,12 +20,14 @@ const INSUFFICIENT_STATE: u32 = 2500;
 pub(crate) fn run(connection: &Connection, from: GoOn) -> Later<Half<Done>> {
     let (sockets, outbound, client) =
         (connection.sockets.clone(), connection.outbound.clone(), connection.client);
-    let info = super::info(connection);
+    let (info, peer) = (super::info(connection), super::peer(connection));
     Box::pin(async move {
-        let caught_up = match from.topic {
-            Topic::Conversation(id) => caught_up(&sockets, &outbound, &from, id).await.unwrap_or(false),
+        let caught_up = match (from.topic.clone(), peer) {
+            (Topic::Conversation(id), Some(peer)) => {
+                caught_up(&sockets, &outbound, &peer, &from, id).await.unwrap_or(false)
+            }
             // These have no past to go on from: the client subscribes anew and lists.
-            Topic::Inbox(..) | Topic::Agent(..) => false,
+            (Topic::Inbox(..) | Topic::Agent(..), _) | (Topic::Conversation(_), None) => false,
         };
         let mut change = Change::None;
         if !caught_up && outbound.is_still(&from) {
@@ -39,25 +43,24 @@ pub(crate) fn run(connection: &Connection, from: GoOn) -> Later<Half<Done>> {
 async fn caught_up(
     sockets: &Sockets,
     outbound: &Outbound,
+    peer: &Peer,
     from: &GoOn,
     id: ConversationId,
 ) -> Result<bool, CommandError> {
-    let tip = sockets.desk.tip_of(id).await?;
-    let page = sockets
-        .desk
-        .read(id, Page::After(from.after), tip, RECOVERY_MAX_PUBLICATIONS, PAGE_BYTES_MAX)
-        .await
-        .map_err(|_| CommandError::unavailable())?;
-    let read = page.entries.last().map_or(from.after, |(seq, _)| *seq);
-    if read < tip {
+    let (tenant, view) = super::reader(peer)?;
+    let tip = sockets.desk.tip(tenant, id).await?.seq;
+    let reading = Reading { sockets, id, view: &view };
+    let page = Page::After(from.after);
+    let found = reading.page(page, tip, RECOVERY_MAX_PUBLICATIONS, PAGE_BYTES_MAX).await?;
+    if found.covered < tip {
         return Ok(false);
     }
     let encoding = outbound.encoding();
-    let frames = page
+    let frames = found
         .entries
         .into_iter()
         .map(|(seq, data)| Frames::new(from.topic.channel(), data, seq).encoded(encoding))
         .collect();
-    outbound.caught_up(from, frames, read);
+    outbound.caught_up(from, frames, tip);
     Ok(true)
 }

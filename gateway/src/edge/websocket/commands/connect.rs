@@ -16,7 +16,7 @@ use super::super::lanes::{Half, Later};
 use super::super::session::{Live, Subscription};
 use crate::auth::{Claims, Peer, Refusal};
 use crate::hub::outbound::Outbound;
-use crate::hub::{ClientId, Topic};
+use crate::hub::{ClientId, Topic, View};
 
 pub(crate) fn run(connection: &Connection, id: u32, request: ConnectRequest) -> Later<Half<Done>> {
     let (sockets, client, outbound, present) = (
@@ -85,7 +85,7 @@ async fn connect(
         let topic = Topic::Agent(agent.tenant.clone(), agent.agent.clone());
         sockets
             .hub
-            .join(&topic, client, outbound, &info, false)
+            .join(&topic, client, outbound, &info, false, View::Whole)
             .map_err(|code| Refused::Error(code.into()))?;
         // Its own channel cannot be resumed, and says so.
         let was_recovering = request.subs.get(&topic.channel()).is_some_and(|s| s.recover);
@@ -109,6 +109,10 @@ pub(super) fn ttl(claims: &Claims, now: Timestamp) -> (bool, u32) {
 fn info(peer: &Peer, client: ClientId) -> ClientInfo {
     let (user, conn_info) = match peer {
         Peer::Agent(a) => (a.agent.to_string(), json!({"name": a.name, "role": a.role.as_str()}).to_string()),
+        Peer::Contact(c) => {
+            let name = c.name.as_deref().unwrap_or(&c.visitor);
+            (c.visitor.clone(), json!({"name": name, "role": "contact"}).to_string())
+        }
         Peer::Operator => ("operator".to_owned(), String::new()),
         Peer::Plain(sub) => (sub.clone(), String::new()),
     };

@@ -8,6 +8,7 @@ use patchbay_protocol::{CommandError, ErrorCode};
 use super::super::Sockets;
 use super::super::connection::{Connection, Done};
 use super::super::lanes::{Half, Later};
+use super::reading::Reading;
 use crate::auth::Peer;
 use crate::hub::Topic;
 use std::sync::Arc;
@@ -33,9 +34,8 @@ async fn history(
     request: &HistoryRequest,
 ) -> Result<HistoryResult, CommandError> {
     let topic = super::topic(sockets, peer, &request.channel).await?;
-    let (Topic::Conversation(id), Peer::Agent(agent)) = (topic, peer) else {
-        return Err(ErrorCode::NotAvailable.into());
-    };
+    let Topic::Conversation(id) = topic else { return Err(ErrorCode::NotAvailable.into()) };
+    let (tenant, view) = super::reader(peer)?;
     let epoch = sockets.desk.node().epoch_of(id);
     let since = request.since.as_ref();
     if since.is_some_and(|s| !s.epoch.is_empty() && s.epoch != epoch) {
@@ -48,12 +48,13 @@ async fn history(
         (Some(s), true) => Page::Before(Some(s.offset)),
     };
     let limit = usize::try_from(request.limit).unwrap_or(PAGE_ENTRIES_MAX).min(PAGE_ENTRIES_MAX);
-    let found =
-        sockets.desk.entries_within(&agent.tenant, id, page, limit, PAGE_BYTES_MAX - WRAPPING_BYTES).await?;
+    let tip = sockets.desk.tip(tenant, id).await?.seq;
+    let reading = Reading { sockets, id, view: &view };
+    let found = reading.page(page, tip, limit, PAGE_BYTES_MAX - WRAPPING_BYTES).await?;
     let publications = found
         .entries
         .into_iter()
         .map(|(offset, data)| Publication { data, offset, ..Publication::default() })
         .collect();
-    Ok(HistoryResult { publications, epoch, offset: found.tip })
+    Ok(HistoryResult { publications, epoch, offset: tip })
 }

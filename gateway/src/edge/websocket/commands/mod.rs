@@ -2,8 +2,10 @@
 
 pub mod catch_up;
 pub mod connect;
+mod contact;
 mod history;
 mod presence;
+mod reading;
 pub mod recheck;
 mod refresh;
 mod rpc;
@@ -14,7 +16,7 @@ use std::sync::Arc;
 
 use patchbay_protocol::client::reply::{ClientInfo, Reply};
 use patchbay_protocol::client::request::Command;
-use patchbay_protocol::ids::ConversationId;
+use patchbay_protocol::ids::{ConversationId, TenantId};
 use patchbay_protocol::{CommandError, Disconnect, ErrorCode};
 
 pub(super) use rpc::METHODS;
@@ -24,7 +26,7 @@ use super::connection::{Change, Connection, Done};
 use super::lanes::{Half, Later};
 use super::session::Session;
 use crate::auth::Peer;
-use crate::hub::{ClientId, Topic};
+use crate::hub::{ClientId, Topic, View};
 
 /// Starts a command of a connected client in its lane.
 pub(super) fn start(connection: &mut Connection, command: Command) {
@@ -113,6 +115,12 @@ async fn topic(sockets: &Sockets, peer: &Peer, channel: &str) -> Result<Topic, C
         Peer::Agent(agent) => agent,
         // Its state is shown in a later version.
         Peer::Operator if namespace == "cluster" => return Err(ErrorCode::NotAvailable.into()),
+        // Its own conversation, also before its first message.
+        Peer::Contact(contact) => {
+            let own = contact.conversation();
+            let is_own = namespace == "conversation" && name.parse() == Ok(own);
+            return if is_own { Ok(Topic::Conversation(own)) } else { Err(denied()) };
+        }
         Peer::Operator | Peer::Plain(_) => return Err(denied()),
     };
     match namespace {
@@ -138,6 +146,15 @@ async fn topic(sockets: &Sockets, peer: &Peer, channel: &str) -> Result<Topic, C
             Ok(Topic::Agent(agent.tenant.clone(), agent.agent.clone()))
         }
         _ => Err(denied()),
+    }
+}
+
+/// Whose conversations a peer reads, and how it sees them.
+fn reader(peer: &Peer) -> Result<(&TenantId, View), CommandError> {
+    match peer {
+        Peer::Agent(agent) => Ok((&agent.tenant, View::Whole)),
+        Peer::Contact(contact) => Ok((&contact.tenant, View::Contact(contact.tenant.clone()))),
+        Peer::Operator | Peer::Plain(_) => Err(ErrorCode::PermissionDenied.into()),
     }
 }
 

@@ -7,7 +7,11 @@ use patchbay_protocol::client::reply::{PresenceResult, PresenceStatsResult, Repl
 
 use super::super::connection::{Connection, Done};
 use super::super::lanes::{Half, Later};
+use crate::auth::Peer;
 use crate::hub::Topic;
+
+/// Connections that one reply shows.
+const SHOWN_MAX: usize = 1000;
 
 pub(super) fn run(connection: &Connection, id: u32, channel: String, stats: bool) -> Later<Half<Done>> {
     let Some(claims) = super::claims(connection) else {
@@ -17,10 +21,14 @@ pub(super) fn run(connection: &Connection, id: u32, channel: String, stats: bool
     super::replies(id, async move {
         let peer = super::fresh(&sockets, &claims).await?;
         let topic = super::topic(&sockets, &peer, &channel).await?;
-        if !matches!(topic, Topic::Conversation(_)) {
+        if !matches!(topic, Topic::Conversation(_)) || matches!(peer, Peer::Contact(_)) {
             return Err(ErrorCode::NotAvailable.into());
         }
-        let there = sockets.hub.presence(&topic);
+        let mut there = sockets.hub.presence(&topic);
+        // A reply is one message; nobody looks at so many names.
+        if !stats {
+            there.truncate(SHOWN_MAX);
+        }
         if stats {
             let users: HashSet<&str> = there.iter().map(|(_, info)| info.user.as_str()).collect();
             let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);

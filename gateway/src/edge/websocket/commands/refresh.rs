@@ -17,8 +17,8 @@ pub(super) fn run(connection: &Connection, id: u32, request: RefreshRequest) -> 
         let admitted = sockets.auth.admit(&request.token, now).await;
         let (reply, change) = match admitted {
             Ok((_, claims))
-                if (&claims.tenant, &claims.sub, claims.role)
-                    != (&before.tenant, &before.sub, before.role) =>
+                if (&claims.tenant, &claims.sub, claims.role, &claims.account)
+                    != (&before.tenant, &before.sub, before.role, &before.account) =>
             {
                 (None, Change::Close(Disconnect::InvalidToken))
             }

@@ -23,12 +23,13 @@ use serde_json::{Map, Value, json};
 use super::super::Sockets;
 use super::super::connection::{Change, Connection, Done};
 use super::super::lanes::{Half, Later};
+use super::contact::Pending;
 use crate::auth::Peer;
 
 /// Summaries of one reply, in bytes.
 const LIST_BYTES_MAX: usize = 448 * 1024;
 /// How long a customer or colleague is shown as typing.
-const TYPING_FOR: Duration = Duration::from_secs(6);
+pub(super) const TYPING_FOR: Duration = Duration::from_secs(6);
 
 /// Every method that there is.
 pub(in crate::edge::websocket) const METHODS: [&str; 17] = [
@@ -67,7 +68,7 @@ pub(super) fn run(connection: &Connection, id: u32, request: RpcRequest) -> Late
         return super::done(id, Err(ErrorCode::BadRequest.into()));
     };
     let later = request.method.starts_with("offer.");
-    if !matches!(peer, Peer::Agent(_)) || later {
+    if !matches!(peer, Peer::Agent(_) | Peer::Contact(_)) || later {
         return super::done(id, Err(ErrorCode::NotAvailable.into()));
     }
     if !METHODS.contains(&request.method.as_str()) {
@@ -79,6 +80,10 @@ pub(super) fn run(connection: &Connection, id: u32, request: RpcRequest) -> Late
         let method = METHODS.iter().find(|m| **m == request.method).copied().unwrap_or("");
         let first = match super::fresh(&sockets, &claims).await {
             Ok(Peer::Agent(agent)) => first_half(sockets, agent, &request).await,
+            Ok(Peer::Contact(contact)) => match object(&request.data) {
+                Ok(data) => super::contact::first_half(&sockets, &contact, method, data).await,
+                Err(e) => Err(e),
+            },
             Ok(_) => Err(ErrorCode::NotAvailable.into()),
             Err(e) => Err(e),
         };
@@ -99,11 +104,6 @@ pub(super) fn run(connection: &Connection, id: u32, request: RpcRequest) -> Late
             Err(error) => Half::Done(finish(Err(error))),
         }
     })
-}
-
-enum Pending {
-    Done(Value),
-    Handed(patchbay_actors::router::Answer<Answered>),
 }
 
 fn answered(reply: &Answered) -> Value {
@@ -172,7 +172,7 @@ fn object(data: &[u8]) -> Result<Map<String, Value>, CommandError> {
     serde_json::from_slice(data).map_err(|e| CommandError::invalid(format!("data is not a JSON object: {e}")))
 }
 
-fn parse<T: DeserializeOwned>(data: Map<String, Value>) -> Result<T, CommandError> {
+pub(super) fn parse<T: DeserializeOwned>(data: Map<String, Value>) -> Result<T, CommandError> {
     patchbay_protocol::command::parse(Value::Object(data).to_string().as_bytes())
 }
 

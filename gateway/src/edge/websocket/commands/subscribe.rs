@@ -5,15 +5,16 @@ use std::sync::Arc;
 use patchbay_actors::desk::{PAGE_BYTES_MAX, Page};
 use patchbay_protocol::client::reply::{Publication, Reply, SubscribeResult};
 use patchbay_protocol::client::request::SubscribeRequest;
-use patchbay_protocol::ids::ConversationId;
+use patchbay_protocol::ids::{ConversationId, TenantId};
 use patchbay_protocol::{CommandError, ErrorCode};
 
 use super::super::Sockets;
 use super::super::connection::{Change, Connection, Done};
 use super::super::lanes::{Half, Later};
 use super::super::session::{Session, Subscription};
+use super::reading::Reading;
 use crate::auth::{Claims, Peer, Refusal};
-use crate::hub::Topic;
+use crate::hub::{Topic, View};
 
 /// Publications that a recovery brings; past it the client pages by `history`.
 pub(super) const RECOVERY_MAX_PUBLICATIONS: usize = 300;
@@ -46,12 +47,18 @@ pub(super) fn run(connection: &mut Connection, id: u32, request: SubscribeReques
             Ok(found) => found,
             Err(error) => return refused(error, Change::None),
         };
-        if let Err(code) = sockets.hub.join(&topic, client, &outbound, &info, request.join_leave) {
+        let (tenant, view) = match super::reader(&peer) {
+            Ok(reader) => reader,
+            Err(error) => return refused(error, Change::None),
+        };
+        // A visitor is told of nobody's coming and going.
+        let join_leave = request.join_leave && view == View::Whole;
+        if let Err(code) = sockets.hub.join(&topic, client, &outbound, &info, join_leave, view.clone()) {
             return refused(code.into(), Change::None);
         }
         let _turn = if request.recover { outbound.recovery_turn().await } else { None };
         let past = match &topic {
-            Topic::Conversation(conversation) => past(&sockets, &peer, *conversation, &request).await,
+            Topic::Conversation(conversation) => past(&sockets, tenant, &view, *conversation, &request).await,
             Topic::Inbox(..) | Topic::Agent(..) => {
                 Ok((SubscribeResult { was_recovering: request.recover, ..SubscribeResult::default() }, 0))
             }
@@ -91,12 +98,12 @@ async fn admitted(
 /// The subscribe result, and the seq up to which it covers the log.
 async fn past(
     sockets: &Sockets,
-    peer: &Peer,
+    tenant: &TenantId,
+    view: &View,
     id: ConversationId,
     request: &SubscribeRequest,
 ) -> Result<(SubscribeResult, u64), CommandError> {
-    let Peer::Agent(agent) = peer else { return Err(ErrorCode::PermissionDenied.into()) };
-    let tip = sockets.desk.tip(&agent.tenant, id).await?.seq;
+    let tip = sockets.desk.tip(tenant, id).await?.seq;
     let epoch = sockets.desk.node().epoch_of(id);
     let mut result = SubscribeResult {
         recoverable: true,
@@ -110,12 +117,11 @@ async fn past(
         return Ok((result, tip));
     }
     let same_log = request.epoch.is_empty() || request.epoch == epoch;
-    let missed = tip.checked_sub(request.offset);
-    let recovered = match missed {
-        Some(missed) if same_log && missed <= RECOVERY_MAX_PUBLICATIONS as u64 => {
-            missed_entries(sockets, id, request.offset, tip).await?
-        }
-        _ => None,
+    let reading = Reading { sockets, id, view };
+    let recovered = if same_log && request.offset <= tip {
+        missed_entries(&reading, request.offset, tip).await?
+    } else {
+        None
     };
     match recovered {
         Some(publications) => {
@@ -131,20 +137,19 @@ async fn past(
 
 /// Everything after `after` up to the tip; `None` when it is too much for one reply.
 async fn missed_entries(
-    sockets: &Sockets,
-    id: ConversationId,
+    reading: &Reading<'_>,
     after: u64,
     tip: u64,
 ) -> Result<Option<Vec<Publication>>, CommandError> {
-    // Half of a frame's bound: data grows when it is wrapped.
-    let page = sockets
-        .desk
-        .read(id, Page::After(after), tip, RECOVERY_MAX_PUBLICATIONS, PAGE_BYTES_MAX * 9 / 10)
-        .await;
-    let entries = page.map_err(|_| CommandError::unavailable())?.entries;
-    let whole = entries.last().map_or(after, |(seq, _)| *seq) == tip;
-    Ok(whole.then(|| {
-        entries
+    if reading.view == &View::Whole && tip - after > RECOVERY_MAX_PUBLICATIONS as u64 {
+        return Ok(None);
+    }
+    // Less than a frame's bound: data grows when it is wrapped.
+    let page = Page::After(after);
+    let found = reading.page(page, tip, RECOVERY_MAX_PUBLICATIONS, PAGE_BYTES_MAX * 9 / 10).await?;
+    Ok((found.covered == tip).then(|| {
+        found
+            .entries
             .into_iter()
             .map(|(offset, data)| Publication { data, offset, ..Publication::default() })
             .collect()

@@ -12,10 +12,8 @@ pub(super) fn run(connection: &mut Connection, id: u32, request: ChannelRequest)
     let (sockets, client) = (connection.sockets.clone(), connection.client);
     let info = super::info(connection);
     // The topic follows from the name once the lane is reached: a subscribe before it may still be under way.
-    let tenant = match super::peer(connection) {
-        Some(crate::auth::Peer::Agent(agent)) => Some(agent.tenant),
-        _ => None,
-    };
+    let peer = super::peer(connection);
+    let tenant = peer.and_then(|peer| super::reader(&peer).ok().map(|(tenant, _)| tenant.clone()));
     Box::pin(async move {
         if let Some(topic) = tenant.and_then(|t| named(&t, &request.channel)) {
             super::leave(&sockets, &topic, client, info.as_deref());
