@@ -1,11 +1,11 @@
 //! WhatsApp: every inbound kind, every outbound kind, and bodies that nobody should send.
 #![allow(missing_docs, clippy::unwrap_used)]
 
+use patchbay_connectors::Connector;
 use patchbay_connectors::whatsapp::WhatsApp;
-use patchbay_connectors::{Connector, NAMES, by_name};
 use patchbay_protocol::content::{Content, Interactive};
 use patchbay_protocol::inbound::{AddressKind, Item, ItemKind, ThreadEvent};
-use patchbay_protocol::outbound::{Lane, Outbound, Payload, Recipient, Signal};
+use patchbay_protocol::outbound::{Lane, Outbound, Payload, Recipient};
 use patchbay_protocol::receipt::MessageStatus;
 use proptest::prelude::*;
 use serde_json::{Value, json};
