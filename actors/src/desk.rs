@@ -9,7 +9,7 @@ use bytes::Bytes;
 use patchbay_protocol::command::{Command, Opening, Reply, Request, Scope, SendMessage, SendReply, Tip};
 use patchbay_protocol::entry::{Actor, ActorType, CausedBy};
 use patchbay_protocol::ids::{AccountId, AgentId, ConversationId, EntityId, InboxId, TenantId};
-use patchbay_protocol::inbound::{AccountEvent, Address, AddressKind};
+use patchbay_protocol::inbound::{AccountEvent, Address, AddressKind, ThreadEvent};
 use patchbay_protocol::outbound::Lane;
 use patchbay_protocol::principal::{AgentPrincipal, ContactPrincipal};
 use patchbay_protocol::summary::{Contact, Summary};
@@ -20,7 +20,7 @@ use tokio::time::Instant;
 
 use crate::account::{AccountCommand, AccountReply};
 use crate::conversation::window_closed;
-use crate::directory::Account;
+use crate::directory::{Account, MediaState};
 use crate::inbox::{Filter, InboxCommand, InboxReply, Position};
 use crate::node::Node;
 use crate::router::{Answer, Router, command_id};
@@ -120,6 +120,18 @@ pub fn check_size(content: &Content) -> Result<(), CommandError> {
     if bytes <= CONTENT_BYTES_MAX { Ok(()) } else { Err(ErrorCode::TooLarge.into()) }
 }
 
+/// Whether a file's type is what the content says.
+fn fits(content: &Content, mime: &str) -> bool {
+    match content {
+        Content::Image(_) => mime.starts_with("image/"),
+        Content::Sticker(_) => mime == "image/webp",
+        Content::Video(_) => mime.starts_with("video/"),
+        // One container holds either.
+        Content::Audio(_) | Content::Voice(_) => mime.starts_with("audio/") || mime == "video/mp4",
+        _ => true,
+    }
+}
+
 /// The desk of a node.
 pub struct Desk {
     node: Arc<Node>,
@@ -206,6 +218,7 @@ impl Desk {
         }
         if let Request::Send { message, .. } = &request {
             self.check_send(&place.scope, &place.account, message)?;
+            self.check_file(&place.scope, id, &message.content).await?;
         }
         self.node.conversation(id, Self::command(&place.scope, who.actor(), request))
     }
@@ -218,8 +231,43 @@ impl Desk {
     ) -> Result<Answer<Reply>, CommandError> {
         let scope = self.node.directory().scope(&contact.tenant, &contact.account).await?;
         let scope = scope.ok_or(ErrorCode::NotFound)?;
+        if let Request::Receive { event: ThreadEvent::Message(message), .. } = &request
+            && let Some(media) = message.content.media()
+        {
+            // A visitor sends what it has put here itself.
+            let own = self.node.directory().media(&contact.tenant, &media.id).await?;
+            if own.is_none_or(|r| !r.conversations.contains(&contact.conversation())) {
+                return Err(CommandError::invalid("content.media.id: there is no such file"));
+            }
+            self.check_file(&scope, contact.conversation(), &message.content).await?;
+        }
         let actor = Actor::new(ActorType::Contact, &contact.visitor);
         self.node.conversation(contact.conversation(), Self::command(&scope, actor, request))
+    }
+
+    /// A file of ours must be here and be what the message says it is. On our own channel there are no others.
+    async fn check_file(
+        &self,
+        scope: &Scope,
+        id: ConversationId,
+        content: &Content,
+    ) -> Result<(), CommandError> {
+        let Some(media) = content.media() else { return Ok(()) };
+        let refused = |why: &str| Err(CommandError::invalid(format!("content.media.id: {why}")));
+        match self.node.directory().media(&scope.tenant, &media.id).await? {
+            None if scope.channel.direct => return refused("there is no such file"),
+            // It may be the provider's.
+            None => return Ok(()),
+            Some(record) if record.state != MediaState::Ready => return refused("the file is not ready"),
+            Some(record) if !fits(content, &record.mime) => {
+                return refused(&format!("{} is no {}", record.mime, content.kind()));
+            }
+            Some(_) => {}
+        }
+        if scope.channel.direct {
+            self.node.directory().share_media(&scope.tenant, &media.id, id).await?;
+        }
+        Ok(())
     }
 
     async fn check_assignee(&self, tenant: &TenantId, agent: Option<&AgentId>) -> Result<(), CommandError> {
@@ -267,6 +315,7 @@ impl Desk {
         let connector = patchbay_connectors::by_name(&document.connector).ok_or(ErrorCode::NotFound)?;
         let address = connector.recipient(to)?;
         self.check_send(&scope, &document, &message)?;
+        self.check_file(&scope, ConversationId::derive(tenant, account, &address), &message.content).await?;
         if scope.channel.direct {
             // The visitor's id is the thread key.
             return self.open_with(&who, scope, address.clone(), address, message).await;

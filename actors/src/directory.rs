@@ -1,14 +1,14 @@
 //! Configuration documents of tenants, kept at hand: tenants, keys, inboxes, accounts, agents. Written only by
 //! compare-and-set; every write through here is seen here at once.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use patchbay_connectors::Connector;
 use patchbay_protocol::command::Scope;
-use patchbay_protocol::ids::{AccountId, AgentId, InboxId, TenantId};
+use patchbay_protocol::ids::{AccountId, AgentId, ConversationId, InboxId, TenantId};
 use patchbay_protocol::principal::Role;
 use patchbay_protocol::timestamp::Timestamp;
 use patchbay_protocol::{CommandError, ErrorCode};
@@ -125,6 +125,50 @@ pub struct Agent {
     #[serde(default)]
     pub not_before: Option<Timestamp>,
 }
+
+/// How far a file is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MediaState {
+    /// On its way.
+    Pending,
+    /// Here.
+    Ready,
+    /// Not to be had.
+    Failed,
+}
+
+/// A file.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MediaRecord {
+    /// How far it is.
+    pub state: MediaState,
+    /// Its verified type.
+    pub mime: String,
+    /// Its size.
+    pub bytes: Option<u64>,
+    /// SHA-256 of it, hexadecimal.
+    pub sha256: Option<String>,
+    /// Its name.
+    pub name: Option<String>,
+    /// Since when.
+    pub created_at: Timestamp,
+    /// Conversations that it is in; a visitor sees it in its own.
+    #[serde(default)]
+    pub conversations: BTreeSet<ConversationId>,
+    /// Whether agents see it only with the conversations that it is in.
+    #[serde(default)]
+    pub private: bool,
+    /// Ids at providers, by account: (id, until when it is good).
+    #[serde(default)]
+    pub uploads: BTreeMap<AccountId, (String, Timestamp)>,
+    /// Why it failed.
+    #[serde(default)]
+    pub reason: Option<String>,
+}
+
+/// Conversations that one file is known to be in; past it the oldest ids are forgotten.
+const MEDIA_CONVERSATIONS_MAX: usize = 256;
 
 /// A document as JSON with its version, or that there is none.
 type Stored = Option<(u64, Arc<[u8]>)>;
@@ -507,6 +551,76 @@ impl Directory {
         let gone = self.delete(key(tenant.as_str(), "agent", id.as_str())).await;
         self.changed();
         gone
+    }
+
+    /// A file.
+    pub async fn media(&self, tenant: &TenantId, id: &str) -> Result<Option<MediaRecord>, CommandError> {
+        self.read(key(tenant.as_str(), "media", id)).await
+    }
+
+    /// Writes a file's record.
+    pub async fn put_media(
+        &self,
+        tenant: &TenantId,
+        id: &str,
+        record: &MediaRecord,
+    ) -> Result<bool, CommandError> {
+        self.put(key(tenant.as_str(), "media", id), record).await
+    }
+
+    /// Changes a file's record, if it is there.
+    pub async fn update_media(
+        &self,
+        tenant: &TenantId,
+        id: &str,
+        change: impl Fn(&mut MediaRecord),
+    ) -> Result<bool, CommandError> {
+        let changed = |before: Option<MediaRecord>| {
+            let mut record = before?;
+            change(&mut record);
+            Some(record)
+        };
+        self.update(key(tenant.as_str(), "media", id), changed).await.map(|done| done.is_some())
+    }
+
+    /// Notes that a file is in a conversation.
+    pub async fn share_media(
+        &self,
+        tenant: &TenantId,
+        id: &str,
+        conversation: ConversationId,
+    ) -> Result<bool, CommandError> {
+        self.update_media(tenant, id, |record| {
+            record.conversations.insert(conversation);
+            while record.conversations.len() > MEDIA_CONVERSATIONS_MAX {
+                record.conversations.pop_first();
+            }
+        })
+        .await
+    }
+
+    /// A secret of the node's own, made when it is first asked for.
+    pub async fn own_secret(&self, name: &str) -> Result<[u8; 32], CommandError> {
+        let at = key("", "own_secret", name);
+        loop {
+            if let Some(secret) = self.read::<[u8; 32]>(at.clone()).await? {
+                return Ok(secret);
+            }
+            match self.create(at.clone(), &rand::random::<[u8; 32]>()).await {
+                Err(e) if e.code != ErrorCode::Conflict => return Err(e),
+                _ => {}
+            }
+        }
+    }
+
+    /// Adds to what a tenant's files hold together, if that stays within `quota`; tells whether it does.
+    pub async fn use_media(&self, tenant: &TenantId, bytes: i64, quota: u64) -> Result<bool, CommandError> {
+        let at = key(tenant.as_str(), "media_usage", "all");
+        let change = |before: Option<u64>| {
+            let after = before.unwrap_or(0).saturating_add_signed(bytes);
+            (bytes <= 0 || after <= quota).then_some(after)
+        };
+        self.update(at, change).await.map(|done| done.is_some())
     }
 
     /// The scope of commands to conversations of an account; `None` when there is no such account.

@@ -18,7 +18,7 @@ use crate::clock::Clock;
 use crate::conversation::Conversation;
 use crate::directory::Directory;
 use crate::inbox::{Inbox, InboxCommand, InboxReply};
-use crate::ports::{Provider, Publisher};
+use crate::ports::{MediaFetcher, NoMedia, Provider, Publisher};
 use crate::router::{Answer, Router, system_command};
 use crate::shard::Shards;
 use crate::shard::slots::Slots;
@@ -50,6 +50,8 @@ pub struct NodeConfig {
     pub publisher: Arc<dyn Publisher>,
     /// Who calls providers.
     pub provider: Arc<dyn Provider>,
+    /// Who fetches customers' files.
+    pub media: Arc<dyn MediaFetcher>,
     /// Bounds of what goes out.
     pub outbound: OutboundConfig,
     /// After how long an entity that nobody asks is forgotten.
@@ -72,6 +74,7 @@ impl NodeConfig {
             shards: 1024,
             publisher,
             provider,
+            media: Arc::new(NoMedia),
             outbound: OutboundConfig::default(),
             idle_after: Duration::from_secs(120),
             memory_is_short: Box::new(|| false),
@@ -162,7 +165,8 @@ impl Node {
         let epoch = next_incarnation(&tables).await?;
         let shards = Shards::new(config.shards, epoch, tables, config.clock);
         let directory = Arc::new(Directory::new(config.engine));
-        let conversation = Conversation::new(config.publisher.clone(), directory.clone());
+        let conversation =
+            Conversation::new(config.publisher.clone(), directory.clone(), config.media.clone());
         let account = Account::new(config.outbound, directory.clone(), config.provider);
         let node = Arc::new(Self {
             conversations: Slots::start(conversation, shards.clone()).await?,

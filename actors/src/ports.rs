@@ -2,7 +2,8 @@
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use patchbay_protocol::ids::{AgentId, ConversationId, InboxId, TenantId};
+use patchbay_protocol::content::Media;
+use patchbay_protocol::ids::{AccountId, AgentId, ConversationId, InboxId, TenantId};
 use patchbay_protocol::outbound::{Call, CallResult};
 
 use crate::directory::Account;
@@ -24,4 +25,63 @@ pub trait Publisher: Send + Sync + 'static {
 pub trait Provider: Send + Sync + 'static {
     /// Makes a call for an account. Never fails: what is not an answer says whether it can have been seen.
     async fn call(&self, account: &Account, call: Call) -> CallResult;
+
+    /// The provider's id of one of our files, put there if it is not; its own is found by its account. An error is
+    /// what came of the call that put it there, or that nothing was called.
+    async fn file(&self, _: &TenantId, _: &AccountId, _: &Account, _: &Media) -> Result<String, FileError> {
+        Err(FileError::NotOurs)
+    }
+}
+
+/// Why a file has no id at the provider.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum FileError {
+    /// It is none of ours: its id may be the provider's.
+    NotOurs,
+    /// The provider did not take it now.
+    Later,
+    /// It cannot be sent: why.
+    Final(String),
+}
+
+/// Where a file comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MediaSource {
+    /// Whose.
+    pub tenant: TenantId,
+    /// By which account.
+    pub account: AccountId,
+    /// In which conversation.
+    pub conversation: ConversationId,
+}
+
+/// Why a customer's file is not here.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum FetchError {
+    /// It may be had later.
+    Later,
+    /// It cannot be had: why.
+    Final(String),
+}
+
+/// Brings customers' files from their providers.
+#[async_trait]
+pub trait MediaFetcher: Send + Sync + 'static {
+    /// The file as we keep it: found if it is here, fetched and checked if it is not.
+    async fn fetch(
+        &self,
+        source: &MediaSource,
+        account: &Account,
+        wanted: &Media,
+    ) -> Result<Media, FetchError>;
+}
+
+/// Brings nothing: for nodes without files.
+pub struct NoMedia;
+
+#[async_trait]
+impl MediaFetcher for NoMedia {
+    async fn fetch(&self, _: &MediaSource, _: &Account, _: &Media) -> Result<Media, FetchError> {
+        Err(FetchError::Final("this node keeps no files".into()))
+    }
 }

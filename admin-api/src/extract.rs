@@ -57,6 +57,16 @@ impl FromRequestParts<Arc<Api>> for Tenant {
     }
 }
 
+/// Whoever is known: a key, an agent or a visitor.
+pub(crate) struct Somebody(pub(crate) Principal);
+
+impl FromRequestParts<Arc<Api>> for Somebody {
+    type Rejection = Failure;
+    async fn from_request_parts(parts: &mut Parts, api: &Arc<Api>) -> Result<Self, Failure> {
+        principal(parts, api).await.map(Self)
+    }
+}
+
 /// A JSON body, strictly: what is wrong is named. An empty body is `{}`.
 pub(crate) struct Body<T>(pub(crate) T);
 

@@ -119,6 +119,10 @@ pub(crate) async fn layer(State(api): State<Arc<Api>>, request: Request, next: N
     if let Err(e) = known {
         return Failure::from(e).into_response();
     }
+    if request.uri().path().ends_with("/media") {
+        // A file is a stream, and to put it twice costs its room alone.
+        return next.run(request).await;
+    }
     let (parts, body) = request.into_parts();
     let Ok(body) = to_bytes(body, crate::BODY_BYTES_MAX).await else {
         return Failure::from(ErrorCode::TooLarge).into_response();

@@ -19,10 +19,12 @@ mod extract;
 mod idempotency;
 mod inboxes;
 mod keys;
+mod media;
 pub mod openapi;
 mod problem;
 mod tenants;
 
+use std::pin::Pin;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -30,10 +32,12 @@ use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::middleware;
 use axum::routing::{delete, get, post, put};
+use bytes::Bytes;
+use futures_util::Stream;
 use patchbay_actors::desk::Desk;
-use patchbay_actors::directory::{Key, KeyScope};
+use patchbay_actors::directory::{Key, KeyScope, MediaRecord};
 use patchbay_actors::intake::Intake;
-use patchbay_protocol::ids::{AccountId, AgentId, TenantId};
+use patchbay_protocol::ids::{AccountId, AgentId, ConversationId, TenantId};
 use patchbay_protocol::principal::{Principal, Role};
 use patchbay_protocol::{CommandError, Timestamp};
 
@@ -82,6 +86,42 @@ pub trait TokenIssuer: Send + Sync + 'static {
     ) -> Result<(String, Timestamp), CommandError>;
 }
 
+/// A file's bytes as they come; an error: they broke off.
+pub type FileBody = Pin<Box<dyn Stream<Item = Result<Bytes, ()>> + Send>>;
+
+/// A file that is stored.
+pub struct StoredFile {
+    /// Its id.
+    pub id: String,
+    /// What is known of it.
+    pub record: MediaRecord,
+}
+
+/// Keeps files.
+#[async_trait]
+pub trait Files: Send + Sync + 'static {
+    /// Stores a file, checked by its bytes; one of a visitor's conversation is for that alone.
+    async fn put(
+        &self,
+        tenant: &TenantId,
+        conversation: Option<ConversationId>,
+        claimed: Option<&str>,
+        name: Option<&str>,
+        body: FileBody,
+    ) -> Result<StoredFile, CommandError>;
+
+    /// The path that shows a file, and until when.
+    fn link(
+        &self,
+        tenant: &TenantId,
+        id: &str,
+        record: &MediaRecord,
+    ) -> Result<(String, Timestamp), CommandError>;
+
+    /// What stands before a path for whoever asked under `host`.
+    fn base(&self, host: Option<&str>) -> String;
+}
+
 /// Knows where calls to providers may go.
 pub trait Destinations: Send + Sync + 'static {
     /// Why an account's `api_base` may not be called; `None` when it may.
@@ -95,6 +135,7 @@ pub struct Api {
     auth: Arc<dyn Authenticator>,
     issuer: Arc<dyn TokenIssuer>,
     destinations: Arc<dyn Destinations>,
+    files: Arc<dyn Files>,
     replies: idempotency::Replies,
 }
 
@@ -106,9 +147,10 @@ impl Api {
         auth: Arc<dyn Authenticator>,
         issuer: Arc<dyn TokenIssuer>,
         destinations: Arc<dyn Destinations>,
+        files: Arc<dyn Files>,
     ) -> Arc<Self> {
         let replies = idempotency::Replies::default();
-        Arc::new(Self { desk, intake, auth, issuer, destinations, replies })
+        Arc::new(Self { desk, intake, auth, issuer, destinations, files, replies })
     }
 
     fn directory(&self) -> &Arc<patchbay_actors::directory::Directory> {
@@ -148,6 +190,8 @@ pub fn router(api: Arc<Api>) -> Router {
         .route("/conversations/{id}/snooze", post(conversations::snooze))
         .route("/conversations/{id}/tags", post(conversations::tag))
         .route("/conversations/{id}/read", post(conversations::read))
+        .route("/media", post(media::put))
+        .route("/media/{id}", get(media::get))
         .route("/dead-letters", get(dead_letters::list))
         .route("/dead-letters/{id}", delete(dead_letters::delete))
         .route("/dead-letters/{id}/replay", post(dead_letters::replay))

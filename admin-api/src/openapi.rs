@@ -5,7 +5,9 @@ use axum::response::{IntoResponse, Response};
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
 use utoipa::{Modify, OpenApi};
 
-use crate::{accounts, agents, cluster, contacts, conversations, dead_letters, inboxes, keys, tenants};
+use crate::{
+    accounts, agents, cluster, contacts, conversations, dead_letters, inboxes, keys, media, tenants,
+};
 
 struct Key;
 
@@ -33,7 +35,7 @@ impl Modify for Key {
         conversations::assign, conversations::resolve, conversations::reopen, conversations::pending,
         conversations::snooze, conversations::tag, conversations::read,
         dead_letters::list, dead_letters::delete, dead_letters::replay,
-        keys::create, keys::list, keys::delete, contacts::issue, cluster::nodes, cluster::shards,
+        keys::create, keys::list, keys::delete, contacts::issue, media::put, media::get, cluster::nodes, cluster::shards,
     )
 )]
 struct Description;

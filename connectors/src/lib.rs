@@ -11,6 +11,8 @@
 //!
 //! [`ItemKind::Broken`]: patchbay_protocol::inbound::ItemKind::Broken
 
+use std::time::Duration;
+
 use patchbay_protocol::command::Channel;
 use patchbay_protocol::entry::ProviderError;
 use patchbay_protocol::inbound::Item;
@@ -44,6 +46,30 @@ pub struct SendLimits {
 
 /// A request's header by its lower-case name.
 pub type Headers<'a> = &'a dyn Fn(&str) -> Option<Vec<u8>>;
+
+/// Where a provider's file is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MediaLocation {
+    /// Good for minutes.
+    pub url: String,
+    /// Its type, by the provider's word.
+    pub mime: Option<String>,
+    /// SHA-256, hexadecimal or base64.
+    pub sha256: Option<String>,
+    /// Its size.
+    pub bytes: Option<u64>,
+}
+
+/// A multipart form that puts a file at a provider.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UploadForm {
+    /// The path below the API's version.
+    pub path: String,
+    /// Fields beside the file.
+    pub fields: Vec<(&'static str, String)>,
+    /// The file's field.
+    pub file_field: &'static str,
+}
 
 /// A channel or event source.
 pub trait Connector: Send + Sync + 'static {
@@ -83,6 +109,26 @@ pub trait Connector: Send + Sync + 'static {
 
     /// The call that tells the customer something that is no message; `None` where the channel cannot.
     fn signal(&self, external_id: &str, signal: &Signal) -> Option<Call>;
+
+    /// Where the provider tells about one of its files (below the API's version); `None`: it has none.
+    fn media_path(&self, _id: &str) -> Option<String> {
+        None
+    }
+
+    /// Where the file itself is, by the provider's word.
+    fn media_location(&self, _answer: &[u8]) -> Option<MediaLocation> {
+        None
+    }
+
+    /// Where a file is put, and the fields that go with it; `None`: the channel takes none.
+    fn upload_form(&self, _external_id: &str, _mime: &str) -> Option<UploadForm> {
+        None
+    }
+
+    /// The provider's id of a file that was put there, and for how long it is good.
+    fn uploaded(&self, _answer: &[u8]) -> Option<(String, Duration)> {
+        None
+    }
 
     /// What came of a call (G7).
     fn classify(&self, result: &CallResult) -> Verdict;

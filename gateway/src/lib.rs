@@ -1,7 +1,7 @@
 //! The doors, and the binary `patchbay`: the composition root, the only place that knows everything.
 //!
 //! **Lives here:** the edges (`edge/websocket`, `edge/webhook`), the [`hub`] that fans out to local sockets, [`auth`],
-//! [`limits`], the guarded HTTP client ([`outgoing`]), [`config`], the [`server`] that composes a node, and the
+//! [`limits`], files ([`media`]), the guarded HTTP client ([`outgoing`]), [`config`], the [`server`] that composes a node, and the
 //! command line ([`cli`]).
 //!
 //! **Does not live here:** what a command does (`actors/`), how anything is stored (`storage/`), what a provider's
@@ -17,6 +17,7 @@ pub mod config;
 pub mod edge;
 pub mod hub;
 pub mod limits;
+pub mod media;
 pub mod metrics_table;
 pub mod outgoing;
 pub mod server;

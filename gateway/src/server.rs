@@ -20,8 +20,9 @@ use patchbay_actors::account::OutboundConfig;
 use patchbay_actors::clock::Clock;
 use patchbay_actors::desk::Desk;
 use patchbay_actors::intake::Intake;
-use patchbay_actors::node::{Node, NodeConfig};
+use patchbay_actors::node::{Node, NodeConfig, StartError};
 use patchbay_storage::Engine;
+use patchbay_storage::blobs::DiskBlobs;
 use serde::Serialize;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
@@ -35,6 +36,8 @@ use crate::edge::webhook::{self, Webhooks};
 use crate::edge::websocket::{self, SocketLimits, Sockets};
 use crate::hub::Hub;
 use crate::limits::{self, RequestLimits};
+use crate::media::exchange::Exchange;
+use crate::media::{Media, serve};
 use crate::outgoing::{Guard, Outgoing};
 
 /// How long a request's head may take.
@@ -161,10 +164,23 @@ impl Server {
             return Err(RunError::Config("dev listens on loopback only".into()));
         }
         let hub = Arc::new(Hub::default());
-        let guard =
-            Guard { allowed_hosts: config.providers.allowed_hosts.clone(), loopback: mode == Mode::Dev };
-        let provider = Arc::new(Outgoing::new(guard.clone(), config.providers.timeout)?);
+        let guard = Guard {
+            allowed_hosts: config.providers.allowed_hosts.clone(),
+            media_hosts: config.providers.media_hosts.clone(),
+            loopback: mode == Mode::Dev,
+        };
+        let outgoing = Arc::new(Outgoing::new(guard.clone(), config.providers.timeout)?);
+        let blobs = DiskBlobs::open(&config.storage.data_dir.join("media")).map_err(io("media"))?;
+        let media = Media::new(
+            Arc::new(blobs),
+            outgoing.clone(),
+            config.media.clone(),
+            config.public.url.clone(),
+            Clock::System,
+        );
+        let provider = Arc::new(Exchange { outgoing, media: media.clone() });
         let node = Node::start(NodeConfig {
+            media: media.clone(),
             shards: config.cluster.shards,
             outbound: OutboundConfig {
                 queue_max: config.outbound.queue_max,
@@ -176,6 +192,7 @@ impl Server {
         })
         .await?;
         let directory = node.directory().clone();
+        media.ready(directory.clone()).await.map_err(|_| StartError::Store)?;
         hub.set_names(Box::new(move |tenant, agent| directory.agent_name(tenant, agent)));
         let public_listener = TcpListener::bind(&config.public.listen).await.map_err(io("public.listen"))?;
         let ops_listener = TcpListener::bind(&config.ops.listen).await.map_err(io("ops.listen"))?;
@@ -194,6 +211,7 @@ impl Server {
             auth: &auth,
             hub: &hub,
             guard,
+            media,
             draining: watching.clone(),
             operator_key,
             tasks: tasks.clone(),
@@ -231,6 +249,7 @@ struct Doors<'a> {
     auth: &'a Arc<Auth>,
     hub: &'a Arc<Hub>,
     guard: Guard,
+    media: Arc<Media>,
     draining: watch::Receiver<bool>,
     operator_key: Option<String>,
     tasks: TaskTracker,
@@ -276,6 +295,7 @@ impl Doors<'_> {
             api_auth.clone(),
             api_auth,
             destinations,
+            self.media.clone(),
         );
         let limits = RequestLimits::new(self.config.limits.requests_per_second, self.mode == Mode::Dev);
         let admin = patchbay_admin_api::router(api)
@@ -286,7 +306,8 @@ impl Doors<'_> {
             .with_state(webhooks);
         let sockets =
             Router::new().route("/connection/websocket", get(websocket::upgrade)).with_state(sockets);
-        let router = Router::new().merge(sockets).merge(webhooks).merge(admin);
+        let files = Router::new().route("/m/{signed}", get(serve::get)).with_state(self.media.clone());
+        let router = Router::new().merge(sockets).merge(webhooks).merge(files).merge(admin);
         match self.mode {
             Mode::Dev => router.layer(axum::middleware::from_fn(limits::local_host_only)),
             Mode::Run => router,

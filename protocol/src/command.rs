@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::codes::CommandError;
-use crate::content::Content;
+use crate::content::{Content, Media};
 use crate::entry::{Actor, CausedBy};
 use crate::ids::{AccountId, AgentId, CommandId, ConversationId, InboxId, TenantId};
 use crate::inbound::{StatusUpdate, ThreadEvent};
@@ -220,6 +220,13 @@ pub enum Request {
     Delete(DeleteMessage),
     React(ReactMessage),
     Read(ReadConversation),
+    /// A customer's file was fetched, or cannot be.
+    MediaFetched {
+        /// The message that carries it.
+        message_seq: u64,
+        /// The file as we keep it, or why there is none.
+        outcome: Result<Media, String>,
+    },
     /// The visitor of a web chat has seen what the business wrote up to here.
     ContactRead(ReadConversation),
     Assign(AssignConversation),
@@ -268,6 +275,7 @@ impl Request {
             Self::React(_) => "message.react",
             Self::Read(_) => "conversation.read",
             Self::ContactRead(_) => "contact.read",
+            Self::MediaFetched { .. } => "media.fetched",
             Self::Assign(_) => "conversation.assign",
             Self::Resolve => "conversation.resolve",
             Self::Reopen => "conversation.reopen",

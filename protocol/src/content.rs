@@ -33,6 +33,43 @@ pub struct MediaContent {
     pub caption: Option<String>,
 }
 
+impl Content {
+    /// The file that it carries, if it is one.
+    pub fn media(&self) -> Option<&Media> {
+        match self {
+            Self::Image(m)
+            | Self::Video(m)
+            | Self::Audio(m)
+            | Self::Voice(m)
+            | Self::Document(m)
+            | Self::Sticker(m) => Some(&m.media),
+            Self::Text { .. }
+            | Self::Location { .. }
+            | Self::Contacts { .. }
+            | Self::Template { .. }
+            | Self::Interactive(_)
+            | Self::Button { .. }
+            | Self::Order { .. }
+            | Self::Unsupported { .. } => None,
+        }
+    }
+
+    /// The same with another file.
+    #[must_use]
+    pub fn with_media(mut self, media: Media) -> Self {
+        if let Self::Image(m)
+        | Self::Video(m)
+        | Self::Audio(m)
+        | Self::Voice(m)
+        | Self::Document(m)
+        | Self::Sticker(m) = &mut self
+        {
+            m.media = media;
+        }
+        self
+    }
+}
+
 /// One reply button.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -4,7 +4,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::content::Content;
+use crate::content::{Content, Media};
 use crate::ids::{AccountId, AgentId, ConversationId, EntryId, InboxId, TenantId};
 use crate::receipt::MessageStatus;
 use crate::summary::Contact;
@@ -233,6 +233,10 @@ pub enum Body {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         participant: Option<String>,
     },
+    #[serde(rename = "media.stored")]
+    MediaStored { message_seq: u64, media: Media },
+    #[serde(rename = "media.failed")]
+    MediaFailed { message_seq: u64, reason: String },
     #[serde(rename = "note.added")]
     NoteAdded { client_id: String, text: String },
     #[serde(rename = "conversation.assigned")]
@@ -267,6 +271,8 @@ impl Body {
             Self::Edited { .. } => "message.edited",
             Self::Deleted { .. } => "message.deleted",
             Self::Reacted { .. } => "message.reacted",
+            Self::MediaStored { .. } => "media.stored",
+            Self::MediaFailed { .. } => "media.failed",
             Self::NoteAdded { .. } => "note.added",
             Self::Assigned { .. } => "conversation.assigned",
             Self::Read { .. } => "conversation.read",

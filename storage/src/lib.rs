@@ -3,7 +3,7 @@
 //! **Lives here:** the [`Engine`] trait in its two halves, stamped rows and documents; the engines behind it
 //! ([`embedded`] on fjall, [`model`] in memory with seeded faults); and, written once above them, the entity
 //! [`log`] (append, adopt, read, snapshot) and the [`tables`] beside it (references, inbox rows, activity and marks,
-//! sessions, timers, dead letters, documents). An alias of a contact is a reference of its account's log.
+//! sessions, timers, dead letters, documents). Files are [`blobs`]. An alias of a contact is a reference of its account's log.
 //!
 //! **Does not live here:** what an entry means, who may write it, when to retry. Storage moves bytes for owners.
 //!
@@ -12,6 +12,7 @@
 //! Invariant: `Refused` means not applied; `Unknown` is resolved only by writing the same bytes under the same stamp.
 //! Invariant: reads and syncs never run on an async worker.
 
+pub mod blobs;
 pub mod embedded;
 pub mod engine;
 pub mod log;

@@ -1,19 +1,23 @@
 //! What an account does: calls the provider, tells conversations, places receipts.
 
+use std::borrow::Cow;
 use std::panic::AssertUnwindSafe;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use futures_util::FutureExt as _;
 use patchbay_protocol::command::{Reply, Request, Scope};
+use patchbay_protocol::content::Media;
 use patchbay_protocol::entry::ProviderError;
 use patchbay_protocol::ids::{AccountId, ConversationId, EntryId, InboxId, TenantId};
 use patchbay_protocol::inbound::StatusUpdate;
-use patchbay_protocol::outbound::{Backoff, CallResult, Outbound, Signal, Verdict};
+use patchbay_protocol::outbound::{Backoff, CallResult, Outbound, Payload, Signal, Verdict};
 
 use super::commands::{self, AccountCommand, KeptReceipt};
 use super::entity::{Account, Effect};
 use super::state::Kept;
+use crate::directory::Account as Document;
+use crate::ports::FileError;
 use crate::router::command_id;
 use crate::shard::log_actor::Handle;
 
@@ -78,7 +82,11 @@ async fn call(shared: &Account, tenant: &TenantId, account: &AccountId, outbound
     let Some(connector) = patchbay_connectors::by_name(&document.connector) else {
         return not_ready("the connector is not there");
     };
-    let call = match connector.render(&document.external_id, outbound) {
+    let ready = match with_file(shared, tenant, account, &document, outbound).await {
+        Ok(ready) => ready,
+        Err(verdict) => return verdict,
+    };
+    let call = match connector.render(&document.external_id, &ready) {
         Ok(call) => call,
         Err(error) => return Verdict::Refused { error, closes_window: false },
     };
@@ -92,6 +100,38 @@ async fn call(shared: &Account, tenant: &TenantId, account: &AccountId, outbound
     metrics::histogram!("patchbay_outbound_call_seconds", "outcome" => outcome)
         .record(started.elapsed().as_secs_f64());
     connector.classify(&result)
+}
+
+/// The message with its file by the provider's id. Nothing of the message has left before that.
+async fn with_file<'a>(
+    shared: &Account,
+    tenant: &TenantId,
+    account: &AccountId,
+    document: &Document,
+    outbound: &'a Outbound,
+) -> Result<Cow<'a, Outbound>, Verdict> {
+    let Payload::Message(content) = &outbound.payload else { return Ok(Cow::Borrowed(outbound)) };
+    let Some(media) = content.media() else { return Ok(Cow::Borrowed(outbound)) };
+    match shared.provider.file(tenant, account, document, media).await {
+        Ok(id) => {
+            let media = Media { id, ..media.clone() };
+            let payload = Payload::Message(content.clone().with_media(media));
+            Ok(Cow::Owned(Outbound { payload, ..outbound.clone() }))
+        }
+        Err(FileError::NotOurs) => Ok(Cow::Borrowed(outbound)),
+        Err(FileError::Later) => {
+            let error = ProviderError {
+                code: "media".into(),
+                title: "the file was not taken".into(),
+                retryable: true,
+            };
+            Err(Verdict::Retry { error, after_ms: None, scope: Backoff::Message })
+        }
+        Err(FileError::Final(title)) => {
+            let error = ProviderError { code: "media".into(), title, retryable: false };
+            Err(Verdict::Refused { error, closes_window: false })
+        }
+    }
 }
 
 async fn send_signal(shared: &Account, tenant: &TenantId, account: &AccountId, signal: &Signal) {

@@ -1,10 +1,12 @@
 //! The conversation as an entity: how it is stored, shown and handed on.
 
-use std::sync::{Arc, OnceLock, Weak};
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
 use bytes::Bytes;
 use patchbay_protocol::command::{Command, Reply, Request};
+use patchbay_protocol::content::Media;
 use patchbay_protocol::entry::{Body, Entry};
 use patchbay_protocol::ids::{AgentId, CommandId, ConversationId, EntityId, EntryId};
 use patchbay_protocol::outbound::{Lane, Outbound, Payload, Recipient, Signal};
@@ -19,7 +21,7 @@ use super::{commands, ids, state::State};
 use crate::account::AccountCommand;
 use crate::directory::Directory;
 use crate::inbox::InboxCommand;
-use crate::ports::Publisher;
+use crate::ports::{FetchError, MediaFetcher, MediaSource, Publisher};
 use crate::router::Router;
 use crate::shard::entity::{Decision, Derived, Found, LogEntity, Lookup, Now, Then};
 use crate::shard::log_actor::Handle;
@@ -32,6 +34,13 @@ pub enum Effect {
         seq: u64,
         /// How urgent.
         lane: Lane,
+    },
+    /// Fetches the file of a customer's message.
+    Fetch {
+        /// The message.
+        seq: u64,
+        /// Since when it is wanted.
+        since: Timestamp,
     },
     /// Tells the customer that the business has read.
     MarkRead {
@@ -52,17 +61,51 @@ pub enum Effect {
     },
 }
 
+/// Tries of one file in a row, and the pause behind the first.
+const FETCH_TRIES: u32 = 5;
+const FETCH_PAUSE: Duration = Duration::from_secs(1);
+/// A file that is not here is asked for again after this.
+const FETCH_AGAIN: Duration = Duration::from_secs(60);
+/// How long it is asked for.
+const FETCH_FOR: Duration = Duration::from_secs(24 * 3600);
+
+fn fetched(message_seq: u64, outcome: Result<Media, String>) -> Command {
+    crate::router::system_command(Request::MediaFetched { message_seq, outcome })
+}
+
+/// Whoever fetches a file is the only one.
+struct Turn<'a>(&'a Mutex<HashSet<EntryId>>, EntryId);
+
+impl<'a> Turn<'a> {
+    fn take(all: &'a Mutex<HashSet<EntryId>>, entry: EntryId) -> Option<Self> {
+        all.lock().unwrap_or_else(PoisonError::into_inner).insert(entry).then_some(Self(all, entry))
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.1);
+    }
+}
+
 /// What all conversations of a node share.
 pub struct Conversation {
     publisher: Arc<dyn Publisher>,
     directory: Arc<Directory>,
+    media: Arc<dyn MediaFetcher>,
+    /// Files that are being fetched.
+    fetching: Mutex<HashSet<EntryId>>,
     router: OnceLock<Weak<dyn Router>>,
 }
 
 impl Conversation {
-    /// Conversations that are shown by `publisher`.
-    pub fn new(publisher: Arc<dyn Publisher>, directory: Arc<Directory>) -> Self {
-        Self { publisher, directory, router: OnceLock::new() }
+    /// Conversations that are shown by `publisher` and whose files come by `media`.
+    pub fn new(
+        publisher: Arc<dyn Publisher>,
+        directory: Arc<Directory>,
+        media: Arc<dyn MediaFetcher>,
+    ) -> Self {
+        Self { publisher, directory, media, fetching: Mutex::default(), router: OnceLock::new() }
     }
 
     /// Says how to reach other entities; once.
@@ -131,6 +174,49 @@ impl Conversation {
             drop(reply.send(state.home.clone().map(|h| (h, state.pending.contains(&seq)))))
         });
         answer.await.ok()?
+    }
+
+    /// Fetches a file until it is here, or cannot be had; what cannot be had now is asked for by the next timer.
+    async fn fetch(&self, me: &Handle<Self>, id: ConversationId, seq: u64, since: Timestamp) {
+        let entry = EntryId { conversation: id, seq };
+        let Some(_turn) = Turn::take(&self.fetching, entry) else { return };
+        let mut pause = FETCH_PAUSE;
+        for _ in 0..FETCH_TRIES {
+            match self.try_fetch(me, id, seq).await {
+                Some(Ok(media)) => return me.tell(fetched(seq, Ok(media))),
+                Some(Err(FetchError::Final(reason))) => return me.tell(fetched(seq, Err(reason))),
+                Some(Err(FetchError::Later)) | None => {}
+            }
+            if me.has_ended() {
+                return;
+            }
+            tokio::time::sleep(pause).await;
+            pause *= 2;
+        }
+        if me.shards().clock.now().since(since) >= FETCH_FOR {
+            me.tell(fetched(seq, Err("the provider did not give it".into())));
+        }
+    }
+
+    /// `None`: the store or the entity did not answer.
+    async fn try_fetch(
+        &self,
+        me: &Handle<Self>,
+        id: ConversationId,
+        seq: u64,
+    ) -> Option<Result<Media, FetchError>> {
+        let entry: Entry = Self::decode(&me.shards().logs.row(me.key(), seq).await.ok()??.payload)?;
+        let Body::Received(received) = &entry.body else {
+            return Some(Err(FetchError::Final("the message carries no file".into())));
+        };
+        let wanted = received.content.media()?;
+        let (home, _) = self.home(me, 0).await?;
+        let account = match self.directory.account(&home.tenant, &home.account).await.ok()? {
+            Some(account) => account,
+            None => return Some(Err(FetchError::Final("the account is no more".into()))),
+        };
+        let source = MediaSource { tenant: home.tenant, account: home.account, conversation: id };
+        Some(self.media.fetch(&source, &account, wanted).await)
     }
 
     async fn signal(&self, me: &Handle<Self>, signal: Signal) {
@@ -274,8 +360,14 @@ impl LogEntity for Conversation {
         None
     }
 
-    fn timer(state: &State, _: Option<Timestamp>, _: Timestamp) -> Option<Timestamp> {
-        state.snoozed_until
+    fn timer(state: &State, armed: Option<Timestamp>, now: Timestamp) -> Option<Timestamp> {
+        // While a file is not here somebody asks for it, whoever owns the conversation then.
+        let fetch = (!state.fetching.is_empty())
+            .then(|| armed.filter(|at| *at > now).unwrap_or_else(|| now.plus(FETCH_AGAIN)));
+        match (state.snoozed_until, fetch) {
+            (Some(snoozed), Some(fetch)) => Some(snoozed.min(fetch)),
+            (snoozed, fetch) => snoozed.or(fetch),
+        }
     }
 
     fn wake_at(_: &State, _: Timestamp) -> Option<Timestamp> {
@@ -302,6 +394,7 @@ impl LogEntity for Conversation {
         let conversation = ConversationId::from_bytes(id.key());
         match effect {
             Effect::HandOn { seq, lane } => self.hand_on(&me, conversation, seq, lane).await,
+            Effect::Fetch { seq, since } => self.fetch(&me, conversation, seq, since).await,
             Effect::MarkRead { provider_id } => {
                 let marks = match self.home(&me, 0).await {
                     Some((home, _)) => self

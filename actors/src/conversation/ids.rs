@@ -62,6 +62,8 @@ pub fn of(entry: &Entry) -> Vec<IdKey> {
         | Body::Pending { .. }
         | Body::Snoozed { .. }
         | Body::Linked { .. }
+        | Body::MediaStored { .. }
+        | Body::MediaFailed { .. }
         | Body::Assigned { .. }
         | Body::Read { .. }
         | Body::TagAdded { .. }

@@ -88,6 +88,8 @@ pub struct State {
     /// Sends that the provider has not taken yet.
     pub pending: BTreeSet<u64>,
     linked: BTreeSet<ConversationId>,
+    /// Customers' messages whose file is not fetched yet, and since when.
+    pub fetching: BTreeMap<u64, Timestamp>,
 }
 
 impl State {
@@ -115,6 +117,7 @@ impl State {
             statuses: BTreeMap::new(),
             pending: BTreeSet::new(),
             linked: BTreeSet::new(),
+            fetching: BTreeMap::new(),
         }
     }
 
@@ -217,6 +220,12 @@ impl State {
                 }
                 self.preview = m.content.preview();
                 self.message_by(&entry.actor, entry.seq);
+                if m.content.media().is_some() {
+                    self.fetching.insert(entry.seq, entry.at);
+                }
+            }
+            Body::MediaStored { message_seq, .. } | Body::MediaFailed { message_seq, .. } => {
+                self.fetching.remove(message_seq);
             }
             Body::Sent(m) => {
                 self.waiting_since = None;

@@ -2,6 +2,7 @@
 //! the fixtures in the tests were written from those shapes.
 
 mod classify;
+mod media;
 mod parse;
 mod render;
 mod verify;
@@ -16,7 +17,7 @@ use patchbay_protocol::{CommandError, Content};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::{Connector, Headers, NotUnderstood, Refused, SendLimits};
+use crate::{Connector, Headers, MediaLocation, NotUnderstood, Refused, SendLimits, UploadForm};
 
 /// An account's secrets.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -118,6 +119,22 @@ impl Connector for WhatsApp {
 
     fn signal(&self, external_id: &str, signal: &Signal) -> Option<Call> {
         Some(render::signal(external_id, signal))
+    }
+
+    fn media_path(&self, id: &str) -> Option<String> {
+        media::path(id)
+    }
+
+    fn media_location(&self, answer: &[u8]) -> Option<MediaLocation> {
+        media::location(answer)
+    }
+
+    fn upload_form(&self, external_id: &str, mime: &str) -> Option<UploadForm> {
+        Some(media::upload(external_id, mime))
+    }
+
+    fn uploaded(&self, answer: &[u8]) -> Option<(String, Duration)> {
+        media::uploaded(answer)
     }
 
     fn classify(&self, result: &CallResult) -> Verdict {

@@ -12,7 +12,7 @@ use patchbay_protocol::{CommandError, ErrorCode, Timestamp};
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 
-use super::{Auth, Claims};
+use super::{Auth, Claims, Peer, Refusal};
 
 /// A fresh secret: `pb_` and 64 hex digits.
 pub fn fresh_secret() -> String {
@@ -92,6 +92,17 @@ fn claims(tenant: &TenantId, sub: &str, now: Timestamp) -> Claims {
 }
 
 impl ApiAuth {
+    /// Agents and visitors come with the token of their socket.
+    async fn by_token(&self, token: &str) -> Result<Principal, CommandError> {
+        match self.auth.admit(token, self.clock.now()).await {
+            Ok((Peer::Agent(agent), _)) => Ok(Principal::Agent(agent)),
+            Ok((Peer::Contact(contact), _)) => Ok(Principal::Contact(contact)),
+            Ok((Peer::Operator, _)) => Ok(Principal::Operator),
+            Err(Refusal::Unavailable) => Err(CommandError::unavailable()),
+            Ok((Peer::Plain(_), _)) | Err(_) => Err(ErrorCode::Unauthorized.into()),
+        }
+    }
+
     fn sign(&self, claims: Claims, ttl_s: u64) -> Result<(String, Timestamp), CommandError> {
         let exp = claims.iat.saturating_add(i64::try_from(ttl_s).unwrap_or(i64::MAX / 2));
         let claims = Claims { exp: Some(exp), ..claims };
@@ -106,6 +117,9 @@ impl Authenticator for ApiAuth {
         let given: [u8; 32] = Sha256::digest(bearer.as_bytes()).into();
         if self.operator_hash.is_some_and(|own| own.ct_eq(&given).into()) {
             return Ok(Principal::Operator);
+        }
+        if bearer.split('.').count() == 3 {
+            return self.by_token(bearer).await;
         }
         let owner = self.directory.key_owner(&hex(&given)).await?.ok_or(ErrorCode::Unauthorized)?;
         if let Err(error) = self.directory.key_used(&owner, self.clock.now()).await {

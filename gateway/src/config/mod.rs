@@ -45,7 +45,7 @@ pub struct Config {
     pub providers: Providers,
     /// What goes out.
     pub outbound: Outbound,
-    /// Media (a later version).
+    /// Files.
     pub media: Media,
     /// Live topics (a later version).
     pub live: Live,
@@ -81,6 +81,8 @@ section! {
         listen: String = "127.0.0.1:8000".into(),
         /// Origins that browsers may come from, besides the node's own host; empty: every one (`dev`: the own host only).
         allowed_origins: Vec<String> = Vec::new(),
+        /// What stands before a path that clients are told, such as `https://chat.example`; none: the host they asked.
+        url: Option<String> = None,
     }
 }
 
@@ -264,8 +266,17 @@ section! {
 section! {
     /// `[media]`
     Media {
-        /// The largest file; not used in this version.
+        /// The largest file.
         size_max: Size = Size(100 << 20),
+        /// The largest image.
+        image_max: Size = Size(5 << 20),
+        /// The largest audio or video file.
+        audio_video_max: Size = Size(16 << 20),
+        /// What the files of one tenant may hold together.
+        quota: Size = Size(10 << 30),
+        /// How long a signed address of a file is good; at most 5 minutes.
+        #[serde(with = "text::duration")]
+        url_ttl: Duration = Duration::from_secs(300),
     }
 }
 
@@ -385,6 +396,9 @@ impl Config {
         }
         if !matches!(self.log.format.as_str(), "json" | "text" | "auto") {
             faults.push("log.format: must be json, text or auto".into());
+        }
+        if self.media.url_ttl.is_zero() || self.media.url_ttl > Duration::from_secs(300) {
+            faults.push("media.url_ttl: must be at most 300s".into());
         }
         if self.outbound.queue_max == 0 {
             faults.push("outbound.queue_max: must be at least 1".into());

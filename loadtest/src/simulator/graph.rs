@@ -35,7 +35,7 @@ impl Drop for Open {
     }
 }
 
-fn error(status: u16, code: i64, message: &str) -> Response {
+pub(crate) fn error(status: u16, code: i64, message: &str) -> Response {
     let body = json!({"error": {"message": format!("(#{code}) {message}"), "type": "OAuthException", "code": code, "error_data": {"messaging_product": "whatsapp", "details": message}, "fbtrace_id": "sim"}});
     (StatusCode::from_u16(status).unwrap_or(StatusCode::BAD_REQUEST), Json(body)).into_response()
 }
@@ -111,6 +111,7 @@ async fn send(sim: &Arc<Sim>, number: &str, frame: &Value) -> Response {
         to: address.clone(),
         kind: kind.clone(),
         text: text_of(&frame["text"]["body"]),
+        media: text_of(&frame[&kind]["id"]),
         callback: callback.clone(),
         taken,
         answer: answer.to_owned(),

@@ -2,6 +2,7 @@
 
 mod faults;
 mod graph;
+mod media;
 mod record;
 mod webhooks;
 
@@ -19,7 +20,8 @@ use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
 
 pub use faults::Faults;
-pub use record::{Inbound, Record, SendCall};
+pub use media::Behaviour;
+pub use record::{Inbound, Record, SendCall, Upload};
 
 /// A number of a business: where its webhooks go and what signs them.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -36,6 +38,7 @@ pub(crate) struct Sim {
     pub(crate) random: Mutex<SmallRng>,
     pub(crate) record: Mutex<Record>,
     pub(crate) outbox: webhooks::Outbox,
+    pub(crate) files: Mutex<media::Files>,
     pub(crate) client: reqwest::Client,
 }
 
@@ -65,6 +68,7 @@ impl Simulator {
             random: Mutex::new(SmallRng::seed_from_u64(seed)),
             record: Mutex::default(),
             outbox: webhooks::Outbox::default(),
+            files: Mutex::default(),
             client: reqwest::Client::new(),
         });
         let listener = TcpListener::bind(listen).await?;
@@ -98,6 +102,20 @@ impl Simulator {
         *lock(&self.sim.faults) = faults;
     }
 
+    /// A customer sends a file; returns the message's id.
+    pub fn customer_sends(
+        &self,
+        phone_number_id: &str,
+        from: &str,
+        kind: &str,
+        file: (&str, &str, &[u8]),
+        behaviour: Behaviour,
+    ) -> String {
+        let (id, mime, bytes) = file;
+        lock(&self.sim.files).add(id, mime, bytes::Bytes::copy_from_slice(bytes), behaviour);
+        webhooks::customer_sends(&self.sim, phone_number_id, from, kind, id, mime)
+    }
+
     /// Calls under way.
     pub fn record_open_calls(&self) -> u64 {
         lock(&self.sim.record).calls_open
@@ -124,11 +142,14 @@ pub struct Customer {
 fn router(sim: Arc<Sim>) -> Router {
     Router::new()
         .route("/{version}/{phone_number_id}/messages", post(graph::messages))
+        .route("/{version}/{phone_number_id}/media", post(media::take))
+        .route("/{version}/{media_id}", get(media::tell))
+        .route("/sim/media/{id}", get(media::give))
         .route("/sim/record", get(record))
         .route("/sim/faults", put(set_faults))
         .route("/sim/numbers/{phone_number_id}", put(set_number))
         .route("/sim/numbers/{phone_number_id}/customers", post(writes))
-        .layer(DefaultBodyLimit::max(1 << 20))
+        .layer(DefaultBodyLimit::max(128 << 20))
         .with_state(sim)
 }
 

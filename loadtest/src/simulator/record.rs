@@ -13,6 +13,9 @@ pub struct SendCall {
     pub kind: String,
     /// The text, where it is one.
     pub text: String,
+    /// The file's id, where it carries one.
+    #[serde(default)]
+    pub media: String,
     /// `biz_opaque_callback_data`.
     pub callback: String,
     /// Whether the message was taken (and reaches the customer), whatever was answered.
@@ -38,6 +41,21 @@ pub struct Inbound {
     pub acked: bool,
 }
 
+/// A file that was put here.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Upload {
+    /// For which number.
+    pub phone_number_id: String,
+    /// The id that was given.
+    pub id: String,
+    /// The type that was claimed.
+    pub mime: String,
+    /// Its name.
+    pub name: String,
+    /// SHA-256, hexadecimal.
+    pub sha256: String,
+}
+
 /// What the simulator received and did.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Record {
@@ -51,6 +69,9 @@ pub struct Record {
     pub read: Vec<String>,
     /// Shown typing: ids of customers' messages.
     pub typing: Vec<String>,
+    /// Files that were put here.
+    #[serde(default)]
+    pub uploads: Vec<Upload>,
     /// Calls under way.
     pub calls_open: u64,
     /// Webhooks under way.

@@ -53,8 +53,30 @@ fn put(sim: &Arc<Sim>, number: &str, item: Item) {
 
 /// A customer writes; returns the message's id.
 pub(crate) fn customer_writes(sim: &Arc<Sim>, number: &str, customer: &Customer) -> String {
+    let said = json!({"type": "text", "text": {"body": customer.text}});
+    says(sim, number, customer, said)
+}
+
+/// A customer sends a file that is there; returns the message's id.
+pub(crate) fn customer_sends(
+    sim: &Arc<Sim>,
+    number: &str,
+    from: &str,
+    kind: &str,
+    file: &str,
+    mime: &str,
+) -> String {
+    let customer = Customer { from: from.to_owned(), name: String::new(), text: String::new() };
+    let mut said = json!({"type": kind});
+    said[kind] = json!({"id": file, "mime_type": mime});
+    says(sim, number, &customer, said)
+}
+
+fn says(sim: &Arc<Sim>, number: &str, customer: &Customer, mut value: Value) -> String {
     let id = format!("wamid.{:032x}", rand::random::<u128>());
-    let value = json!({"from": customer.from, "id": id, "timestamp": (now_ms() / 1000).to_string(), "type": "text", "text": {"body": customer.text}});
+    value["from"] = json!(customer.from);
+    value["id"] = json!(id);
+    value["timestamp"] = json!((now_ms() / 1000).to_string());
     let contact = json!({"profile": {"name": customer.name}, "wa_id": customer.from});
     lock(&sim.record).inbound.push(Inbound {
         id: id.clone(),

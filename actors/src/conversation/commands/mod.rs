@@ -3,6 +3,7 @@
 mod annotate;
 mod assign;
 mod link;
+mod media;
 mod message;
 mod query;
 mod read;
@@ -80,6 +81,7 @@ pub(crate) fn lookups(state: &State, found: &Known, command: &Command) -> Vec<Lo
         Request::React(r) => message::lookups(r.message_seq),
         Request::Read(_)
         | Request::ContactRead(_)
+        | Request::MediaFetched { .. }
         | Request::Assign(_)
         | Request::Resolve
         | Request::Reopen
@@ -108,6 +110,9 @@ pub(crate) fn decide(state: &State, found: &Known, command: &Command, now: &Now)
         Request::React(r) => message::react(state, found, command, r, now),
         Request::Read(r) => read::decide(state, command, r, now),
         Request::ContactRead(r) => read::by_contact(state, command, r, now),
+        Request::MediaFetched { message_seq, outcome } => {
+            media::fetched(state, command, *message_seq, outcome, now)
+        }
         Request::Assign(r) => assign::decide(state, command, r, now),
         Request::Resolve => status::resolve(state, command, now),
         Request::Reopen => status::reopen(state, command, now),
@@ -124,7 +129,7 @@ pub(crate) fn decide(state: &State, found: &Known, command: &Command, now: &Now)
         }
         Request::Link { other } => link::decide(state, command, *other, now),
         Request::Typing => query::typing(state),
-        Request::TimerDue => snooze::due(state, command, now),
+        Request::TimerDue => snooze::due(state, command, now).map(|d| media::due(state, d)),
         Request::Get => query::get(state, command, now),
         Request::Tip => query::tip(state, command),
     }
@@ -153,7 +158,7 @@ fn outside(state: &State, command: &Command) -> Option<Outcome> {
 fn is_home(home: &super::state::Home, command: &Command) -> bool {
     let Scope { tenant, account, .. } = &command.scope;
     match &command.request {
-        Request::TimerDue => true,
+        Request::TimerDue | Request::MediaFetched { .. } => true,
         Request::Tip => home.tenant == *tenant,
         _ => home.tenant == *tenant && home.account == *account,
     }

@@ -9,6 +9,7 @@ use patchbay_protocol::{CommandError, ErrorCode};
 use serde_json::json;
 
 use super::{Draft, Known, Outcome};
+use crate::conversation::entity::Effect;
 use crate::conversation::ids;
 use crate::conversation::state::State;
 use crate::shard::entity::{Decision, Lookup, Now};
@@ -113,7 +114,23 @@ pub(super) fn decide(
     }
     let seq = now.next_seq + draft.entries.len() as u64 - 1;
     let reply = Reply::Sent(SendReply { seq, at: now.at, duplicate: false });
-    Ok(Decision::entries(draft.entries, reply))
+    let fetch = match event {
+        ThreadEvent::Message(m) => file_of(m, seq, command, &mut draft),
+        _ => None,
+    };
+    let mut decision = Decision::entries(draft.entries, reply);
+    decision.effects.extend(fetch);
+    Ok(decision)
+}
+
+/// What to do about a message's file: it is fetched from the provider, or it is here already.
+fn file_of(m: &InboundMessage, seq: u64, command: &Command, draft: &mut Draft<'_>) -> Option<Effect> {
+    let media = m.content.media()?;
+    if command.scope.channel.direct {
+        draft.add_by(Actor::system(), Body::MediaStored { message_seq: seq, media: media.clone() });
+        return None;
+    }
+    Some(Effect::Fetch { seq, since: draft.now.at })
 }
 
 /// The same id again adds nothing. Whoever names its own messages is told when it named two of them alike.

@@ -1,24 +1,12 @@
-//! The guarded HTTP client: the one way out.
-//!
-//! An account's `api_base` must be https to a host of `providers.allowed_hosts` (in `dev` also plain http to
-//! loopback). Names are resolved here, every address is checked, and the connection is made to a checked address; no
-//! redirect is followed; answers are bounded in size and time.
+//! Where calls may go: which hosts, over what, and to which addresses.
 
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
-use std::time::Duration;
 
-use async_trait::async_trait;
-use bytes::{Bytes, BytesMut};
-use patchbay_actors::directory::{Account, Settings};
-use patchbay_actors::ports::Provider;
+use patchbay_actors::directory::Settings;
 use patchbay_admin_api::Destinations;
-use patchbay_protocol::outbound::{Call, CallResult};
 use reqwest::Url;
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 
-/// The largest answer that is read.
-const ANSWER_BYTES_MAX: usize = 256 * 1024;
 /// Where WhatsApp is when an account does not say.
 const GRAPH_BASE: &str = "https://graph.facebook.com";
 const GRAPH_VERSION: &str = "v23.0";
@@ -28,6 +16,8 @@ const GRAPH_VERSION: &str = "v23.0";
 pub struct Guard {
     /// Hosts that may be called over https.
     pub allowed_hosts: Vec<String>,
+    /// Hosts that files may be fetched from over https, with the account's key.
+    pub media_hosts: Vec<String>,
     /// Whether loopback may be called over plain http (`dev` only).
     pub loopback: bool,
 }
@@ -63,25 +53,36 @@ pub fn is_public(ip: IpAddr) -> bool {
 }
 
 impl Guard {
-    fn allows(&self, ip: IpAddr) -> bool {
+    pub(super) fn allows(&self, ip: IpAddr) -> bool {
         is_public(ip) || (self.loopback && ip.is_loopback())
     }
 
     /// The address of a call, if the account may call there.
-    fn url(&self, settings: &Settings, path: &str) -> Option<Url> {
+    pub(super) fn url(&self, settings: &Settings, path: &str) -> Option<Url> {
         let base =
             if settings.api_base.is_empty() { GRAPH_BASE } else { settings.api_base.trim_end_matches('/') };
         let version = if settings.api_version.is_empty() { GRAPH_VERSION } else { &settings.api_version };
         let url = Url::parse(&format!("{base}/{version}/{path}")).ok()?;
+        self.checked(url, &self.allowed_hosts)
+    }
+
+    /// The address of a file, if one may be fetched there with the account's key.
+    pub(super) fn media_url(&self, url: &str) -> Option<Url> {
+        self.checked(Url::parse(url).ok()?, &self.media_hosts)
+    }
+
+    fn checked(&self, url: Url, hosts: &[String]) -> Option<Url> {
         let host = url.host_str()?;
         let literal: Option<IpAddr> = host.trim_matches(['[', ']']).parse().ok();
+        // An address is nobody's name: what is listed is a name, and is resolved here.
         let listed = url.scheme() == "https"
-            && self.allowed_hosts.iter().any(|h| h.eq_ignore_ascii_case(host))
-            && literal.is_none_or(is_public);
+            && literal.is_none()
+            && hosts.iter().any(|h| h.eq_ignore_ascii_case(host));
         let local = self.loopback
             && url.scheme() == "http"
             && (literal.is_some_and(|ip| ip.is_loopback()) || host == "localhost");
-        (listed || local).then_some(url)
+        let plain = url.username().is_empty() && url.password().is_none();
+        (plain && (listed || local)).then_some(url)
     }
 }
 
@@ -96,7 +97,7 @@ impl Destinations for Guard {
 }
 
 /// Resolves a name and hands on only addresses that were checked.
-struct CheckedResolver(Guard);
+pub(super) struct CheckedResolver(pub(super) Guard);
 
 impl Resolve for CheckedResolver {
     fn resolve(&self, name: Name) -> Resolving {
@@ -112,63 +113,6 @@ impl Resolve for CheckedResolver {
     }
 }
 
-/// The client.
-pub struct Outgoing {
-    guard: Guard,
-    client: reqwest::Client,
-}
-
-impl Outgoing {
-    /// A client with these bounds.
-    pub fn new(guard: Guard, timeout: Duration) -> Result<Self, reqwest::Error> {
-        let client = reqwest::Client::builder()
-            .dns_resolver(Arc::new(CheckedResolver(guard.clone())))
-            .redirect(reqwest::redirect::Policy::none())
-            .no_proxy()
-            .connect_timeout(timeout.min(Duration::from_secs(5)))
-            .timeout(timeout)
-            .build()?;
-        Ok(Self { guard, client })
-    }
-
-    async fn answer(mut response: reqwest::Response) -> Option<CallResult> {
-        let status = response.status().as_u16();
-        let header = response.headers().get("retry-after").and_then(|v| v.to_str().ok()?.parse::<u64>().ok());
-        let mut body = BytesMut::new();
-        while let Some(chunk) = response.chunk().await.ok()? {
-            if body.len() + chunk.len() > ANSWER_BYTES_MAX {
-                return None;
-            }
-            body.extend_from_slice(&chunk);
-        }
-        Some(CallResult::Answered {
-            status,
-            retry_after: header.map(Duration::from_secs),
-            body: Bytes::from(body),
-        })
-    }
-}
-
-#[async_trait]
-impl Provider for Outgoing {
-    async fn call(&self, account: &Account, call: Call) -> CallResult {
-        let Some(url) = self.guard.url(&account.settings, &call.path) else { return CallResult::NotSent };
-        let token = account.credentials.get("access_token").and_then(|t| t.as_str()).unwrap_or("");
-        let request = self
-            .client
-            .post(url)
-            .bearer_auth(token)
-            .header("content-type", "application/json")
-            .body(call.body);
-        match request.send().await {
-            Ok(response) => Self::answer(response).await.unwrap_or(CallResult::Lost),
-            // Only a connection that was never made proves that nothing was written.
-            Err(e) if e.is_connect() || e.is_builder() => CallResult::NotSent,
-            Err(_) => CallResult::Lost,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -179,7 +123,11 @@ mod tests {
 
     #[test]
     fn only_listed_hosts_over_https() {
-        let guard = Guard { allowed_hosts: vec!["graph.facebook.com".into()], loopback: false };
+        let guard = Guard {
+            allowed_hosts: vec!["graph.facebook.com".into()],
+            media_hosts: vec!["lookaside.fbsbx.com".into()],
+            loopback: false,
+        };
         assert!(guard.url(&settings(""), "1/messages").is_some());
         for bad in [
             "http://graph.facebook.com",
@@ -194,6 +142,18 @@ mod tests {
             "nonsense",
         ] {
             assert!(guard.url(&settings(bad), "1/messages").is_none(), "{bad}");
+        }
+        assert!(guard.media_url("https://lookaside.fbsbx.com/x?a=1").is_some());
+        for bad in [
+            "https://graph.facebook.com/x",
+            "http://lookaside.fbsbx.com/x",
+            "https://lookaside.fbsbx.com@evil.example/",
+            "https://user:pass@lookaside.fbsbx.com/",
+            "https://169.254.169.254/latest",
+            "http://127.0.0.1/x",
+            "file:///etc/passwd",
+        ] {
+            assert!(guard.media_url(bad).is_none(), "{bad}");
         }
         let dev = Guard { loopback: true, ..guard };
         assert!(dev.url(&settings("http://127.0.0.1:99"), "1/messages").is_some());
