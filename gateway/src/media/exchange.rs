@@ -156,7 +156,7 @@ impl Media {
         let claimed = at.mime.as_deref().unwrap_or(&wanted.mime);
         let mut taking = self.begin(Some(claimed)).await.map_err(|e| refused(&e))?;
         let all = async {
-            while let Some(bytes) = Outgoing::next(&mut response).await.map_err(unfetched)? {
+            while let Some(bytes) = self.outgoing.next(&mut response).await.map_err(unfetched)? {
                 taking.add(&bytes, &self.limits).await.map_err(|e| refused(&e))?;
             }
             Ok::<_, FetchError>(())

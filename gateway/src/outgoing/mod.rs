@@ -152,8 +152,116 @@ impl Outgoing {
     }
 
     /// The next bytes of a file; a sender that stops is given up.
-    pub async fn next(response: &mut Response) -> Result<Option<Bytes>, Unfetched> {
-        let chunk = tokio::time::timeout(FILE_PAUSE_MAX, response.chunk()).await;
+    pub async fn next(&self, response: &mut Response) -> Result<Option<Bytes>, Unfetched> {
+        let chunk = tokio::time::timeout(self.timeout.min(FILE_PAUSE_MAX), response.chunk()).await;
         chunk.map_err(|_| Unfetched::Later)?.map_err(|_| Unfetched::Later)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use patchbay_actors::directory::Settings;
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::TcpListener;
+
+    fn account(base: &str) -> Account {
+        Account {
+            connector: "whatsapp".into(),
+            inbox: "main".parse().unwrap(),
+            name: String::new(),
+            external_id: "1".into(),
+            credentials: serde_json::json!({"access_token": "the-key"}),
+            settings: Settings { api_base: base.into(), api_version: "v1".into(), ..Settings::default() },
+        }
+    }
+
+    fn client(loopback: bool) -> Outgoing {
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let hosts = vec!["localhost".to_owned(), "graph.facebook.com".to_owned()];
+        let guard = Guard { allowed_hosts: hosts.clone(), media_hosts: hosts, loopback };
+        Outgoing::new(guard, Duration::from_millis(300)).unwrap()
+    }
+
+    /// A server that says this to whoever comes, and goes on holding the connection; what it was asked.
+    async fn says(answer: Vec<u8>) -> (String, tokio::sync::mpsc::Receiver<String>) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let base = format!("http://{}", listener.local_addr().unwrap());
+        let (asked, seen) = tokio::sync::mpsc::channel(16);
+        tokio::spawn(async move {
+            while let Ok((mut stream, _)) = listener.accept().await {
+                let (answer, asked) = (answer.clone(), asked.clone());
+                tokio::spawn(async move {
+                    let mut head = vec![0; 4096];
+                    let n = stream.read(&mut head).await.unwrap_or(0);
+                    let _ = asked.send(String::from_utf8_lossy(&head[..n]).into_owned()).await;
+                    let _ = stream.write_all(&answer).await;
+                    let _ = stream.read(&mut head).await;
+                });
+            }
+        });
+        (base, seen)
+    }
+
+    #[tokio::test]
+    async fn a_name_that_leads_to_a_private_address_is_not_called() {
+        // The name is on the list; where it leads now is checked all the same, at the connection itself.
+        let called = client(false).call(&account("https://localhost:1"), call()).await;
+        assert_eq!(called, CallResult::NotSent);
+        let opened = client(false).open(&account(""), "https://localhost:1/x").await;
+        assert_eq!(opened.err(), Some(Unfetched::Later), "nobody was asked");
+    }
+
+    fn call() -> Call {
+        Call { path: "1/messages".into(), body: Bytes::from_static(b"{}") }
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_does_not_end_or_does_not_fit_is_lost() {
+        let head = b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n{".to_vec();
+        let (slow, _seen) = says(head).await;
+        assert_eq!(
+            client(true).call(&account(&slow), call()).await,
+            CallResult::Lost,
+            "it stops in the middle"
+        );
+        let mut bomb = b"HTTP/1.1 200 OK\r\ncontent-length: 3000000\r\n\r\n".to_vec();
+        bomb.resize(3_000_000, b'x');
+        let (bomb, _seen) = says(bomb).await;
+        assert_eq!(client(true).call(&account(&bomb), call()).await, CallResult::Lost, "it is too large");
+        let (silent, _seen) = says(Vec::new()).await;
+        assert_eq!(client(true).call(&account(&silent), call()).await, CallResult::Lost, "it says nothing");
+        // A compressed answer is what it is: nothing here unpacks it.
+        let zip = b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: 3\r\n\r\nabc".to_vec();
+        let (zip, _seen) = says(zip).await;
+        let CallResult::Answered { body, .. } = client(true).call(&account(&zip), call()).await else {
+            panic!()
+        };
+        assert_eq!(body, "abc");
+    }
+
+    #[tokio::test]
+    async fn no_redirect_leaves_the_host_and_none_takes_the_key_along() {
+        let (there, mut elsewhere) = says(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n".to_vec()).await;
+        let redirect = format!("HTTP/1.1 302 Found\r\nlocation: {there}/x\r\ncontent-length: 0\r\n\r\n");
+        let (here, mut seen) = says(redirect.into_bytes()).await;
+        let answered = client(true).call(&account(&here), call()).await;
+        assert!(matches!(answered, CallResult::Answered { status: 302, .. }), "{answered:?}");
+        let opened = client(true).open(&account(&here), &format!("{here}/file")).await;
+        assert_eq!(opened.err(), Some(Unfetched::Forbidden));
+        for _ in 0..2 {
+            assert!(seen.recv().await.unwrap().contains("Bearer the-key"));
+        }
+        assert!(elsewhere.try_recv().is_err(), "nobody else was asked");
+    }
+
+    #[tokio::test]
+    async fn a_file_that_stops_coming_is_given_up() {
+        let head = b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\nabc".to_vec();
+        let (slow, _seen) = says(head).await;
+        let client = client(true);
+        let mut response = client.open(&account(&slow), &format!("{slow}/file")).await.unwrap();
+        assert_eq!(client.next(&mut response).await, Ok(Some(Bytes::from_static(b"abc"))));
+        assert_eq!(client.next(&mut response).await, Err(Unfetched::Later));
     }
 }

@@ -15,6 +15,7 @@ use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
 use patchbay_actors::desk::Desk;
 use patchbay_protocol::client::{Encoding, FRAME_BYTES_MAX};
@@ -112,18 +113,22 @@ pub async fn upgrade(State(sockets): State<Arc<Sockets>>, mut request: Request) 
     let upgrade = hyper::upgrade::on(&mut request);
     let tasks = sockets.tasks.clone();
     tasks.spawn(async move {
-        let Ok(upgraded) = upgrade.await else { return };
-        let config = WebSocketConfig::default()
-            .read_buffer_size(4096)
-            .write_buffer_size(4096)
-            .max_write_buffer_size(1 << 20)
-            .max_message_size(Some(FRAME_BYTES_MAX))
-            .max_frame_size(Some(FRAME_BYTES_MAX));
-        let socket =
-            WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Server, Some(config)).await;
-        connection::run(sockets, socket, encoding).await;
+        if let Ok(upgraded) = upgrade.await {
+            connection::run(sockets, socket(upgraded).await, encoding).await;
+        }
     });
     response
+}
+
+/// A socket with our bounds, on a connection that was upgraded.
+pub async fn socket(upgraded: Upgraded) -> WebSocketStream<TokioIo<Upgraded>> {
+    let config = WebSocketConfig::default()
+        .read_buffer_size(4096)
+        .write_buffer_size(4096)
+        .max_write_buffer_size(1 << 20)
+        .max_message_size(Some(FRAME_BYTES_MAX))
+        .max_frame_size(Some(FRAME_BYTES_MAX));
+    WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Server, Some(config)).await
 }
 
 const PROTOBUF: &str = "centrifuge-protobuf";
