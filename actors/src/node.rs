@@ -138,6 +138,20 @@ async fn document_or(
     }
 }
 
+/// Gives a store another identity: every log of it has another epoch from here on.
+pub async fn new_identity(engine: Arc<dyn Engine>) -> Result<(), StartError> {
+    let tables = Tables::new(engine);
+    loop {
+        let found = tables.document::<serde_json::Value>(&cluster_document("identity")).await;
+        let version = found.map_err(|_| StartError::Store)?.map(|(version, _)| version);
+        let fresh: [u8; 16] = rand::random();
+        let put = tables.put_document(cluster_document("identity"), version, &fresh).await;
+        if put.map_err(|_| StartError::Store)? == CasOutcome::Applied {
+            return Ok(());
+        }
+    }
+}
+
 async fn next_incarnation(tables: &Tables) -> Result<u32, StartError> {
     loop {
         let found =

@@ -3,7 +3,11 @@
 use std::sync::Arc;
 
 use axum::Json;
+use axum::body::Body;
 use axum::extract::State;
+use axum::http::header;
+use axum::response::{IntoResponse, Response};
+use futures_util::StreamExt as _;
 use serde::Serialize;
 use utoipa::ToSchema;
 
@@ -67,4 +71,11 @@ pub(crate) async fn shards(State(api): State<Arc<Api>>, _: Operator) -> Result<J
     Ok(Json(ClusterShards {
         shards: (0..node.shards().count).map(|shard| ClusterShard { shard, holder, epoch }).collect(),
     }))
+}
+
+/// A backup of this moment: every row and every file, with a digest at its end.
+#[utoipa::path(get, path = "/api/v1/cluster/backup", responses((status = 200, content_type = "application/octet-stream")), security(("key" = [])))]
+pub(crate) async fn backup(State(api): State<Arc<Api>>, _: Operator) -> Response {
+    let parts = api.backups.backup().map(|part| part.map_err(|()| std::io::Error::other("it broke off")));
+    ([(header::CONTENT_TYPE, "application/octet-stream")], Body::from_stream(parts)).into_response()
 }

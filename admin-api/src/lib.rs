@@ -97,6 +97,12 @@ pub struct StoredFile {
     pub record: MediaRecord,
 }
 
+/// Takes backups.
+pub trait Backups: Send + Sync + 'static {
+    /// A backup of this moment, as it is made.
+    fn backup(&self) -> FileBody;
+}
+
 /// Keeps files.
 #[async_trait]
 pub trait Files: Send + Sync + 'static {
@@ -136,6 +142,7 @@ pub struct Api {
     issuer: Arc<dyn TokenIssuer>,
     destinations: Arc<dyn Destinations>,
     files: Arc<dyn Files>,
+    backups: Arc<dyn Backups>,
     replies: idempotency::Replies,
 }
 
@@ -148,9 +155,10 @@ impl Api {
         issuer: Arc<dyn TokenIssuer>,
         destinations: Arc<dyn Destinations>,
         files: Arc<dyn Files>,
+        backups: Arc<dyn Backups>,
     ) -> Arc<Self> {
         let replies = idempotency::Replies::default();
-        Arc::new(Self { desk, intake, auth, issuer, destinations, files, replies })
+        Arc::new(Self { desk, intake, auth, issuer, destinations, files, backups, replies })
     }
 
     fn directory(&self) -> &Arc<patchbay_actors::directory::Directory> {
@@ -197,6 +205,7 @@ pub fn router(api: Arc<Api>) -> Router {
         .route("/dead-letters/{id}/replay", post(dead_letters::replay))
         .route("/cluster/nodes", get(cluster::nodes))
         .route("/cluster/shards", get(cluster::shards))
+        .route("/cluster/backup", get(cluster::backup))
         .route_layer(middleware::from_fn_with_state(api.clone(), idempotency::layer))
         .route("/openapi.json", get(openapi::serve))
         .fallback(problem::not_found)

@@ -12,6 +12,7 @@
 //! Invariant: every queue of a socket is bounded in bytes; what happens past the bound is written where the bound is.
 
 pub mod auth;
+pub mod backup;
 pub mod cli;
 pub mod config;
 pub mod edge;

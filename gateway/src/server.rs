@@ -21,8 +21,8 @@ use patchbay_actors::clock::Clock;
 use patchbay_actors::desk::Desk;
 use patchbay_actors::intake::Intake;
 use patchbay_actors::node::{Node, NodeConfig, StartError};
-use patchbay_storage::Engine;
 use patchbay_storage::blobs::DiskBlobs;
+use patchbay_storage::embedded::Embedded;
 use serde::Serialize;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
@@ -31,6 +31,7 @@ use tower::ServiceExt as _;
 
 use crate::auth::Auth;
 use crate::auth::keys::ApiAuth;
+use crate::backup::{MEDIA, NodeBackups};
 use crate::config::Config;
 use crate::edge::webhook::{self, Webhooks};
 use crate::edge::websocket::{self, SocketLimits, Sockets};
@@ -42,6 +43,9 @@ use crate::outgoing::{Guard, Outgoing};
 
 /// How long a request's head may take.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What a running node says of itself, in its data directory.
+pub const NODE_FILE: &str = "node.json";
 
 /// Why a node cannot run.
 #[derive(Debug, thiserror::Error)]
@@ -157,7 +161,7 @@ impl Server {
     pub async fn start(
         config: &Config,
         mode: Mode,
-        engine: Arc<dyn Engine>,
+        engine: Arc<Embedded>,
         metrics: PrometheusHandle,
     ) -> Result<Self, RunError> {
         if mode == Mode::Dev && !(loopback(&config.public.listen) && loopback(&config.ops.listen)) {
@@ -170,7 +174,7 @@ impl Server {
             loopback: mode == Mode::Dev,
         };
         let outgoing = Arc::new(Outgoing::new(guard.clone(), config.providers.timeout)?);
-        let blobs = DiskBlobs::open(&config.storage.data_dir.join("media")).map_err(io("media"))?;
+        let blobs = DiskBlobs::open(&config.storage.data_dir.join(MEDIA)).map_err(io("media"))?;
         let media = Media::new(
             Arc::new(blobs),
             outgoing.clone(),
@@ -188,7 +192,7 @@ impl Server {
             },
             idle_after: config.limits.idle_after,
             memory_is_short: memory_is_short(config.limits.memory),
-            ..NodeConfig::new(engine, Clock::System, hub.clone(), provider)
+            ..NodeConfig::new(engine.clone(), Clock::System, hub.clone(), provider)
         })
         .await?;
         let directory = node.directory().clone();
@@ -212,6 +216,7 @@ impl Server {
             hub: &hub,
             guard,
             media,
+            backups: Arc::new(NodeBackups { engine, dir: config.storage.data_dir.clone() }),
             draining: watching.clone(),
             operator_key,
             tasks: tasks.clone(),
@@ -250,6 +255,7 @@ struct Doors<'a> {
     hub: &'a Arc<Hub>,
     guard: Guard,
     media: Arc<Media>,
+    backups: Arc<NodeBackups>,
     draining: watch::Receiver<bool>,
     operator_key: Option<String>,
     tasks: TaskTracker,
@@ -296,6 +302,7 @@ impl Doors<'_> {
             api_auth,
             destinations,
             self.media.clone(),
+            self.backups.clone(),
         );
         let limits = RequestLimits::new(self.config.limits.requests_per_second, self.mode == Mode::Dev);
         let admin = patchbay_admin_api::router(api)

@@ -226,9 +226,95 @@ async fn tokens_come_from_a_directory_that_dev_has_made() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_command_explains_itself_with_an_example() {
-    for command in ["dev", "run", "simulate", "token", "config", "chat"] {
+    for command in ["dev", "run", "simulate", "token", "config", "chat", "doctor", "backup", "restore"] {
         let help = run(&[command, "--help"]).await;
         assert!(help.status.success());
         assert!(text(&help.stdout).contains(&format!("Example: patchbay {command}")), "{command}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_running_node_is_backed_up_and_comes_back_as_another_log() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Node::start(dir.path()).await;
+    let key = node.tenant("acme", "http://127.0.0.1:9", NUMBER).await;
+    let id = conversation("acme", "wa", "34600111222");
+    for n in 0..50 {
+        let body = webhook_body(NUMBER, &[text_item("34600111222", &format!("wamid.{n}"), "hola")], &[]);
+        assert_eq!(node.webhook("acme", "wa", &body).await, 200);
+    }
+    let put =
+        node.http.post(node.url("/api/v1/media")).bearer_auth(&key).body("just words").send().await.unwrap();
+    let put: Value = put.json().await.unwrap();
+    let token = node.token(&key, "anna", 600).await;
+    let before = node.socket(&token).await.subscribe(&format!("conversation:{id}")).await.unwrap();
+    let data = dir.path().join("data");
+    let file = dir.path().join("patchbay.backup");
+    let (data_text, file_text) = (data.to_str().unwrap(), file.to_str().unwrap());
+    let made = run(&["backup", "--data-dir", data_text, "--to", file_text, "--json"]).await;
+    assert!(made.status.success(), "{}", text(&made.stderr));
+    let told: Value = serde_json::from_slice(&made.stdout).unwrap();
+    assert_eq!(told["bytes"].as_u64(), Some(std::fs::metadata(&file).unwrap().len()));
+    let again = run(&["backup", "--data-dir", data_text, "--to", file_text]).await;
+    assert!(!again.status.success() && text(&again.stderr).contains("there already"));
+    let refused = run(&["restore", "--from", file_text, "--data-dir", data_text]).await;
+    assert!(!refused.status.success(), "a directory that is in use is left alone");
+    // What happens after the backup is not in it.
+    let late = webhook_body(NUMBER, &[text_item("34600111222", "wamid.late", "later")], &[]);
+    assert_eq!(node.webhook("acme", "wa", &late).await, 200);
+    drop(node);
+
+    let other = tempfile::tempdir().unwrap();
+    let target = other.path().join("data");
+    let restored =
+        run(&["restore", "--from", file_text, "--data-dir", target.to_str().unwrap(), "--json"]).await;
+    assert!(restored.status.success(), "{}", text(&restored.stderr));
+    let node = Node::start(other.path()).await;
+    assert_eq!(node.entries(&key, id).await.len(), 51, "the tenant's key is good here as well");
+    let shown = node.get(&key, &format!("/media/{}", put["id"].as_str().unwrap())).await;
+    let words = node.http.get(shown["url"].as_str().unwrap()).send().await.unwrap().text().await.unwrap();
+    assert_eq!(words, "just words");
+    // A client that resumes with what it has seen is told that this is another log.
+    let mut ws = node.socket(&token).await;
+    let request = json!({"subscribe": {"channel": format!("conversation:{id}"), "recover": true, "offset": 51, "epoch": before["epoch"]}});
+    let resumed = ws.call(request).await.unwrap()["subscribe"].take();
+    assert_ne!(resumed["epoch"], before["epoch"]);
+    assert!(resumed["recovered"].as_bool() != Some(true) && resumed["was_recovering"] == true, "{resumed}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn doctor_says_what_stands_in_the_way() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("data");
+    let doctor = async |env: &[(&str, &str)]| {
+        let mut command = patchbay(&["doctor", "--json", "--data-dir", data.to_str().unwrap()]);
+        let output = command.envs(env.iter().copied()).output().await.unwrap();
+        (output.status.success(), serde_json::from_slice::<Value>(&output.stdout).unwrap())
+    };
+    let of = |told: &Value, name: &str| {
+        told["checks"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .find(|c| c["name"] == name)
+            .map(|c| c["verdict"].as_str().unwrap().to_owned())
+    };
+    let node = Node::start(dir.path()).await;
+    let (well, told) = doctor(&[]).await;
+    assert!(well, "{told}");
+    assert_eq!(
+        (of(&told, "node").as_deref(), of(&told, "data directory").as_deref()),
+        (Some("ok"), Some("ok"))
+    );
+    drop(node);
+    until("the directory is free", async || {
+        let (well, told) = doctor(&[]).await;
+        (well && of(&told, "parked").as_deref() == Some("ok")).then_some(())
+    })
+    .await;
+    let (well, told) = doctor(&[("PATCHBAY__LIMITS__CONNECTIONS", "many")]).await;
+    assert!(!well && of(&told, "configuration").as_deref() == Some("fail"), "{told}");
+    std::fs::write(data.join("FORMAT"), "patchbay-embedded 99\n").unwrap();
+    let (well, told) = doctor(&[]).await;
+    assert!(!well && of(&told, "data directory").as_deref() == Some("fail"), "{told}");
 }

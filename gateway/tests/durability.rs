@@ -54,6 +54,7 @@ async fn nothing_leaves_before_the_sync_returns() {
     let mut config = Config::default();
     config.public.listen = "127.0.0.1:0".into();
     config.ops.listen = "127.0.0.1:0".into();
+    config.storage.data_dir = dir.path().join("data");
     config.auth.hmac_secret_key = Some(Secret::Text("secret".into()));
     let server =
         Server::start(&config, Mode::Dev, engine, PrometheusBuilder::new().build_recorder().handle())

@@ -14,7 +14,7 @@ use patchbay_protocol::{AccountId, AgentId, CommandError, ErrorCode, InboxId, Te
 use patchbay_storage::embedded::Embedded;
 use serde_json::json;
 
-use super::run::{Stop, ready};
+use super::run::{Stop, announce, ready, withdraw};
 use super::{ConfigArgs, Failure, demo, runtime, start_logs};
 use crate::auth::keys;
 use crate::config::{Config, Secret};
@@ -67,15 +67,14 @@ impl Dev {
             let mut told = ready(&server, &config);
             told.simulator = Some(simulator.address().to_string());
             told.operator_key = config.operator_key().map_err(Failure::Other)?;
-            if let Some(file) = &self.ready_file {
-                told.write(file)?;
-            }
+            announce(&told, &config, self.ready_file.as_deref())?;
             if !self.quiet {
                 demo::introduce(&server, &simulator, &demo);
                 tokio::spawn(demo::play(server.public, simulator.clone(), demo));
             }
             stop.first().await;
             stop.drain(server, config.drain.deadline).await;
+            withdraw(&config);
             Ok(())
         })
     }

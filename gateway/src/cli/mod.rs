@@ -1,9 +1,11 @@
 //! The command line. Quiet on success, honest on failure: bad configuration exits 64 with a line per fault.
 
+mod backup;
 mod chat;
 mod config;
 mod demo;
 mod dev;
+mod doctor;
 mod run;
 mod simulate;
 mod token;
@@ -52,6 +54,18 @@ enum Command {
     ///
     /// Example: patchbay config check --config patchbay.toml
     Config(config::ConfigCommand),
+    /// What stands in a node's way: configuration, machine, data directory.
+    ///
+    /// Example: patchbay doctor --config patchbay.toml
+    Doctor(doctor::Doctor),
+    /// Everything of a node, running or stopped, in one file.
+    ///
+    /// Example: patchbay backup --data-dir ./patchbay-data --to patchbay.backup
+    Backup(backup::Backup),
+    /// A data directory of a backup. Clients that resume are told that it is another log.
+    ///
+    /// Example: patchbay restore --from patchbay.backup --data-dir ./restored
+    Restore(backup::Restore),
     /// A terminal client for an agent.
     ///
     /// Example: patchbay chat --token "$TOKEN" --conversation 117hm6cewq8ptd8sg97y11y4xd
@@ -118,6 +132,9 @@ pub fn main() -> ExitCode {
         Command::Token(c) => c.run(),
         Command::Config(c) => c.run(),
         Command::Chat(c) => c.run(),
+        Command::Doctor(c) => c.run(),
+        Command::Backup(c) => c.run(),
+        Command::Restore(c) => c.run(),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

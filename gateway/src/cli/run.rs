@@ -1,6 +1,6 @@
 //! `patchbay run`: a node as configured.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::{ConfigArgs, Failure, runtime, start_logs};
 use crate::config::Config;
-use crate::server::{Mode, Ready, Server};
+use crate::server::{Mode, NODE_FILE, Ready, Server};
 
 /// A node as configured.
 #[derive(Args)]
@@ -33,14 +33,25 @@ impl Run {
             let server = Server::start(&config, Mode::Run, engine, metrics).await.map_err(Failure::of_start)?;
             let ready = ready(&server, &config);
             tracing::info!(public = %server.public, ops = %server.ops, incarnation = ready.incarnation, "ready");
-            if let Some(file) = &self.ready_file {
-                ready.write(file)?;
-            }
+            announce(&ready, &config, self.ready_file.as_deref())?;
             stop.first().await;
             stop.drain(server, config.drain.deadline).await;
+            withdraw(&config);
             Ok(())
         })
     }
+}
+
+/// Tells whoever waits, and whoever finds the data directory.
+pub(super) fn announce(ready: &Ready, config: &Config, file: Option<&Path>) -> std::io::Result<()> {
+    ready.write(&config.storage.data_dir.join(NODE_FILE))?;
+    file.map_or(Ok(()), |file| ready.write(file))
+}
+
+/// The node has stopped.
+pub(super) fn withdraw(config: &Config) {
+    // One that a crash leaves behind is of a directory that nobody holds.
+    let _ = std::fs::remove_file(config.storage.data_dir.join(NODE_FILE));
 }
 
 /// What a ready node tells.

@@ -8,6 +8,7 @@
 //! is below the newest that it has seen for that shard; within a reign nobody rewrites a row before the write under
 //! way is answered.
 
+pub mod backup;
 mod directory;
 mod keys;
 mod writer;
