@@ -1,71 +1,200 @@
-//! Limits of the API door: requests a second of one caller.
+//! Limits of callers: commands a second of a connection, an agent and a tenant, requests a second of an API key,
+//! bodies a second of a webhook's account. Past one the caller is told when to come back; nobody else notices.
 
 use std::collections::HashMap;
+use std::hash::Hash;
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
+use patchbay_protocol::{AgentId, CommandError, TenantId};
 use serde_json::json;
 use tokio::time::Instant;
 
-/// Callers that are told apart at once; past it those that have not asked lately are forgotten.
-const CALLERS_MAX: usize = 10_000;
+use crate::config;
 
-struct Bucket {
+/// Callers that are told apart at once; past it those that have not asked lately are forgotten.
+pub const CALLERS_MAX: usize = 100_000;
+/// What API keys may ask in `dev` at least, from loopback.
+const DEV_PER_SECOND: u32 = 2_000;
+
+/// A token bucket that holds a second's worth, and at least so many that an SDK's reconnect fits.
+#[derive(Clone, Copy, Debug)]
+pub struct Bucket {
     tokens: f64,
     at: Instant,
 }
 
-/// Token buckets by the caller's key.
-pub struct RequestLimits {
-    per_second: f64,
-    buckets: Mutex<HashMap<[u8; 32], Bucket>>,
-}
+/// What one reconnect brings at once: a connect and its subscriptions.
+const BURST_MIN: f64 = 1024.0;
 
-impl RequestLimits {
-    /// `per_second` of one caller; in `dev` never below 1,000.
-    pub fn new(per_second: u32, dev: bool) -> Arc<Self> {
-        let per_second = f64::from(if dev { per_second.max(2_000) } else { per_second.max(1) });
-        Arc::new(Self { per_second, buckets: Mutex::default() })
+/// How fast a bucket fills; 0: nothing is limited.
+#[derive(Clone, Copy, Debug)]
+pub struct Rate(f64);
+
+impl Rate {
+    /// So many a second.
+    pub fn per_second(n: u32) -> Self {
+        Self(f64::from(n))
+    }
+
+    fn burst(self) -> f64 {
+        self.0.max(BURST_MIN)
+    }
+
+    /// A full bucket.
+    pub fn bucket(self) -> Bucket {
+        Bucket { tokens: self.burst(), at: Instant::now() }
     }
 
     /// Takes a place; else says how many milliseconds to wait.
-    fn take(&self, caller: [u8; 32]) -> Result<(), u64> {
-        let now = Instant::now();
-        let mut buckets = self.buckets.lock().unwrap_or_else(PoisonError::into_inner);
-        if buckets.len() >= CALLERS_MAX {
-            buckets.retain(|_, b| now.duration_since(b.at).as_secs() < 2);
+    pub fn take(self, bucket: &mut Bucket) -> Result<(), u64> {
+        if self.0 <= 0.0 {
+            return Ok(());
         }
-        let bucket = buckets.entry(caller).or_insert(Bucket { tokens: self.per_second, at: now });
-        bucket.tokens = (bucket.tokens + now.duration_since(bucket.at).as_secs_f64() * self.per_second)
-            .min(self.per_second);
-        bucket.at = now;
+        let now = Instant::now();
+        let filled = bucket.tokens + now.duration_since(bucket.at).as_secs_f64() * self.0;
+        *bucket = Bucket { tokens: filled.min(self.burst()), at: now };
         if bucket.tokens >= 1.0 {
             bucket.tokens -= 1.0;
             return Ok(());
         }
-        Err(((1.0 - bucket.tokens) / self.per_second * 1000.0).ceil().max(1.0) as u64)
+        Err(((1.0 - bucket.tokens) / self.0 * 1000.0).ceil().max(1.0) as u64)
     }
 }
 
-/// Answers 429 past the limit.
-pub async fn layer(State(limits): State<Arc<RequestLimits>>, request: Request, next: Next) -> Response {
-    let key = request.headers().get(header::AUTHORIZATION).map_or(&b""[..], HeaderValue::as_bytes);
-    let caller = *blake3::hash(key).as_bytes();
-    let Err(retry_after_ms) = limits.take(caller) else { return next.run(request).await };
+/// Buckets of many callers.
+pub struct Buckets<K> {
+    rate: Rate,
+    callers: Mutex<HashMap<K, Bucket>>,
+}
+
+impl<K: Hash + Eq> Buckets<K> {
+    /// Every caller at this rate.
+    pub fn new(rate: Rate) -> Self {
+        Self { rate, callers: Mutex::default() }
+    }
+
+    /// Takes a place for a caller; else says how many milliseconds to wait.
+    pub fn take(&self, caller: K) -> Result<(), u64> {
+        if self.rate.0 <= 0.0 {
+            return Ok(());
+        }
+        let mut callers = self.callers.lock().unwrap_or_else(PoisonError::into_inner);
+        if callers.len() >= CALLERS_MAX {
+            let now = Instant::now();
+            callers.retain(|_, b| now.duration_since(b.at).as_secs() < 2);
+        }
+        if callers.len() >= CALLERS_MAX && !callers.contains_key(&caller) {
+            // More callers than can be told apart come at once.
+            return Err(1000);
+        }
+        self.rate.take(callers.entry(caller).or_insert_with(|| self.rate.bucket()))
+    }
+}
+
+/// The limits of a node.
+pub struct Limits {
+    /// Commands a second of one connection.
+    pub connection: Rate,
+    agents: Buckets<(TenantId, AgentId)>,
+    tenants: Buckets<TenantId>,
+    keys: Buckets<[u8; 32]>,
+    /// Whoever comes without a key that is known, by address.
+    strangers: Buckets<Option<IpAddr>>,
+    webhooks: Buckets<(String, String)>,
+}
+
+fn told(which: &'static str, taken: Result<(), u64>) -> Result<(), CommandError> {
+    taken.map_err(|retry_after_ms| {
+        metrics::counter!("patchbay_limits_reached_total", "which" => which).increment(1);
+        CommandError::rate_limited(retry_after_ms)
+    })
+}
+
+impl Limits {
+    /// As configured; in `dev` API keys are never held below 1,000 requests a second.
+    pub fn new(limits: &config::Limits, dev: bool) -> Arc<Self> {
+        let keys =
+            if dev { limits.requests_per_second.max(DEV_PER_SECOND) } else { limits.requests_per_second };
+        Arc::new(Self {
+            connection: Rate::per_second(limits.connection_per_second),
+            agents: Buckets::new(Rate::per_second(limits.agent_per_second)),
+            tenants: Buckets::new(Rate::per_second(limits.tenant_per_second)),
+            keys: Buckets::new(Rate::per_second(keys)),
+            strangers: Buckets::new(Rate::per_second(limits.strangers_per_second)),
+            webhooks: Buckets::new(Rate::per_second(limits.webhooks_per_second)),
+        })
+    }
+
+    /// A command of a connection, by its own bucket.
+    pub fn connection(&self, bucket: &mut Bucket) -> Result<(), CommandError> {
+        told("connection", self.connection.take(bucket))
+    }
+
+    /// A command of an agent, on whichever socket.
+    pub fn agent(&self, tenant: &TenantId, agent: &AgentId) -> Result<(), CommandError> {
+        told("agent", self.agents.take((tenant.clone(), agent.clone())))?;
+        self.tenant(tenant)
+    }
+
+    /// A command of anybody of a tenant.
+    pub fn tenant(&self, tenant: &TenantId) -> Result<(), CommandError> {
+        told("tenant", self.tenants.take(tenant.clone()))
+    }
+
+    /// A request that no key has opened a door for.
+    pub fn stranger(&self, from: Option<IpAddr>) -> Result<(), CommandError> {
+        told("stranger", self.strangers.take(from))
+    }
+
+    /// A webhook's body, by where it is posted to.
+    pub fn webhook(&self, tenant: &str, account: &str) -> Result<(), CommandError> {
+        told("webhook", self.webhooks.take((tenant.to_owned(), account.to_owned())))
+    }
+}
+
+fn too_many(error: &CommandError) -> Response {
+    let retry_after_ms = error.retry_after_ms().unwrap_or(1000);
     let problem = json!({
         "type": "https://patchbay.dev/errors/rate_limited",
         "title": "rate limited",
         "status": 429,
         "code": "rate_limited",
-        "detail": "more requests than this key may send in a second",
+        "detail": "more requests than this caller may send in a second",
         "retry_after_ms": retry_after_ms,
     });
-    let headers = [(header::CONTENT_TYPE, "application/problem+json"), (header::RETRY_AFTER, "1")];
-    (StatusCode::TOO_MANY_REQUESTS, headers, problem.to_string()).into_response()
+    let after = HeaderValue::from(retry_after_ms.div_ceil(1000));
+    let mut response = (StatusCode::TOO_MANY_REQUESTS, problem.to_string()).into_response();
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
+    headers.insert(header::RETRY_AFTER, after);
+    response
 }
+
+/// Answers 429 past the limit of an API key. Whoever is refused for want of one is limited by address.
+pub async fn layer(State(limits): State<Arc<Limits>>, request: Request, next: Next) -> Response {
+    let key = request.headers().get(header::AUTHORIZATION).map_or(&b""[..], HeaderValue::as_bytes);
+    let from = request.extensions().get::<Peer>().map(|p| p.0);
+    let taken = told("key", limits.keys.take(*blake3::hash(key).as_bytes()));
+    if let Err(error) = taken {
+        return too_many(&error);
+    }
+    let response = next.run(request).await;
+    if response.status() == StatusCode::UNAUTHORIZED
+        && let Err(error) = limits.stranger(from)
+    {
+        return too_many(&error);
+    }
+    response
+}
+
+/// Where a request comes from.
+#[derive(Clone, Copy, Debug)]
+pub struct Peer(pub IpAddr);
 
 /// Whether a `Host` (or what stands in an `Origin` behind the scheme) is one of loopback's own names.
 fn is_local(host: &str) -> bool {
@@ -90,5 +219,24 @@ pub async fn local_host_only(request: Request, next: Next) -> Response {
         next.run(request).await
     } else {
         (StatusCode::FORBIDDEN, "dev answers to loopback only").into_response()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[tokio::test(start_paused = true)]
+    async fn one_caller_past_its_limit_leaves_the_others_alone() {
+        let buckets = Buckets::new(Rate::per_second(2000));
+        let taken = (0..20_000).filter(|_| buckets.take("a").is_ok()).count();
+        assert_eq!(taken, 2000);
+        assert!(buckets.take("a").unwrap_err() >= 1);
+        assert_eq!((0..2000).filter(|_| buckets.take("b").is_ok()).count(), 2000);
+        tokio::time::advance(Duration::from_millis(500)).await;
+        assert_eq!((0..2000).filter(|_| buckets.take("a").is_ok()).count(), 1000);
+        let free = Buckets::new(Rate::per_second(0));
+        assert!((0..10_000).all(|_| free.take("a").is_ok()), "0 limits nothing");
     }
 }

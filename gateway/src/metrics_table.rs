@@ -47,6 +47,7 @@ pub const METRICS: &[Row] = &[
     ("patchbay_edge_rpc_seconds", Kind::Histogram, "method", "From an rpc's arrival to its reply."),
     ("patchbay_hub_publications_total", Kind::Counter, "", "Entries offered to subscribed sockets."),
     ("patchbay_intake_dead_letters_total", Kind::Counter, "", "Items put into the dead letters."),
+    ("patchbay_limits_reached_total", Kind::Counter, "which", "Commands and requests refused past a limit."),
     ("patchbay_media_fetches_total", Kind::Counter, "outcome", "Customers' files asked for at providers."),
     (
         "patchbay_media_mismatches_total",

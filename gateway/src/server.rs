@@ -25,7 +25,7 @@ use patchbay_storage::blobs::DiskBlobs;
 use patchbay_storage::embedded::Embedded;
 use serde::Serialize;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio_util::task::TaskTracker;
 use tower::ServiceExt as _;
 
@@ -36,7 +36,7 @@ use crate::config::Config;
 use crate::edge::webhook::{self, Webhooks};
 use crate::edge::websocket::{self, SocketLimits, Sockets};
 use crate::hub::Hub;
-use crate::limits::{self, RequestLimits};
+use crate::limits::{self, Limits, Peer};
 use crate::media::exchange::Exchange;
 use crate::media::{Media, serve};
 use crate::outgoing::{Guard, Outgoing};
@@ -46,6 +46,9 @@ const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What a running node says of itself, in its data directory.
 pub const NODE_FILE: &str = "node.json";
+
+/// HTTP connections of one listener at once, sockets not counted.
+pub const REQUESTS_MAX: usize = 8192;
 
 /// Why a node cannot run.
 #[derive(Debug, thiserror::Error)]
@@ -271,7 +274,9 @@ impl Doors<'_> {
             Mode::Run if self.config.public.allowed_origins.is_empty() => None,
             Mode::Run => Some(self.config.public.allowed_origins.clone()),
         };
+        let rates = Limits::new(&self.config.limits, self.mode == Mode::Dev);
         let sockets = Arc::new(Sockets {
+            rates: rates.clone(),
             desk: self.desk.clone(),
             auth: self.auth.clone(),
             hub: self.hub.clone(),
@@ -292,6 +297,7 @@ impl Doors<'_> {
             directory.clone(),
             self.auth.clone(),
             node.shards().clock,
+            rates.clone(),
         ));
         let destinations = Arc::new(self.guard.clone());
         let intake = Intake::new(node.clone());
@@ -304,10 +310,9 @@ impl Doors<'_> {
             self.media.clone(),
             self.backups.clone(),
         );
-        let limits = RequestLimits::new(self.config.limits.requests_per_second, self.mode == Mode::Dev);
         let admin = patchbay_admin_api::router(api)
-            .layer(axum::middleware::from_fn_with_state(limits, limits::layer));
-        let webhooks = Webhooks::new(intake, directory);
+            .layer(axum::middleware::from_fn_with_state(rates.clone(), limits::layer));
+        let webhooks = Webhooks::new(intake, directory, rates);
         let webhooks = Router::new()
             .route("/webhooks/{tenant}/{account}", get(webhook::challenge).post(webhook::receive))
             .with_state(webhooks);
@@ -358,14 +363,22 @@ async fn serve(
     mut draining: watch::Receiver<bool>,
     tasks: TaskTracker,
 ) {
+    let places = Arc::new(Semaphore::new(REQUESTS_MAX));
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
             _ = draining.changed() => return,
         };
         match accepted {
-            Ok((stream, _)) => {
-                tasks.spawn(connection(stream, router.clone(), draining.clone()));
+            Ok((stream, from)) => {
+                // Past the bound nobody is accepted: the kernel's queue holds them, and then refuses.
+                let Ok(place) = places.clone().acquire_owned().await else { return };
+                let router = router.clone().layer(axum::Extension(Peer(from.ip())));
+                let draining = draining.clone();
+                tasks.spawn(async move {
+                    connection(stream, router, draining).await;
+                    drop(place);
+                });
             }
             Err(error) => {
                 // Out of file descriptors, or a peer that is gone already.

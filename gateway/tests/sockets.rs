@@ -288,3 +288,83 @@ async fn a_page_of_conversations_fits_into_one_frame() {
     }
     assert_eq!(seen.len(), 1200);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_limit_has_its_code_and_says_when_to_come_back() {
+    let limits =
+        [("PATCHBAY__LIMITS__CONNECTION_PER_SECOND", "50"), ("PATCHBAY__LIMITS__WEBHOOKS_PER_SECOND", "50")];
+    let w = world(&limits).await;
+    let (id, _) = w.messages(0, 1, 10).await;
+    let mut ws = w.node.socket(&w.token).await;
+    // Its burst is what one reconnect brings; a flood is past it.
+    let mut sent = Vec::new();
+    for _ in 0..2000 {
+        sent.push(
+            ws.send(json!({"rpc": {"method": "typing.set", "data": {"conversation": id, "on": true}}})).await,
+        );
+    }
+    let (mut good, mut limited) = (0, 0);
+    for id in sent {
+        match ws.reply(id).await {
+            Ok(_) => good += 1,
+            Err(e) => {
+                assert_eq!((e["code"].as_u64(), e["temporary"].as_bool()), (Some(429), Some(true)), "{e}");
+                assert!(
+                    e["message"].as_str().unwrap().starts_with("rate_limited {\"retry_after_ms\":"),
+                    "{e}"
+                );
+                limited += 1;
+            }
+        }
+    }
+    assert!(good >= 1024 && limited > 0, "{good} taken, {limited} refused");
+    let body = webhook_body(NUMBER, &[text_item(LUZ, "wamid.again", "x")], &[]);
+    let mut refused = 0;
+    for _ in 0..1500 {
+        refused += u32::from(w.node.webhook("acme", "wa", &body).await == 429);
+    }
+    assert!(refused > 0, "a flooded door says 429");
+    let (mut last, mut answer) = (200, None);
+    for _ in 0..3000 {
+        let got =
+            w.node.http.get(w.node.url("/api/v1/inboxes")).bearer_auth("nonsense").send().await.unwrap();
+        last = got.status().as_u16();
+        if last == 429 {
+            answer = Some(got);
+            break;
+        }
+    }
+    assert_eq!(last, 429, "whoever guesses keys is slowed down");
+    let answer = answer.unwrap();
+    assert!(answer.headers().contains_key("retry-after"));
+    assert!(answer.json::<Value>().await.unwrap()["retry_after_ms"].as_u64().unwrap() >= 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tenant_far_past_its_limit_leaves_anothers_sends_alone() {
+    let w = world(&[("PATCHBAY__LIMITS__TENANT_PER_SECOND", "200")]).await;
+    let other = w.node.tenant("other", "http://127.0.0.1:9", "2002").await;
+    let (id, _) = w.messages(0, 1, 10).await;
+    let body = webhook_body("2002", &[text_item(LUZ, "wamid.o", "x")], &[]);
+    assert_eq!(w.node.webhook("other", "wa", &body).await, 200);
+    let flood = |n: usize| {
+        let (node, key) = (&w.node, &w.key);
+        let body = json!({"client_id": format!("f{n}"), "text": "x"});
+        async move { node.api(key, "POST", &format!("/conversations/{id}/notes"), Some(body)).await.0 }
+    };
+    let quiet = conversation("other", "wa", LUZ);
+    let calm = async {
+        for n in 0..100 {
+            let note = json!({"client_id": format!("c{n}"), "text": "x"});
+            let (status, body) =
+                w.node.api(&other, "POST", &format!("/conversations/{quiet}/notes"), Some(note)).await;
+            assert_eq!(status, 200, "{body}");
+        }
+    };
+    let (flooded, ()) =
+        futures_util::future::join(futures_util::future::join_all((0..2000).map(flood)), calm).await;
+    let refused = flooded.iter().filter(|s| **s == 429).count();
+    // Some are too many for one conversation as well.
+    let answers = flooded.iter().all(|s| [200, 429, 503].contains(s));
+    assert!(refused > 0 && answers, "{refused} of 2,000 refused");
+}

@@ -84,6 +84,11 @@ impl CommandError {
         Self::with(ErrorCode::Overloaded, json!({"retry_after_ms": retry_after_ms}))
     }
 
+    /// `rate_limited` with when to try again.
+    pub fn rate_limited(retry_after_ms: u64) -> Self {
+        Self::with(ErrorCode::RateLimited, json!({"retry_after_ms": retry_after_ms}))
+    }
+
     /// `unavailable`: the store did not answer.
     pub fn unavailable() -> Self {
         Self::with(ErrorCode::Unavailable, json!({"retry_after_ms": 500}))

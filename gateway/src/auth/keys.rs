@@ -13,6 +13,7 @@ use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 
 use super::{Auth, Claims, Peer, Refusal};
+use crate::limits::Limits;
 
 /// A fresh secret: `pb_` and 64 hex digits.
 pub fn fresh_secret() -> String {
@@ -65,14 +66,21 @@ pub struct ApiAuth {
     directory: Arc<Directory>,
     auth: Arc<Auth>,
     clock: Clock,
+    limits: Arc<Limits>,
 }
 
 impl ApiAuth {
     /// Without an operator key nobody is the operator.
-    pub fn new(operator_key: Option<&str>, directory: Arc<Directory>, auth: Arc<Auth>, clock: Clock) -> Self {
+    pub fn new(
+        operator_key: Option<&str>,
+        directory: Arc<Directory>,
+        auth: Arc<Auth>,
+        clock: Clock,
+        limits: Arc<Limits>,
+    ) -> Self {
         let operator_hash =
             operator_key.filter(|k| !k.is_empty()).map(|k| Sha256::digest(k.as_bytes()).into());
-        Self { operator_hash, directory, auth, clock }
+        Self { operator_hash, directory, auth, clock, limits }
     }
 }
 
@@ -126,6 +134,7 @@ impl Authenticator for ApiAuth {
             // The key is good all the same.
             tracing::warn!(code = error.code.name(), "a key's use could not be noted");
         }
+        self.limits.tenant(&owner.tenant)?;
         Ok(match owner.scope {
             KeyScope::Full => Principal::Tenant(owner.tenant),
             KeyScope::Read => Principal::Reader(owner.tenant),

@@ -20,6 +20,8 @@ use patchbay_protocol::{AccountId, TenantId};
 use serde_json::Value;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use crate::limits::Limits;
+
 /// The largest body.
 pub const BODY_BYTES_MAX: usize = 4 << 20;
 /// Bodies that are read or taken at once; past it the provider is told to come back.
@@ -43,17 +45,19 @@ pub struct Webhooks {
     /// In KiB.
     bytes: Arc<Semaphore>,
     turns: Semaphore,
+    limits: Arc<Limits>,
 }
 
 impl Webhooks {
     /// The door of a node.
-    pub fn new(intake: Arc<Intake>, directory: Arc<Directory>) -> Arc<Self> {
+    pub fn new(intake: Arc<Intake>, directory: Arc<Directory>, limits: Arc<Limits>) -> Arc<Self> {
         Arc::new(Self {
             intake,
             directory,
             bodies: Semaphore::new(BODIES_MAX),
             bytes: Arc::new(Semaphore::new(BODIES_BYTES_MAX / 1024)),
             turns: Semaphore::new(TAKEN_AT_ONCE),
+            limits,
         })
     }
 
@@ -104,6 +108,10 @@ pub async fn receive(
     headers: HeaderMap,
     body: Body,
 ) -> Response {
+    // By where it is posted to: whoever floods one account's door is not let in at another's expense.
+    if door.limits.webhook(&tenant, &account).is_err() {
+        return (StatusCode::TOO_MANY_REQUESTS, [(header::RETRY_AFTER, "1")]).into_response();
+    }
     let Ok(_place) = door.bodies.try_acquire() else { return try_again() };
     let (body, _held) = match tokio::time::timeout(BODY_TIMEOUT, read(body, &door.bytes)).await {
         Ok(Ok(read)) => read,

@@ -31,6 +31,7 @@ use super::{Counted, Sockets};
 use crate::auth::Peer;
 use crate::hub::outbound::{Next, Outbound};
 use crate::hub::{ClientId, Topic};
+use crate::limits::Bucket;
 
 /// Commands of one connection under way; past it the socket is not read.
 const COMMANDS_MAX: usize = 512;
@@ -96,6 +97,8 @@ pub struct Connection {
     changed_since: bool,
     /// The socket takes nothing more for now.
     stalled: bool,
+    /// Commands that it may send.
+    rate: Bucket,
 }
 
 /// Whether permissions are being asked again.
@@ -210,6 +213,7 @@ impl Connection {
             recheck: Recheck::Idle,
             changed_since: false,
             stalled: false,
+            rate: sockets.rates.connection.bucket(),
             sockets,
         }
     }
@@ -390,7 +394,13 @@ impl Connection {
                 Session::Live(_) if command.connect.is_some() => {
                     return self.close_after_replies(Disconnect::BadRequest);
                 }
-                Session::Live(_) => commands::start(self, command),
+                Session::Live(_) => {
+                    if let Err(error) = self.sockets.rates.connection(&mut self.rate) {
+                        self.outbound.reply(&refusal(command.id, &error));
+                        continue;
+                    }
+                    commands::start(self, command);
+                }
                 Session::Refused => {}
             }
         }

@@ -27,6 +27,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::auth::Auth;
 use crate::hub::Hub;
+use crate::limits::Limits;
 
 /// Bounds of the socket door.
 #[derive(Clone, Debug)]
@@ -65,6 +66,8 @@ pub struct Sockets {
     pub hub: Arc<Hub>,
     /// Bounds.
     pub limits: SocketLimits,
+    /// How fast.
+    pub rates: Arc<Limits>,
     /// The node's name, as clients see it.
     pub node: String,
     /// Rises when the node drains.
