@@ -3,14 +3,17 @@
 
 mod common;
 
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
 use common::{World, anna, id, tenant, until};
 use patchbay_actors::agent::{AgentCommand, Presence};
+use patchbay_actors::clock::Clock;
 use patchbay_actors::desk::Who;
 use patchbay_actors::inbox::{Filter, InboxCommand, Position, SHOW_PAUSE};
 use patchbay_actors::router::Router as _;
-use patchbay_protocol::command::{ReadConversation, Request};
+use patchbay_protocol::Timestamp;
+use patchbay_protocol::command::{ReadConversation, Request, SnoozeConversation};
 use patchbay_protocol::outbound::CallResult;
 use patchbay_protocol::summary::Status;
 use serde_json::{Value, json};
@@ -234,4 +237,47 @@ async fn an_account_that_moves_takes_its_conversations_along() {
     .await;
     assert_eq!((all.len(), &all[0].inbox), (1, &other));
     assert!(list(&w, Filter::default(), None, 10).await.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_clock_that_jumps_changes_no_order_and_fires_no_timer_twice() {
+    static SET: AtomicI64 = AtomicI64::new(0);
+    let jump = |hours: i64| {
+        SET.fetch_add(hours * 3_600_000, Ordering::Relaxed);
+    };
+    let w = World::at(Clock::settable(Timestamp::parse("2026-11-21T09:00:00Z").unwrap(), &SET)).await;
+    let snooze = async |w: &World, minutes: u64| {
+        let until = w.clock.now().plus(Duration::from_secs(minutes * 60));
+        w.ask(LUZ, Request::Snooze(SnoozeConversation { until })).await.unwrap();
+    };
+    let reopened = async |w: &World| {
+        w.entries(LUZ).await.iter().filter(|e| e["type"] == "conversation.reopened").count()
+    };
+    w.writes(LUZ, "in.1").await;
+    snooze(&w, 30).await;
+    jump(-5);
+    w.writes(LUZ, "in.2").await;
+    assert_eq!(reopened(&w).await, 1, "by the customer");
+    // The conversation's own time never goes back: what is in the future is so by that.
+    snooze(&w, 6 * 60).await;
+    jump(7);
+    until("it fires, if early", async || (reopened(&w).await == 2).then_some(())).await;
+    jump(-6);
+    // Its hour comes again, and passes again.
+    tokio::time::sleep(9 * HOUR).await;
+    assert_eq!(reopened(&w).await, 2, "once");
+    snooze(&w, 12 * 60).await;
+    jump(-3);
+    // A crash while the clock is behind: whoever comes after finds the timer, and fires it once.
+    let w = w.crash().await;
+    tokio::time::sleep(24 * HOUR).await;
+    assert_eq!(reopened(&w).await, 3);
+    jump(-9);
+    let w = w.crash().await;
+    tokio::time::sleep(24 * HOUR).await;
+    assert_eq!(reopened(&w).await, 3, "and not again");
+    let entries = w.entries(LUZ).await;
+    assert!(entries.iter().enumerate().all(|(n, e)| e["seq"] == json!(n + 1)));
+    let at: Vec<&str> = entries.iter().map(|e| e["at"].as_str().unwrap()).collect();
+    assert!(at.windows(2).all(|a| a[0] <= a[1]), "an entry is never older than the one before: {at:?}");
 }

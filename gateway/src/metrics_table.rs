@@ -58,6 +58,7 @@ pub const METRICS: &[Row] = &[
     ("patchbay_media_stored_bytes_total", Kind::Counter, "", "Bytes of files that were stored."),
     ("patchbay_outbound_call_seconds", Kind::Histogram, "outcome", "Calls to providers."),
     ("patchbay_storage_commit_seconds", Kind::Histogram, "", "Writing and syncing one group."),
+    ("patchbay_storage_free_bytes", Kind::Gauge, "", "Free space on the disk."),
     ("patchbay_storage_groups_total", Kind::Counter, "", "Groups written and synced."),
     ("patchbay_storage_jobs_total", Kind::Counter, "", "Writes in those groups."),
     (

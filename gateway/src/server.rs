@@ -171,6 +171,9 @@ impl Server {
             return Err(RunError::Config("dev listens on loopback only".into()));
         }
         let hub = Arc::new(Hub::default());
+        if let Some(min_free) = config.storage.min_free {
+            engine.set_min_free(min_free.0);
+        }
         let guard = Guard {
             allowed_hosts: config.providers.allowed_hosts.clone(),
             media_hosts: config.providers.media_hosts.clone(),
@@ -219,16 +222,16 @@ impl Server {
             hub: &hub,
             guard,
             media,
-            backups: Arc::new(NodeBackups { engine, dir: config.storage.data_dir.clone() }),
+            backups: Arc::new(NodeBackups { engine: engine.clone(), dir: config.storage.data_dir.clone() }),
             draining: watching.clone(),
             operator_key,
             tasks: tasks.clone(),
         };
         tasks.spawn(serve(public_listener, doors.public(), watching.clone(), tasks.clone()));
         let ops_router = match mode {
-            Mode::Dev => ops_router(metrics, watching.clone())
+            Mode::Dev => ops_router(metrics, watching.clone(), engine.clone())
                 .layer(axum::middleware::from_fn(limits::local_host_only)),
-            Mode::Run => ops_router(metrics, watching.clone()),
+            Mode::Run => ops_router(metrics, watching.clone(), engine.clone()),
         };
         tasks.spawn(serve(ops_listener, ops_router, watching, tasks.clone()));
         Ok(Self { node, desk, auth, hub, public, ops, draining, tasks })
@@ -329,11 +332,12 @@ impl Doors<'_> {
 
 #[derive(Clone)]
 struct OpsState {
+    engine: Arc<Embedded>,
     metrics: PrometheusHandle,
     draining: watch::Receiver<bool>,
 }
 
-fn ops_router(metrics: PrometheusHandle, draining: watch::Receiver<bool>) -> Router {
+fn ops_router(metrics: PrometheusHandle, draining: watch::Receiver<bool>, engine: Arc<Embedded>) -> Router {
     let upkeep = metrics.clone();
     tokio::spawn(async move {
         loop {
@@ -345,14 +349,16 @@ fn ops_router(metrics: PrometheusHandle, draining: watch::Receiver<bool>) -> Rou
         .route("/metrics", get(|State(s): State<OpsState>| async move { s.metrics.render() }))
         .route("/healthz", get(|| async { "ok" }))
         .route("/readyz", get(ready))
-        .with_state(OpsState { metrics, draining })
+        .with_state(OpsState { engine, metrics, draining })
 }
 
 async fn ready(State(state): State<OpsState>) -> Response {
     if *state.draining.borrow() {
-        (StatusCode::SERVICE_UNAVAILABLE, "draining").into_response()
-    } else {
-        "ready".into_response()
+        return (StatusCode::SERVICE_UNAVAILABLE, "draining").into_response();
+    }
+    match state.engine.refuses() {
+        Some(why) => (StatusCode::SERVICE_UNAVAILABLE, why).into_response(),
+        None => "ready".into_response(),
     }
 }
 

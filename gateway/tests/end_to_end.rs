@@ -675,3 +675,37 @@ async fn a_reaction_goes_out_like_a_message_and_not_past_the_window() {
         .await;
     assert_eq!(edit.unwrap_err()["code"], 421);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk_refuses_writes_serves_reads_and_recovers() {
+    const MIB: u64 = 1 << 20;
+    let dir = tempfile::tempdir().unwrap();
+    let found = rustix::fs::statvfs(dir.path()).unwrap();
+    let min_free = found.f_bavail * found.f_frsize - 400 * MIB;
+    let node =
+        Node::start_with(dir.path(), &[("PATCHBAY__STORAGE__MIN_FREE", &format!("{min_free}B"))]).await;
+    let key = node.tenant("acme", "http://127.0.0.1:9", NUMBER).await;
+    let id = conversation("acme", "wa", "34600111222");
+    let webhook = async |n: u32| {
+        let body = webhook_body(NUMBER, &[text_item("34600111222", &format!("wamid.{n}"), "x")], &[]);
+        node.webhook("acme", "wa", &body).await
+    };
+    let ready = async || {
+        let url = format!("http://{}/readyz", node.ready["ops"].as_str().unwrap());
+        node.http.get(url).send().await.unwrap().status().as_u16()
+    };
+    assert_eq!((webhook(1).await, ready().await), (200, 200));
+    let filler = dir.path().join("filler");
+    std::fs::write(&filler, vec![1; usize::try_from(600 * MIB).unwrap()]).unwrap();
+    until("it is full", async || (ready().await == 503).then_some(())).await;
+    assert_eq!(webhook(2).await, 503, "the provider sends it again");
+    let note = json!({"client_id": "n", "text": "x"});
+    let (status, problem) = node.api(&key, "POST", &format!("/conversations/{id}/notes"), Some(note)).await;
+    assert_eq!((status, problem["code"].as_str()), (503, Some("overloaded")), "{problem}");
+    assert!(problem["retry_after_ms"].as_u64().is_some());
+    assert_eq!(node.entries(&key, id).await.len(), 2, "reads go on");
+    std::fs::remove_file(&filler).unwrap();
+    until("there is room again", async || (ready().await == 200).then_some(())).await;
+    until("it takes again", async || (webhook(2).await == 200).then_some(())).await;
+    assert_eq!(node.entries(&key, id).await.len(), 3);
+}

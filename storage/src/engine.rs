@@ -182,6 +182,9 @@ pub enum WriteError {
     /// It was not applied and never will be.
     #[error("refused, not applied")]
     Refused,
+    /// There is no room for it: it was not applied.
+    #[error("no room, not applied")]
+    Full,
     /// It may or may not have been applied, now or later.
     #[error("outcome unknown")]
     Unknown,

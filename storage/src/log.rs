@@ -185,6 +185,9 @@ pub enum AdoptError {
     /// The store did not answer.
     #[error("the store did not answer")]
     Unavailable,
+    /// There is no room for what must be written first.
+    #[error("no room")]
+    Full,
     /// A confirmed row is missing or not what was written: the entity is parked, nothing is overwritten.
     #[error("damaged at seq {0}")]
     Damaged(u64),
@@ -222,11 +225,11 @@ impl Logs {
         for batch in std::mem::take(&mut append.batches) {
             match self.engine.write(batch.clone()).await {
                 Ok(()) => {}
-                Err(WriteError::Refused) if first_attempt && only_batch => {
+                Err(refused @ (WriteError::Refused | WriteError::Full)) if first_attempt && only_batch => {
                     append.batches = vec![batch];
-                    return Err(WriteError::Refused);
+                    return Err(refused);
                 }
-                Err(WriteError::Refused | WriteError::Unknown) => left.push(batch),
+                Err(WriteError::Refused | WriteError::Full | WriteError::Unknown) => left.push(batch),
             }
         }
         append.batches = left;
@@ -241,7 +244,7 @@ impl Logs {
         loop {
             match self.attempt(&mut append, first).await {
                 Ok(()) => return Ok(()),
-                Err(WriteError::Refused) => return Err(WriteError::Refused),
+                Err(refused @ (WriteError::Refused | WriteError::Full)) => return Err(refused),
                 Err(WriteError::Unknown) => {}
             }
             first = false;
@@ -310,6 +313,18 @@ impl Logs {
         while self.engine.write(batch.clone()).await.is_err() {
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(Duration::from_secs(1));
+        }
+    }
+
+    /// As [`Self::write_until_answered`], but gives up while there is no room and nothing has left yet.
+    pub async fn write_if_room(&self, batch: Batch) -> Result<(), WriteError> {
+        match self.engine.write(batch.clone()).await {
+            Ok(()) => Ok(()),
+            Err(WriteError::Full) => Err(WriteError::Full),
+            Err(WriteError::Refused | WriteError::Unknown) => {
+                self.write_until_answered(batch).await;
+                Ok(())
+            }
         }
     }
 

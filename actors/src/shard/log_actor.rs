@@ -20,7 +20,7 @@ use bytes::Bytes;
 use futures_util::future::join_all;
 use patchbay_protocol::ids::{CommandId, EntityId};
 use patchbay_protocol::{CommandError, ErrorCode, Timestamp};
-use patchbay_storage::log::{APPEND_ROWS_MAX, AdoptError, Append, LogKey};
+use patchbay_storage::log::{APPEND_ROWS_MAX, AdoptError, Append, LogKey, Logs};
 use patchbay_storage::tables::{Activity, Tables, Timer};
 use patchbay_storage::{Batch, WriteError};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
@@ -38,6 +38,8 @@ pub use message::{Handle, Look, Msg, Queued};
 const POISON_TRIES: u32 = 3;
 /// Times in a row that an entity is loaded anew of its own accord.
 const CHILLS_MAX: u32 = 8;
+/// What callers are told to wait for a disk that is full.
+const FULL_RETRY_MS: u64 = 1000;
 /// Between two tries of what the store did not answer.
 const RELOAD_PAUSE: Duration = Duration::from_millis(500);
 
@@ -88,6 +90,8 @@ pub struct Loop<E: LogEntity> {
     chills: u32,
     /// Which derivation is under way.
     derivation: u64,
+    /// The last seq that this actor had answered.
+    confirmed: u64,
 }
 
 /// A wake-up that is armed; dropping it disarms it.
@@ -128,6 +132,7 @@ impl<E: LogEntity> Actor for LogActor<E> {
             wake_armed: None,
             chills: 0,
             derivation: 0,
+            confirmed: 0,
         })
     }
 
@@ -203,8 +208,12 @@ impl<E: LogEntity> LogActor<E> {
             let loaded = self.load(me, at).await;
             match loaded {
                 Ok(live) => at.phase = Phase::Live(Box::new(live)),
-                Err(AdoptError::Unavailable) => {
-                    refuse_all(at, &CommandError::unavailable());
+                Err(error @ (AdoptError::Unavailable | AdoptError::Full)) => {
+                    let told = match error {
+                        AdoptError::Full => CommandError::overloaded(FULL_RETRY_MS),
+                        _ => CommandError::unavailable(),
+                    };
+                    refuse_all(at, &told);
                     // What it gave itself is tried again: nobody else would.
                     let me = me.clone();
                     tokio::spawn(async move {
@@ -368,14 +377,23 @@ impl<E: LogEntity> LogActor<E> {
         let (logs, me, gate) = (self.shards.logs.clone(), me.clone(), at.gate.clone());
         tokio::spawn(async move {
             let _gate = gate.lock_owned().await;
-            let beside = join_all(rows.into_iter().map(|row| logs.write_until_answered(row)));
+            let appends = append.is_some();
+            let beside = join_all(rows.into_iter().map(|row| beside_append(&logs, row)));
             let append = async {
                 match append {
                     Some(append) => logs.append(append).await,
                     None => Ok(()),
                 }
             };
-            let (result, _) = tokio::join!(append, beside);
+            let (mut result, left) = tokio::join!(append, beside);
+            // What had no room is written all the same when the append had some: the two belong together.
+            for row in left.into_iter().flatten() {
+                match (result, appends) {
+                    (Ok(()), true) => logs.write_until_answered(row).await,
+                    (Ok(()), false) => result = Err(WriteError::Full),
+                    (Err(_), _) => {}
+                }
+            }
             drop(hold);
             let _ = me.cast(Msg::Appended(result));
         });
@@ -387,9 +405,14 @@ impl<E: LogEntity> LogActor<E> {
         if let (Some(ticket), true) = (&batch.ticket, result.is_ok()) {
             ticket.row_written();
         }
-        if result.is_err() {
+        if let Err(why) = result {
             // Refused, so nothing is there: the working state is thrown away.
-            batch.answers.drain(..).for_each(|(queued, _)| answer(queued, Err(CommandError::unavailable())));
+            let error = if why == WriteError::Full {
+                CommandError::overloaded(FULL_RETRY_MS)
+            } else {
+                CommandError::unavailable()
+            };
+            batch.answers.drain(..).for_each(|(queued, _)| answer(queued, Err(error.clone())));
             if let Some(ticket) = batch.ticket {
                 ticket.settle();
             }
@@ -398,6 +421,7 @@ impl<E: LogEntity> LogActor<E> {
         }
         at.chills = 0;
         live.confirmed = batch.last;
+        at.confirmed = batch.last;
         if let Some(due) = batch.timer {
             live.armed = Some(due);
             if let Some(mark) = batch.first_mark {
@@ -510,6 +534,11 @@ impl<E: LogEntity> Loop<E> {
         }
         self.queue.push_back(Queued { command: E::wake(), reply: None, permit: None, failures: 0 });
     }
+}
+
+/// Writes a row that belongs to an append; gives it back when there is no room.
+async fn beside_append(logs: &Logs, row: Batch) -> Option<Batch> {
+    logs.write_if_room(row.clone()).await.is_err().then_some(row)
 }
 
 fn refuse_all<E: LogEntity>(at: &mut Loop<E>, error: &CommandError) {

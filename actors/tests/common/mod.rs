@@ -105,7 +105,11 @@ pub fn body(messages: &[Value], statuses: &[Value]) -> Vec<u8> {
 impl World {
     /// A fresh node with an inbox, an account and an agent.
     pub async fn new() -> Self {
-        let clock = Clock::from(Timestamp::parse("2026-11-21T09:00:00Z").unwrap());
+        Self::at(Clock::from(Timestamp::parse("2026-11-21T09:00:00Z").unwrap())).await
+    }
+
+    /// The same by this clock.
+    pub async fn at(clock: Clock) -> Self {
         let world = Self::on(Model::new(), clock).await;
         let directory = world.node.directory();
         for inbox in ["main", "other"] {

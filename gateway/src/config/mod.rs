@@ -140,6 +140,8 @@ section! {
         data_dir: PathBuf = PathBuf::from("./patchbay-data"),
         /// Settings of ScyllaDB; not used in this version.
         scylla: Scylla = Scylla::default(),
+        /// Free space on the disk under which writes are refused; none: a twentieth of it, 8 to 256 MiB.
+        min_free: Option<Size> = None,
     }
 }
 

@@ -24,6 +24,9 @@ pub enum OpenError {
         "the data directory has format {0}, this version reads up to {FORMAT_VERSION}: use a newer patchbay"
     )]
     Newer(u32),
+    /// What stands there is not what was written.
+    #[error("the store is damaged: {0}; nothing was changed, restore a backup")]
+    Damaged(String),
     /// The disk said no.
     #[error("{0}")]
     Io(#[from] io::Error),

@@ -10,11 +10,13 @@
 
 pub mod backup;
 mod directory;
+mod journals;
 mod keys;
 mod writer;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -26,6 +28,7 @@ pub use directory::OpenError;
 use crate::engine::{
     Batch, CasOutcome, Document, DocumentKey, Engine, ReadError, Row, Scan, Table, WriteError,
 };
+use journals::Journals;
 use writer::{Job, Writer};
 
 /// Writes waiting for the writer thread; past it callers wait.
@@ -49,6 +52,81 @@ impl Sync for SyncData {
     }
 }
 
+/// Room beyond the bound that must be free again before writes are taken, at most.
+const HYSTERESIS_MAX: u64 = 64 << 20;
+
+/// Whether there is room on the disk, and whether the store still takes writes.
+#[derive(Debug)]
+pub(crate) struct Room {
+    path: PathBuf,
+    min_free: AtomicU64,
+    full: AtomicBool,
+    failed: AtomicBool,
+}
+
+impl Room {
+    fn of(path: &Path) -> Self {
+        let total = rustix::fs::statvfs(path).map_or(0, |s| s.f_blocks * s.f_frsize);
+        let min_free = (total / 20).clamp(8 << 20, 256 << 20);
+        Self {
+            path: path.to_owned(),
+            min_free: AtomicU64::new(min_free),
+            full: AtomicBool::new(false),
+            failed: AtomicBool::new(false),
+        }
+    }
+
+    /// Looks; tells whether there is room. Full begins at the bound and ends somewhat above it.
+    pub(crate) fn look(&self) -> bool {
+        let Ok(found) = rustix::fs::statvfs(&self.path) else { return true };
+        let (free, min) = (found.f_bavail * found.f_frsize, self.min_free.load(Ordering::Relaxed));
+        let was = self.full.load(Ordering::Relaxed);
+        let full = free < if was { min.saturating_add((min / 4).min(HYSTERESIS_MAX)) } else { min };
+        if full != was {
+            self.full.store(full, Ordering::Relaxed);
+            tracing::warn!(free_mib = free >> 20, full, "the disk");
+        }
+        metrics::gauge!("patchbay_storage_free_bytes").set(free as f64);
+        !full
+    }
+
+    pub(crate) fn fail(&self) {
+        self.failed.store(true, Ordering::Relaxed);
+    }
+
+    fn refuses(&self) -> Option<&'static str> {
+        if self.failed.load(Ordering::Relaxed) {
+            Some("the store takes no more writes: restart the node")
+        } else if !self.look() {
+            Some("the disk is full")
+        } else {
+            None
+        }
+    }
+}
+
+/// Opens the store below a data directory. A torn tail is cut and reported; damage before it is not.
+fn open_store(path: &Path) -> Result<Database, OpenError> {
+    let store = path.join("store");
+    let journals = Journals::look(path, &store)?;
+    // What it finds in a damaged journal can make the engine panic.
+    let opened =
+        std::panic::catch_unwind(|| Database::builder(&store).cache_size(64 << 20).worker_threads(2).open());
+    match opened.unwrap_or(Err(fjall::Error::Unrecoverable)) {
+        Ok(database) => {
+            journals.check()?;
+            Ok(database)
+        }
+        Err(error) => {
+            journals.restore()?;
+            Err(match error {
+                fjall::Error::Io(error) => OpenError::Io(error),
+                error => OpenError::Damaged(format!("{}: {error}", store.display())),
+            })
+        }
+    }
+}
+
 /// The keyspaces of a database.
 pub(crate) struct Keyspaces {
     pub(crate) database: Database,
@@ -67,6 +145,7 @@ pub struct Embedded {
     keyspaces: Arc<Keyspaces>,
     jobs: mpsc::Sender<Job>,
     reads: Arc<Semaphore>,
+    room: Arc<Room>,
     // Held for as long as the directory is open.
     _lock: directory::Lock,
 }
@@ -80,7 +159,7 @@ impl Embedded {
     /// As [`Self::open`], with a sync call of one's own.
     pub fn open_with(path: &Path, sync: impl Sync) -> Result<Self, OpenError> {
         let lock = directory::prepare(path)?;
-        let database = Database::builder(path.join("store")).cache_size(64 << 20).worker_threads(2).open()?;
+        let database = open_store(path)?;
         let mut tables = Vec::with_capacity(Table::ALL.len());
         for table in Table::ALL {
             tables.push(database.keyspace(table.name(), KeyspaceCreateOptions::default)?);
@@ -88,8 +167,19 @@ impl Embedded {
         let documents = database.keyspace("documents", KeyspaceCreateOptions::default)?;
         let keyspaces = Arc::new(Keyspaces { database, tables, documents });
         let (jobs, queue) = mpsc::channel(QUEUE_MAX);
-        Writer::start(keyspaces.clone(), queue, Box::new(sync))?;
-        Ok(Self { keyspaces, jobs, reads: Arc::new(Semaphore::new(READS_MAX)), _lock: lock })
+        let room = Arc::new(Room::of(path));
+        Writer::start(keyspaces.clone(), queue, Box::new(sync), room.clone())?;
+        Ok(Self { keyspaces, jobs, reads: Arc::new(Semaphore::new(READS_MAX)), room, _lock: lock })
+    }
+
+    /// Refuses writes when less than this is free on the disk, instead of a twentieth of it (8 to 256 MiB).
+    pub fn set_min_free(&self, bytes: u64) {
+        self.room.min_free.store(bytes, Ordering::Relaxed);
+    }
+
+    /// Why nothing can be written, if so.
+    pub fn refuses(&self) -> Option<&'static str> {
+        self.room.refuses()
     }
 
     async fn ask<T>(
@@ -117,7 +207,10 @@ impl Embedded {
             Ok(Ok(found)) => Ok(found),
             Ok(Err(e)) => {
                 tracing::error!(error = %e, "a read failed");
-                Err(ReadError::Unavailable)
+                // What the engine cannot read is not what was written; what the disk did not answer may come.
+                let answered =
+                    !matches!(e, fjall::Error::Io(_) | fjall::Error::Storage(fjall::LsmError::Io(_)));
+                Err(if answered { ReadError::Damaged } else { ReadError::Unavailable })
             }
             Err(_) => Err(ReadError::Unavailable),
         }

@@ -3,18 +3,22 @@
 use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use fjall::OwnedWriteBatch;
 use tokio::sync::{mpsc, oneshot};
 
-use super::{Keyspaces, Sync, keys};
+use super::{Keyspaces, Room, Sync, keys};
 use crate::engine::{Batch, CasOutcome, Cell, Document, DocumentKey, Table, WriteError};
 
 /// The most jobs of one group.
 const GROUP_JOBS_MAX: usize = 1024;
 /// The most bytes of one group, about.
 const GROUP_BYTES_MAX: usize = 4 << 20;
+
+/// Between two looks at the disk.
+const LOOK_PAUSE: Duration = Duration::from_millis(50);
 
 type Answer<T> = oneshot::Sender<Result<T, WriteError>>;
 
@@ -33,6 +37,9 @@ enum Pending {
 pub(super) struct Writer {
     keyspaces: Arc<Keyspaces>,
     sync: Box<dyn Sync>,
+    room: Arc<Room>,
+    looked: Instant,
+    has_room: bool,
     /// The newest epoch seen of each shard: what is older comes from an owner that has been succeeded.
     epochs: HashMap<u32, u32>,
 }
@@ -50,8 +57,10 @@ impl Writer {
         keyspaces: Arc<Keyspaces>,
         mut queue: mpsc::Receiver<Job>,
         sync: Box<dyn Sync>,
+        room: Arc<Room>,
     ) -> io::Result<()> {
-        let mut writer = Self { keyspaces, sync, epochs: HashMap::new() };
+        let looked = Instant::now();
+        let mut writer = Self { keyspaces, sync, room, looked, has_room: true, epochs: HashMap::new() };
         std::thread::Builder::new().name("store-writer".into()).spawn(move || {
             while let Some(first) = queue.blocking_recv() {
                 writer.group(first, &mut queue);
@@ -70,13 +79,26 @@ impl Writer {
                 Err(_) => break,
             }
         }
+        if !self.has_room() {
+            // Nothing was committed, so all of it is refused; what was staged goes with the batch.
+            for pending in group.pending {
+                match pending {
+                    Pending::Done(reply) => drop(reply.send(Err(WriteError::Full))),
+                    Pending::Cas(reply, _) => drop(reply.send(Err(WriteError::Full))),
+                }
+            }
+            return;
+        }
         metrics::counter!("patchbay_storage_groups_total").increment(1);
         metrics::counter!("patchbay_storage_jobs_total").increment(group.pending.len() as u64);
-        let started = std::time::Instant::now();
+        let started = Instant::now();
         let done = group.batch.commit().and_then(|()| self.sync.sync(&self.keyspaces.database));
         metrics::histogram!("patchbay_storage_commit_seconds").record(started.elapsed().as_secs_f64());
         if let Err(e) = &done {
             tracing::error!(error = %e, "a group could not be written");
+            if matches!(e, fjall::Error::Poisoned) {
+                self.room.fail();
+            }
         }
         for pending in group.pending {
             // Whoever has gone away reads it in the store.
@@ -87,6 +109,14 @@ impl Writer {
                 (Pending::Cas(reply, _), false) => drop(reply.send(Err(WriteError::Unknown))),
             }
         }
+    }
+
+    /// Looks at the disk now and then, and at every group while it is full.
+    fn has_room(&mut self) -> bool {
+        if !self.has_room || self.looked.elapsed() >= LOOK_PAUSE {
+            (self.looked, self.has_room) = (Instant::now(), self.room.look());
+        }
+        self.has_room
     }
 
     fn add(&mut self, group: &mut Group, job: Job) {

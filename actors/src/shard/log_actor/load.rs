@@ -43,7 +43,9 @@ impl<E: LogEntity> LogActor<E> {
             None => (self.entity.fresh(&at.id), Filter::default(), Timestamp::default()),
             Some(s) => self.thaw(&at.id, s).ok_or(AdoptError::Damaged(s.seq))?,
         };
-        let tail = logs.tail(at.key, base).await?;
+        let mut tail = logs.tail(at.key, base).await?;
+        // Within a reign its own answered appends need no adoption.
+        tail.confirmed = tail.confirmed.max(at.confirmed.min(tail.rows.last().map_or(base, |r| r.seq)));
         tail.stamp_max.map_or(Ok(()), own)?;
         let adopted = tail.rows.last().map_or(base, |r| r.seq);
         let ticket = (adopted > base).then(|| self.shards.activity.begin(at.key.shard, at.key.entity));
@@ -51,9 +53,18 @@ impl<E: LogEntity> LogActor<E> {
             // The successor of a crash here must find this entity again.
             let activity = Activity { entity: at.id.clone(), lowest: base + 1 };
             let stamp = stamps.next().map_err(|_| AdoptError::Unavailable)?;
-            logs.write_until_answered(Tables::activity_write(at.key.shard, ticket.bucket, stamp, &activity))
-                .await;
-            ticket.row_written();
+            let row = Tables::activity_write(at.key.shard, ticket.bucket, stamp, &activity);
+            match logs.write_if_room(row.clone()).await {
+                Ok(()) => ticket.row_written(),
+                // What nobody has confirmed cannot be shown without a write.
+                Err(_) if adopted > tail.confirmed => return Err(AdoptError::Full),
+                // It can be read meanwhile. Earlier owners' rows stand until there is room for this one, since their
+                // end is a write as well.
+                Err(_) => {
+                    let logs = logs.clone();
+                    tokio::spawn(async move { logs.write_until_answered(row).await });
+                }
+            }
             if adopted > tail.confirmed {
                 let stamp = stamps.next().map_err(|_| AdoptError::Unavailable)?;
                 logs.rewrite(at.key, stamp, &tail).await?;
