@@ -64,7 +64,7 @@ impl Backup {
         let _ = std::fs::remove_file(&part);
         let file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&part)?;
         let made = match &self.url {
-            Some(url) => self.from_node(url, dir, file),
+            Some(url) => self.ask_node(url, dir, file),
             None => match Embedded::open(dir) {
                 Ok(engine) => {
                     let files = files_of(dir, &SECRETS, MEDIA)?;
@@ -74,7 +74,7 @@ impl Backup {
                     let node = running(dir).ok_or_else(|| {
                         Failure::Other("the node that runs there does not say where: give --url".into())
                     })?;
-                    self.from_node(&format!("http://{}", node["public"].as_str().unwrap_or("")), dir, file)
+                    self.ask_node(&format!("http://{}", node["public"].as_str().unwrap_or("")), dir, file)
                 }
                 Err(e) => Err(e.into()),
             },
@@ -95,7 +95,7 @@ impl Backup {
         }
     }
 
-    fn from_node(&self, url: &str, dir: &Path, mut file: File) -> Result<u64, Failure> {
+    fn ask_node(&self, url: &str, dir: &Path, mut file: File) -> Result<u64, Failure> {
         let key = match &self.key {
             Some(key) => key.clone(),
             None => std::fs::read_to_string(dir.join("operator_key"))
