@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use patchbay_protocol::command::{Command, Opening, Reply, Request, Scope};
 use patchbay_protocol::content::Content;
@@ -14,6 +15,7 @@ use patchbay_protocol::inbound::{
 use patchbay_protocol::{CommandError, ErrorCode, Timestamp};
 use patchbay_storage::tables::DeadLetter;
 use serde_json::Value;
+use tokio::time::Instant;
 
 use crate::account::{AccountCommand, AccountReply, KeptReceipt, ThreadReply};
 use crate::directory::Account;
@@ -22,6 +24,11 @@ use crate::router::{Answer, Router, command_id};
 
 /// Items of a body that are under way at once.
 const CHUNK_ITEMS: usize = 128;
+/// How long a body waits for an entity that has too much to do, before the provider is told to send it again.
+const PATIENCE: Duration = Duration::from_secs(4);
+/// Between two attempts, at first and at most.
+const PAUSE_MIN: Duration = Duration::from_millis(20);
+const PAUSE_MAX: Duration = Duration::from_millis(320);
 /// Address-to-thread hits that are remembered: they are final.
 const ALIASES_MAX: usize = 200_000;
 
@@ -64,8 +71,17 @@ impl Intake {
     ) -> Result<(), CommandError> {
         let items: Vec<Item> = items.into_iter().map(Item::bounded).collect();
         // As many at once as one entity is sure to admit.
+        let patience = Instant::now() + PATIENCE;
         for chunk in items.chunks(CHUNK_ITEMS) {
-            self.take_chunk(tenant, account, document, chunk).await?;
+            let mut pause = PAUSE_MIN;
+            while let Err(error) = self.take_chunk(tenant, account, document, chunk).await {
+                if error.code != ErrorCode::Overloaded || Instant::now() + pause >= patience {
+                    return Err(error);
+                }
+                // Many bodies at once for one account: what was taken already is known by its id.
+                tokio::time::sleep(pause.mul_f64(rand::random_range(0.5..1.5))).await;
+                pause = (pause * 2).min(PAUSE_MAX);
+            }
         }
         Ok(())
     }

@@ -2,6 +2,10 @@
 
 use std::process::ExitCode;
 
+/// A node makes and drops small things on every core; docs/src/benchmarks.md has what this is worth.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> ExitCode {
     patchbay_gateway::cli::main()
 }

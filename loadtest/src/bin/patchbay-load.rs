@@ -106,7 +106,9 @@ fn go(args: &Args) -> Result<bool, Box<dyn std::error::Error>> {
         .await?;
         bar.finish_and_clear();
         if plan.customer_rate > 0.0 {
-            let floor = floor::measure(plan.customer_rate, plan.time.min(Duration::from_secs(5))).await?;
+            let floor =
+                floor::measure(plan.customer_rate, plan.time.min(Duration::from_secs(5)), |_| async {})
+                    .await?;
             report.floor = Some(Quantiles::of(&floor));
         }
         if !args.json {

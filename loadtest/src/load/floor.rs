@@ -1,5 +1,7 @@
-//! What a bare server makes of the same customers' messages: checks the signature, keeps nothing, writes one frame.
+//! What a bare server makes of the same customers' messages: checks the signature, keeps what it is told to, writes
+//! one frame.
 
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,14 +19,28 @@ use tokio_tungstenite::{accept_async, connect_async};
 use super::setup::{Error, Target, client};
 use super::{Latencies, Ticks, customer, now_ns};
 
-/// Latencies of customers' messages over a bare server at this rate.
-pub async fn measure(rate: f64, time: Duration) -> Result<Latencies, Error> {
+type Kept = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+/// What the bare server has: where its frames go, and what it does with a body before.
+struct Bare {
+    frames: mpsc::Sender<Bytes>,
+    keep: Box<dyn Fn(Bytes) -> Kept + Send + Sync>,
+}
+
+/// Latencies of customers' messages over a bare server at this rate; it does `keep` with every body first.
+pub async fn measure<F: Future<Output = ()> + Send + 'static>(
+    rate: f64,
+    time: Duration,
+    keep: impl Fn(Bytes) -> F + Send + Sync + 'static,
+) -> Result<Latencies, Error> {
     let broken = |e| Error::Socket(Box::new(e));
     let (frames, mut queued) = mpsc::channel::<Bytes>(1024);
     let hooks = TcpListener::bind("127.0.0.1:0").await?;
     let sockets = TcpListener::bind("127.0.0.1:0").await?;
     let public = hooks.local_addr()?.to_string();
-    let router = Router::new().route("/webhooks/floor/wa", post(take)).with_state(Arc::new(frames));
+    let router = Router::new()
+        .route("/webhooks/floor/wa", post(take))
+        .with_state(Arc::new(Bare { frames, keep: Box::new(move |body| Box::pin(keep(body))) }));
     let http = tokio::spawn(async move { axum::serve(hooks, router).await });
     let at = sockets.local_addr()?;
     let writer = tokio::spawn(async move {
@@ -63,17 +79,18 @@ pub async fn measure(rate: f64, time: Duration) -> Result<Latencies, Error> {
     Ok(latencies)
 }
 
-async fn take(State(frames): State<Arc<mpsc::Sender<Bytes>>>, headers: HeaderMap, body: Bytes) -> StatusCode {
+async fn take(State(bare): State<Arc<Bare>>, headers: HeaderMap, body: Bytes) -> StatusCode {
     let given = headers.get("x-hub-signature-256").and_then(|v| v.to_str().ok()).unwrap_or("");
     if given != customer::signature(&body) {
         return StatusCode::UNAUTHORIZED;
     }
+    (bare.keep)(body.clone()).await;
     let mark = b"\"body\":\"@";
     if let Some(at) = body.windows(mark.len()).position(|w| w == mark) {
         let from = at + mark.len();
         let digits = body[from..].iter().take_while(|b| b.is_ascii_digit()).count();
         // Whoever reads has gone when the run is over.
-        let _ = frames.send(body.slice(from..from + digits)).await;
+        let _ = bare.frames.send(body.slice(from..from + digits)).await;
     }
     StatusCode::OK
 }

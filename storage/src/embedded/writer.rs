@@ -17,6 +17,11 @@ const GROUP_JOBS_MAX: usize = 1024;
 /// The most bytes of one group, about.
 const GROUP_BYTES_MAX: usize = 4 << 20;
 
+/// Groups of about so many jobs are a crowd, for which the writer waits a little.
+const CROWD_JOBS: usize = 4;
+/// How long.
+const GATHER_PAUSE: Duration = Duration::from_micros(500);
+
 /// Between two looks at the disk.
 const LOOK_PAUSE: Duration = Duration::from_millis(50);
 
@@ -40,6 +45,8 @@ pub(super) struct Writer {
     room: Arc<Room>,
     looked: Instant,
     has_room: bool,
+    /// Jobs of the last groups, about.
+    crowd: usize,
     /// The newest epoch seen of each shard: what is older comes from an owner that has been succeeded.
     epochs: HashMap<u32, u32>,
 }
@@ -60,7 +67,7 @@ impl Writer {
         room: Arc<Room>,
     ) -> io::Result<()> {
         let looked = Instant::now();
-        let mut writer = Self { keyspaces, sync, room, looked, has_room: true, epochs: HashMap::new() };
+        let mut writer = Self { keyspaces, sync, room, looked, has_room: true, crowd: 0, epochs: HashMap::new() };
         std::thread::Builder::new().name("store-writer".into()).spawn(move || {
             while let Some(first) = queue.blocking_recv() {
                 writer.group(first, &mut queue);
@@ -73,12 +80,13 @@ impl Writer {
         let batch = self.keyspaces.database.batch();
         let mut group = Group { batch, bytes: 0, pending: Vec::new(), documents: HashMap::new() };
         self.add(&mut group, first);
-        while group.pending.len() < GROUP_JOBS_MAX && group.bytes < GROUP_BYTES_MAX {
-            match queue.try_recv() {
-                Ok(job) => self.add(&mut group, job),
-                Err(_) => break,
-            }
+        self.drain(&mut group, queue);
+        if self.crowd >= CROWD_JOBS {
+            // Others are about to write as well: one sync for more of them leaves everybody more of the machine.
+            std::thread::sleep(GATHER_PAUSE);
+            self.drain(&mut group, queue);
         }
+        self.crowd = (self.crowd + group.pending.len()).div_ceil(2);
         if !self.has_room() {
             // Nothing was committed, so all of it is refused; what was staged goes with the batch.
             for pending in group.pending {
@@ -107,6 +115,15 @@ impl Writer {
                 (Pending::Done(reply), false) => drop(reply.send(Err(WriteError::Unknown))),
                 (Pending::Cas(reply, outcome), true) => drop(reply.send(Ok(outcome))),
                 (Pending::Cas(reply, _), false) => drop(reply.send(Err(WriteError::Unknown))),
+            }
+        }
+    }
+
+    fn drain(&mut self, group: &mut Group, queue: &mut mpsc::Receiver<Job>) {
+        while group.pending.len() < GROUP_JOBS_MAX && group.bytes < GROUP_BYTES_MAX {
+            match queue.try_recv() {
+                Ok(job) => self.add(group, job),
+                Err(_) => break,
             }
         }
     }

@@ -1,0 +1,50 @@
+//! `./x bench`: benchmarks as ratios against baselines of the same run, and sizes and times of the real binary.
+//!
+//! Each prints its absolute figures; a baseline that is under half of what this kind of machine is known to do makes
+//! its ratio void, and says so.
+#![allow(missing_docs, unreachable_pub, clippy::unwrap_used)]
+
+mod cold;
+mod memory;
+mod node;
+mod results;
+mod sends;
+mod webhooks;
+
+use results::Results;
+
+/// Names of what can be asked for, by the benchmark that measures it.
+const BENCHMARKS: [(&str, &[&str]); 5] = [
+    ("sends", &["durable_send_throughput_ratio", "durable_send_p99_ratio"]),
+    ("webhooks", &["webhook_to_socket_p50_ratio", "webhook_to_socket_p99_ratio"]),
+    ("conversations", &["idle_conversation_bytes"]),
+    ("cold", &["cold_start_seconds", "cold_conversation_extra_ms"]),
+    ("sockets", &["idle_websocket_bytes"]),
+];
+
+#[tokio::main]
+async fn main() {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    node::raise_descriptors();
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let quick = args.iter().any(|a| a == "--quick");
+    let wanted: Vec<&String> = args.iter().filter(|a| !a.starts_with("--")).collect();
+    let asked = |name: &str, measures: &[&str]| {
+        wanted.is_empty() || wanted.iter().any(|w| *w == name || measures.contains(&w.as_str()))
+    };
+    let mut results = Results::new(quick);
+    for (name, measures) in BENCHMARKS {
+        if !asked(name, measures) {
+            continue;
+        }
+        eprintln!("== {name}");
+        match name {
+            "sends" => sends::run(&mut results).await,
+            "webhooks" => webhooks::run(&mut results).await,
+            "conversations" => memory::conversations(&mut results).await,
+            "cold" => cold::run(&mut results).await,
+            _ => memory::sockets(&mut results).await,
+        }
+    }
+    results.write();
+}

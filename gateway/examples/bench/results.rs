@@ -1,0 +1,69 @@
+//! What was measured: a table for people, `target/bench/results.json` for scripts.
+
+use serde_json::{Value, json};
+
+/// The results of a run.
+pub struct Results {
+    pub quick: bool,
+    found: Vec<Value>,
+}
+
+/// What a figure should be.
+#[derive(Clone, Copy)]
+pub enum Goal {
+    AtLeast(f64),
+    AtMost(f64),
+}
+
+impl Results {
+    pub fn new(quick: bool) -> Self {
+        Self { quick, found: Vec::new() }
+    }
+
+    /// Notes a figure. `void`: why its baseline says nothing.
+    pub fn note(
+        &mut self,
+        name: &str,
+        value: f64,
+        unit: &str,
+        goal: Goal,
+        conditions: &str,
+        void: Option<&str>,
+    ) {
+        let (text, holds) = match goal {
+            Goal::AtLeast(goal) => (format!(">= {goal}"), value >= goal),
+            Goal::AtMost(goal) => (format!("<= {goal}"), value <= goal),
+        };
+        let holds = holds && void.is_none();
+        let conditions = match void {
+            Some(why) => format!("VOID: {why}; {conditions}"),
+            None => conditions.to_owned(),
+        };
+        eprintln!(
+            "{name:<34} {value:>12.3} {unit:<8} {text:>10}  {}",
+            if holds { "holds" } else { "MISSED" }
+        );
+        eprintln!("   {conditions}");
+        self.found.push(json!({
+            "name": name, "value": value, "unit": unit, "goal": text, "holds": holds, "conditions": conditions,
+        }));
+    }
+
+    /// Prints the table and writes the file.
+    pub fn write(&self) {
+        println!("{:<34} {:>12} {:<8} {:>10} {:>8}", "name", "value", "unit", "goal", "holds");
+        for r in &self.found {
+            println!(
+                "{:<34} {:>12.3} {:<8} {:>10} {:>8}",
+                r["name"].as_str().unwrap(),
+                r["value"].as_f64().unwrap(),
+                r["unit"].as_str().unwrap(),
+                r["goal"].as_str().unwrap(),
+                r["holds"]
+            );
+        }
+        std::fs::create_dir_all("target/bench").unwrap();
+        std::fs::write("target/bench/results.json", serde_json::to_string_pretty(&self.found).unwrap())
+            .unwrap();
+    }
+}
