@@ -6,6 +6,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use patchbay_protocol::ids::{AgentId, EntityId, TenantId};
 use patchbay_protocol::{CommandError, Timestamp};
+use patchbay_storage::Batch;
 use patchbay_storage::log::LogKey;
 use patchbay_storage::tables::{Session, Tables};
 use serde::{Deserialize, Serialize};
@@ -96,6 +97,15 @@ impl Agent {
         self.shards.stamps[key.shard as usize].next().map_err(|_| CommandError::unavailable())
     }
 
+    /// Writes a session's row. A disk that is full keeps nobody from coming and going: the row follows when there is
+    /// room, in the order of the stamps; at most one for each of [`SESSIONS_MAX`] and each that left.
+    async fn write(&self, row: Batch) {
+        if self.shards.logs.write_if_room(row.clone()).await.is_err() {
+            let shards = self.shards.clone();
+            tokio::spawn(async move { shards.logs.write_until_answered(row).await });
+        }
+    }
+
     fn show(&self, tenant: &TenantId, agent: &AgentId, reply: &AgentReply) {
         let push = json!({"type": "session", "state": reply.state, "sessions": reply.sessions});
         self.publisher.agent(tenant, agent, Bytes::from(push.to_string()));
@@ -153,10 +163,7 @@ impl SoftEntity for Agent {
                     incarnation: u64::from(self.shards.epoch),
                     since: self.shards.clock.now(),
                 };
-                self.shards
-                    .logs
-                    .write_until_answered(Tables::session_write(key, self.stamp(key)?, &session))
-                    .await;
+                self.write(Tables::session_write(key, self.stamp(key)?, &session)).await;
                 state.sessions.push(session);
             }
             AgentCommand::Disconnected { connection } => {
@@ -164,7 +171,7 @@ impl SoftEntity for Agent {
                 if let Some(at) = there {
                     let now = self.shards.clock.now();
                     let gone = Tables::session_delete(key, self.stamp(key)?, &connection, now);
-                    self.shards.logs.write_until_answered(gone).await;
+                    self.write(gone).await;
                     state.sessions.swap_remove(at);
                     state.last_seen = Some(now);
                 }

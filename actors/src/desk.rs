@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use patchbay_protocol::command::{Command, Opening, Reply, Request, Scope, SendMessage, SendReply, Tip};
+use patchbay_protocol::content::Media;
 use patchbay_protocol::entry::{Actor, ActorType, CausedBy};
 use patchbay_protocol::ids::{AccountId, AgentId, ConversationId, EntityId, InboxId, TenantId};
 use patchbay_protocol::inbound::{AccountEvent, Address, AddressKind, ThreadEvent};
@@ -120,6 +121,12 @@ pub fn check_size(content: &Content) -> Result<(), CommandError> {
     if bytes <= CONTENT_BYTES_MAX { Ok(()) } else { Err(ErrorCode::TooLarge.into()) }
 }
 
+/// Whether the account's channel can carry it.
+fn check_content(account: &Account, content: &Content) -> Result<(), CommandError> {
+    check_size(content)?;
+    patchbay_connectors::by_name(&account.connector).ok_or(ErrorCode::NotFound)?.check(content)
+}
+
 /// Whether a file's type is what the content says.
 fn fits(content: &Content, mime: &str) -> bool {
     match content {
@@ -139,10 +146,19 @@ pub struct Desk {
     typing: Mutex<HashMap<ConversationId, Instant>>,
 }
 
+impl crate::memory::Cache for Desk {
+    fn shrink(&self) {
+        *self.places.lock().unwrap_or_else(PoisonError::into_inner) = HashMap::new();
+        self.typing.lock().unwrap_or_else(PoisonError::into_inner).retain(|_, at| at.elapsed() < TYPING_PAUSE);
+    }
+}
+
 impl Desk {
     /// The desk of `node`.
     pub fn new(node: Arc<Node>) -> Arc<Self> {
-        Arc::new(Self { node, places: Mutex::default(), typing: Mutex::default() })
+        let desk = Arc::new(Self { node, places: Mutex::default(), typing: Mutex::default() });
+        desk.node.caches().add(&desk);
+        desk
     }
 
     /// The node.
@@ -220,6 +236,12 @@ impl Desk {
             self.check_send(&place.scope, &place.account, message)?;
             self.check_file(&place.scope, id, &message.content).await?;
         }
+        if let Request::Edit(edit) = &request
+            && place.scope.channel.can_edit
+        {
+            check_content(&place.account, &edit.content)?;
+            self.check_file(&place.scope, id, &edit.content).await?;
+        }
         self.node.conversation(id, Self::command(&place.scope, who.actor(), request))
     }
 
@@ -227,18 +249,26 @@ impl Desk {
     pub async fn submit_contact(
         &self,
         contact: &ContactPrincipal,
-        request: Request,
+        mut request: Request,
     ) -> Result<Answer<Reply>, CommandError> {
         let scope = self.node.directory().scope(&contact.tenant, &contact.account).await?;
         let scope = scope.ok_or(ErrorCode::NotFound)?;
-        if let Request::Receive { event: ThreadEvent::Message(message), .. } = &request
+        if let Request::Receive { event: ThreadEvent::Message(message), .. } = &mut request
             && let Some(media) = message.content.media()
         {
-            // A visitor sends what it has put here itself.
+            // A visitor sends what it has put here itself, and what it is its bytes say.
             let own = self.node.directory().media(&contact.tenant, &media.id).await?;
-            if own.is_none_or(|r| !r.conversations.contains(&contact.conversation())) {
+            let Some(record) = own.filter(|r| r.conversations.contains(&contact.conversation())) else {
                 return Err(CommandError::invalid("content.media.id: there is no such file"));
-            }
+            };
+            let known = Media {
+                id: media.id.clone(),
+                mime: record.mime,
+                name: record.name,
+                sha256: record.sha256,
+                bytes: record.bytes,
+            };
+            message.content = message.content.clone().with_media(known);
             self.check_file(&scope, contact.conversation(), &message.content).await?;
         }
         let actor = Actor::new(ActorType::Contact, &contact.visitor);
@@ -285,9 +315,7 @@ impl Desk {
         account: &Account,
         message: &SendMessage,
     ) -> Result<(), CommandError> {
-        let connector = patchbay_connectors::by_name(&account.connector).ok_or(ErrorCode::NotFound)?;
-        check_size(&message.content)?;
-        connector.check(&message.content)?;
+        check_content(account, &message.content)?;
         if self.node.is_full(&scope.tenant, &scope.account) {
             Err(CommandError::overloaded(1000))
         } else {

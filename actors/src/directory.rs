@@ -13,7 +13,7 @@ use patchbay_protocol::principal::Role;
 use patchbay_protocol::timestamp::Timestamp;
 use patchbay_protocol::{CommandError, ErrorCode};
 use patchbay_storage::tables::Tables;
-use patchbay_storage::{CasOutcome, DocumentKey, Engine};
+use patchbay_storage::{CasOutcome, DocumentKey, Engine, WriteError};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -187,14 +187,32 @@ pub struct Directory {
 }
 
 /// Documents kept at hand; past it all are read again.
-const CACHE_MAX: usize = 100_000;
+pub const CACHE_MAX: usize = 100_000;
+/// What callers are told to wait for a disk that is full.
+const FULL_RETRY_MS: u64 = 1000;
 
 fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
     m.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// A write that did not happen.
+fn unwritten(why: WriteError) -> CommandError {
+    match why {
+        WriteError::Full => CommandError::overloaded(FULL_RETRY_MS),
+        WriteError::Refused | WriteError::Unknown => CommandError::unavailable(),
+    }
+}
+
 fn key(scope: &str, kind: &'static str, id: &str) -> DocumentKey {
     DocumentKey { scope: scope.to_owned(), kind, id: id.to_owned() }
+}
+
+impl crate::memory::Cache for Directory {
+    /// Accounts stay: what is shown of a conversation looks at them without a read.
+    fn shrink(&self) {
+        *lock(&self.cache) = HashMap::new();
+        *lock(&self.keys_used) = HashMap::new();
+    }
 }
 
 impl Directory {
@@ -254,7 +272,7 @@ impl Directory {
             match outcome {
                 Ok(CasOutcome::Applied) => return Ok(expected.is_none()),
                 Ok(CasOutcome::Refused(_)) => {}
-                Err(_) => return Err(CommandError::unavailable()),
+                Err(why) => return Err(unwritten(why)),
             }
         }
     }
@@ -275,7 +293,7 @@ impl Directory {
             match outcome {
                 Ok(CasOutcome::Applied) => return Ok(Some(expected.is_none())),
                 Ok(CasOutcome::Refused(_)) => {}
-                Err(_) => return Err(CommandError::unavailable()),
+                Err(why) => return Err(unwritten(why)),
             }
         }
     }
@@ -287,7 +305,7 @@ impl Directory {
         match outcome {
             Ok(CasOutcome::Applied) => Ok(()),
             Ok(CasOutcome::Refused(_)) => Err(ErrorCode::Conflict.into()),
-            Err(_) => Err(CommandError::unavailable()),
+            Err(why) => Err(unwritten(why)),
         }
     }
 
@@ -301,7 +319,7 @@ impl Directory {
             match outcome {
                 Ok(CasOutcome::Applied) => return Ok(true),
                 Ok(CasOutcome::Refused(_)) => {}
-                Err(_) => return Err(CommandError::unavailable()),
+                Err(why) => return Err(unwritten(why)),
             }
         }
     }
@@ -430,6 +448,8 @@ impl Directory {
     ) -> Result<bool, CommandError> {
         let new = self.put(key(tenant.as_str(), "account", id.as_str()), account).await;
         self.forget_account(tenant, id);
+        // At hand for whoever only looks: see `presentation`.
+        let _ = self.account(tenant, id).await;
         self.changed();
         new
     }
@@ -452,7 +472,8 @@ impl Directory {
         if accounts.len() >= CACHE_MAX {
             accounts.clear();
         }
-        if self.writes.load(Ordering::Acquire) == writes {
+        // Only what is there: strangers may ask for as many names as they like.
+        if self.writes.load(Ordering::Acquire) == writes && found.is_some() {
             accounts.insert(at, found.clone());
         }
         Ok(found)
@@ -583,7 +604,7 @@ impl Directory {
         self.update(key(tenant.as_str(), "media", id), changed).await.map(|done| done.is_some())
     }
 
-    /// Notes that a file is in a conversation.
+    /// Notes that a file is in a conversation. Past the bound one of the others is let go of.
     pub async fn share_media(
         &self,
         tenant: &TenantId,
@@ -593,7 +614,8 @@ impl Directory {
         self.update_media(tenant, id, |record| {
             record.conversations.insert(conversation);
             while record.conversations.len() > MEDIA_CONVERSATIONS_MAX {
-                record.conversations.pop_first();
+                let other = record.conversations.iter().find(|c| **c != conversation).copied();
+                other.map(|c| record.conversations.remove(&c));
             }
         })
         .await

@@ -2,7 +2,7 @@
 //! provider is told 200. One bad item never costs its neighbours.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use patchbay_protocol::command::{Command, Opening, Reply, Request, Scope};
@@ -15,7 +15,7 @@ use patchbay_protocol::inbound::{
 use patchbay_protocol::{CommandError, ErrorCode, Timestamp};
 use patchbay_storage::tables::DeadLetter;
 use serde_json::Value;
-use tokio::time::Instant;
+use tokio::sync::Semaphore;
 
 use crate::account::{AccountCommand, AccountReply, KeptReceipt, ThreadReply};
 use crate::directory::Account;
@@ -24,11 +24,12 @@ use crate::router::{Answer, Router, command_id};
 
 /// Items of a body that are under way at once.
 const CHUNK_ITEMS: usize = 128;
-/// How long a body waits for an entity that has too much to do, before the provider is told to send it again.
-const PATIENCE: Duration = Duration::from_secs(4);
-/// Between two attempts, at first and at most.
-const PAUSE_MIN: Duration = Duration::from_millis(20);
-const PAUSE_MAX: Duration = Duration::from_millis(320);
+/// Items under way at once of all bodies for one account, below what an entity admits.
+pub const ACCOUNT_ITEMS_MAX: usize = 384;
+/// How long a body waits for that, before the provider is told to send it again.
+const PATIENCE: Duration = Duration::from_secs(8);
+/// Accounts whose items are counted at once; past it those with nothing under way are forgotten.
+const ROOMS_LOOK: usize = 1024;
 /// Address-to-thread hits that are remembered: they are final.
 const ALIASES_MAX: usize = 200_000;
 
@@ -36,6 +37,22 @@ const ALIASES_MAX: usize = 200_000;
 pub struct Intake {
     node: Arc<Node>,
     aliases: Mutex<HashMap<(TenantId, AccountId, Address), String>>,
+    rooms: Mutex<HashMap<(TenantId, AccountId), Weak<Semaphore>>>,
+}
+
+/// What becomes of an item that cannot be taken for good.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Unfit {
+    /// It goes to the dead letters.
+    Bury,
+    /// It is there already: whoever asked is told why.
+    Refuse,
+}
+
+impl crate::memory::Cache for Intake {
+    fn shrink(&self) {
+        *self.aliases.lock().unwrap_or_else(PoisonError::into_inner) = HashMap::new();
+    }
 }
 
 /// Where an item's account is.
@@ -57,7 +74,23 @@ enum Under<'a> {
 impl Intake {
     /// The intake of `node`.
     pub fn new(node: Arc<Node>) -> Arc<Self> {
-        Arc::new(Self { node, aliases: Mutex::default() })
+        let intake = Arc::new(Self { node, aliases: Mutex::default(), rooms: Mutex::default() });
+        intake.node.caches().add(&intake);
+        intake
+    }
+
+    /// The places of an account's items.
+    fn room(&self, tenant: &TenantId, account: &AccountId) -> Arc<Semaphore> {
+        let mut rooms = self.rooms.lock().unwrap_or_else(PoisonError::into_inner);
+        if rooms.len() >= ROOMS_LOOK {
+            rooms.retain(|_, room| room.strong_count() > 0);
+        }
+        let at = rooms.entry((tenant.clone(), account.clone())).or_default();
+        at.upgrade().unwrap_or_else(|| {
+            let room = Arc::new(Semaphore::new(ACCOUNT_ITEMS_MAX));
+            *at = Arc::downgrade(&room);
+            room
+        })
     }
 
     /// Takes every item of a body that came to `account`. `Ok`: all are durable or dead-lettered; an error is
@@ -69,19 +102,27 @@ impl Intake {
         document: &Account,
         items: Vec<Item>,
     ) -> Result<(), CommandError> {
+        self.take_all(tenant, account, document, items, Unfit::Bury).await
+    }
+
+    async fn take_all(
+        &self,
+        tenant: &TenantId,
+        account: &AccountId,
+        document: &Account,
+        items: Vec<Item>,
+        unfit: Unfit,
+    ) -> Result<(), CommandError> {
         let items: Vec<Item> = items.into_iter().map(Item::bounded).collect();
         // As many at once as one entity is sure to admit.
-        let patience = Instant::now() + PATIENCE;
+        let room = self.room(tenant, account);
         for chunk in items.chunks(CHUNK_ITEMS) {
-            let mut pause = PAUSE_MIN;
-            while let Err(error) = self.take_chunk(tenant, account, document, chunk).await {
-                if error.code != ErrorCode::Overloaded || Instant::now() + pause >= patience {
-                    return Err(error);
-                }
-                // Many bodies at once for one account: what was taken already is known by its id.
-                tokio::time::sleep(pause.mul_f64(rand::random_range(0.5..1.5))).await;
-                pause = (pause * 2).min(PAUSE_MAX);
-            }
+            let places = u32::try_from(chunk.len()).unwrap_or(u32::MAX);
+            // Many bodies at once for one account wait for one another, so that it is not asked for more than it admits.
+            let Ok(Ok(_places)) = tokio::time::timeout(PATIENCE, room.acquire_many(places)).await else {
+                return Err(CommandError::overloaded(1000));
+            };
+            self.take_chunk(tenant, account, document, chunk, unfit).await?;
         }
         Ok(())
     }
@@ -103,7 +144,10 @@ impl Intake {
                 let kind = ItemKind::Status(status);
                 vec![Item { external_id: document.external_id.clone(), kind, raw: letter.item.clone() }]
             }
-            None => connector.replay(&document.external_id, &letter.item),
+            None => {
+                let named = Some(&letter.external_id).filter(|id| !id.is_empty());
+                connector.replay(named.unwrap_or(&document.external_id), &letter.item)
+            }
         };
         for item in &items {
             let unsupported = matches!(
@@ -117,7 +161,7 @@ impl Intake {
                 _ => {}
             }
         }
-        self.take(tenant, account, &document, items).await
+        self.take_all(tenant, account, &document, items, Unfit::Refuse).await
     }
 
     async fn take_chunk(
@@ -126,19 +170,20 @@ impl Intake {
         account: &AccountId,
         document: &Account,
         items: &[Item],
+        unfit: Unfit,
     ) -> Result<(), CommandError> {
         let targets = self.targets(tenant, account, document, items).await?;
         let threads = self.threads(tenant, &targets, items).await?;
         let mut under = Vec::with_capacity(items.len());
         for ((item, target), thread) in items.iter().zip(&targets).zip(threads) {
             let Some(target) = target else {
-                self.bury(tenant, account, "no account has this external id", item).await?;
+                self.unfit(tenant, account, "no account has this external id", item, unfit).await?;
                 continue;
             };
             under.push((item, target, self.hand_over(tenant, target, item, thread).await?));
         }
         for (item, target, state) in under {
-            self.finish(tenant, target, item, state).await?;
+            self.finish(tenant, target, item, state, unfit).await?;
         }
         Ok(())
     }
@@ -362,6 +407,7 @@ impl Intake {
         target: &Target,
         item: &Item,
         state: Under<'_>,
+        unfit: Unfit,
     ) -> Result<(), CommandError> {
         match state {
             Under::Thread(handed) => {
@@ -373,12 +419,12 @@ impl Intake {
                     Ok(_) => self.keep_raw_if_unsupported(tenant, target, item).await,
                     // `internal` is a parked command: it would fail every time.
                     Err(e) if e.code.is_temporary() && e.code != ErrorCode::Internal => Err(e),
-                    Err(e) => self.bury(tenant, &target.account, e.code.name(), item).await,
+                    Err(e) => self.unfit(tenant, &target.account, e.code.name(), item, unfit).await,
                 }
             }
             Under::Account(handed) => match handed?.wait().await {
                 Err(e) if e.code == ErrorCode::Internal => {
-                    self.bury(tenant, &target.account, e.code.name(), item).await
+                    self.unfit(tenant, &target.account, e.code.name(), item, unfit).await
                 }
                 outcome => outcome.map(|_| ()),
             },
@@ -388,7 +434,7 @@ impl Intake {
                         Ok(Reply::Unmatched) => Some(id),
                         Ok(_) => return Ok(()),
                         Err(e) if e.code.is_temporary() && e.code != ErrorCode::Internal => return Err(e),
-                        Err(e) => return self.bury(tenant, &target.account, e.code.name(), item).await,
+                        Err(e) => return self.unfit(tenant, &target.account, e.code.name(), item, unfit).await,
                     },
                     None => None,
                 };
@@ -436,6 +482,7 @@ impl Intake {
         let letter = DeadLetter {
             id: stable_id(now, &item.raw),
             account: account.to_string(),
+            external_id: item.external_id.clone(),
             reason: reason.to_owned(),
             received_at: now,
             item: item.raw.clone(),
@@ -446,6 +493,21 @@ impl Intake {
             account,
             AccountCommand::DeadLetter { tenant: tenant.clone(), letter: Box::new(letter), kept: None },
         )
+    }
+
+    /// What cannot be taken for good.
+    async fn unfit(
+        &self,
+        tenant: &TenantId,
+        account: &AccountId,
+        reason: &str,
+        item: &Item,
+        unfit: Unfit,
+    ) -> Result<(), CommandError> {
+        match unfit {
+            Unfit::Bury => self.bury(tenant, account, reason, item).await,
+            Unfit::Refuse => Err(CommandError::invalid(reason)),
+        }
     }
 
     /// Puts an item into the dead letters.

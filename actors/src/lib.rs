@@ -21,6 +21,7 @@ pub mod desk;
 pub mod directory;
 pub mod inbox;
 pub mod intake;
+pub mod memory;
 pub mod node;
 pub mod ports;
 pub mod router;

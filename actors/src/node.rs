@@ -10,7 +10,7 @@ use patchbay_protocol::CommandError;
 use patchbay_protocol::command::{Command, Reply, Request};
 use patchbay_protocol::ids::{AccountId, AgentId, ConversationId, EntityId, InboxId, TenantId};
 use patchbay_storage::tables::{Mark, Tables, Timer, hour_of};
-use patchbay_storage::{CasOutcome, DocumentKey, Engine, ReadError};
+use patchbay_storage::{CLUSTER, CasOutcome, DocumentKey, Engine, ReadError};
 
 use crate::account::{Account, AccountCommand, AccountReply, OutboundConfig};
 use crate::agent::{Agent, AgentCommand, AgentReply};
@@ -18,6 +18,7 @@ use crate::clock::Clock;
 use crate::conversation::Conversation;
 use crate::directory::Directory;
 use crate::inbox::{Inbox, InboxCommand, InboxReply};
+use crate::memory::{self, Caches, Memory};
 use crate::ports::{MediaFetcher, NoMedia, Provider, Publisher};
 use crate::router::{Answer, Router, system_command};
 use crate::shard::Shards;
@@ -34,7 +35,9 @@ const SNAPSHOT_LOOK: Duration = Duration::from_millis(300);
 /// Between two tries of what the store or an entity did not answer.
 const RETRY_PAUSE: Duration = Duration::from_secs(5);
 /// Memory is looked at least this often.
-const MEMORY_LOOK: Duration = Duration::from_secs(2);
+const MEMORY_LOOK: Duration = Duration::from_secs(1);
+/// Entities that are busy beyond which nobody else is let in while memory is spent.
+const CROWD_MIN: usize = 1_000;
 /// Timers are looked at least this often.
 const TIMER_LOOK: Duration = Duration::from_secs(60);
 
@@ -57,7 +60,7 @@ pub struct NodeConfig {
     /// After how long an entity that nobody asks is forgotten.
     pub idle_after: Duration,
     /// Whether memory is short: then whoever has nothing to do is forgotten at once.
-    pub memory_is_short: MemoryIsShort,
+    pub memory: memory::Gauge,
 }
 
 impl NodeConfig {
@@ -77,13 +80,10 @@ impl NodeConfig {
             media: Arc::new(NoMedia),
             outbound: OutboundConfig::default(),
             idle_after: Duration::from_secs(120),
-            memory_is_short: Box::new(|| false),
+            memory: Box::new(|| Memory::Enough),
         }
     }
 }
-
-/// Tells whether memory is short.
-pub type MemoryIsShort = Box<dyn Fn() -> bool + Send + Sync>;
 
 /// Why a node cannot start.
 #[derive(Debug, thiserror::Error)]
@@ -114,11 +114,12 @@ pub struct Node {
     agents: Arc<SoftSlots<Agent>>,
     inboxes: Arc<SoftSlots<Inbox>>,
     idle_after: Duration,
-    memory_is_short: MemoryIsShort,
+    memory: memory::Gauge,
+    caches: Caches,
 }
 
 fn cluster_document(id: &str) -> DocumentKey {
-    DocumentKey { scope: String::new(), kind: "cluster", id: id.to_owned() }
+    DocumentKey { scope: String::new(), kind: CLUSTER, id: id.to_owned() }
 }
 
 /// The document of that id, made with `first` when it is not there.
@@ -158,8 +159,10 @@ async fn next_incarnation(tables: &Tables) -> Result<u32, StartError> {
             tables.document::<u32>(&cluster_document("incarnation")).await.map_err(|_| StartError::Store)?;
         let (version, last) = found.map_or((None, 0), |(v, n)| (Some(v), n));
         let outcome = tables.put_document(cluster_document("incarnation"), version, &(last + 1)).await;
-        if matches!(outcome, Ok(CasOutcome::Applied)) {
-            return Ok(last + 1);
+        match outcome {
+            Ok(CasOutcome::Applied) => return Ok(last + 1),
+            Ok(CasOutcome::Refused(_)) => {}
+            Err(_) => return Err(StartError::Store),
         }
     }
 }
@@ -188,11 +191,13 @@ impl Node {
             agents: SoftSlots::new(Agent::new(config.publisher.clone(), shards.clone())),
             inboxes: SoftSlots::new(Inbox::new(config.publisher, directory.clone(), config.clock)),
             idle_after: config.idle_after,
-            memory_is_short: config.memory_is_short,
+            memory: config.memory,
+            caches: Caches::default(),
             shards,
             identity,
             directory,
         });
+        node.caches.add(&node.directory);
         let router: Weak<dyn Router> = Arc::downgrade(&(node.clone() as Arc<dyn Router>));
         node.conversations.entity().set_router(router.clone());
         node.accounts.entity().set_router(router);
@@ -206,6 +211,11 @@ impl Node {
     /// The documents of tenants.
     pub fn directory(&self) -> &Arc<Directory> {
         &self.directory
+    }
+
+    /// What is forgotten when memory is short.
+    pub fn caches(&self) -> &Caches {
+        &self.caches
     }
 
     /// What all entities share.
@@ -410,19 +420,23 @@ async fn swept(node: &Node) -> Option<()> {
 
 /// Fires timers. What fires looks, and does nothing when it has moved. One that is not answered fires again.
 async fn run_timers(node: Weak<Node>, mut hour: i64) {
+    let places = Arc::new(tokio::sync::Semaphore::new(WAKE_AT_ONCE));
     loop {
         let Some(strong) = node.upgrade() else { return };
         let (shards, timers) = (strong.shards.clone(), strong.shards.timers.clone());
         let now = shards.clock.now();
         for Timer { entity, due } in timers.take_due(now) {
             let (_, hold) = timers.hold(entity.shard(shards.count), due, now);
-            let node = Arc::downgrade(&strong);
+            let (node, places) = (Arc::downgrade(&strong), places.clone());
             tokio::spawn(async move {
                 // Until it is acked its row is one that whoever comes after us reads.
-                while let Some(node) = node.upgrade()
-                    && !node.wake(&entity).await
-                {
-                    drop(node);
+                while let Some(strong) = node.upgrade() {
+                    let Ok(place) = places.acquire().await else { break };
+                    let woken = strong.wake(&entity).await;
+                    drop((place, strong));
+                    if woken {
+                        break;
+                    }
                     tokio::time::sleep(RETRY_PAUSE).await;
                 }
                 drop(hold);
@@ -490,12 +504,20 @@ async fn move_marks(node: &Node, present: i64) {
 /// Lets go of whoever nobody has asked for a while; of everybody who has nothing to do when memory is short.
 async fn passivate(node: Weak<Node>) {
     let mut looked = tokio::time::Instant::now();
+    let mut was_short = false;
     loop {
         let Some(idle) = node.upgrade().map(|n| n.idle_after) else { return };
-        tokio::time::sleep((idle / 4).min(MEMORY_LOOK)).await;
+        tokio::time::sleep((idle / 4).clamp(MEMORY_LOOK / 10, MEMORY_LOOK)).await;
         let Some(strong) = node.upgrade() else { return };
-        if (strong.memory_is_short)() {
+        let memory = (strong.memory)();
+        // Whoever is left after everybody else was forgotten has something to do.
+        let crowded = memory == Memory::Spent && was_short && strong.active_count() > CROWD_MIN;
+        strong.shards.crowded.store(crowded, Ordering::Relaxed);
+        metrics::gauge!("patchbay_actors_crowded").set(f64::from(u8::from(crowded)));
+        was_short = memory >= Memory::Short;
+        if was_short {
             metrics::counter!("patchbay_actors_memory_short_total").increment(1);
+            strong.caches.shrink();
             strong.passivate_idle(Duration::ZERO);
         } else if looked.elapsed() >= idle / 4 {
             looked = tokio::time::Instant::now();

@@ -4,7 +4,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use patchbay_protocol::content::Media;
 use patchbay_protocol::ids::{AccountId, AgentId, ConversationId, InboxId, TenantId};
-use patchbay_protocol::outbound::{Call, CallResult};
+use patchbay_protocol::outbound::{Call, CallResult, Verdict};
 
 use crate::directory::Account;
 
@@ -40,6 +40,8 @@ pub enum FileError {
     NotOurs,
     /// The provider did not take it now.
     Later,
+    /// The provider says that the account cannot send at all, or not so fast.
+    Held(Verdict),
     /// It cannot be sent: why.
     Final(String),
 }

@@ -17,7 +17,7 @@ use serde_json::Value;
 use utoipa::ToSchema;
 
 use crate::Api;
-use crate::extract::{Body, Query, Tenant, name, new_name, page};
+use crate::extract::{Body, Query, Tenant, display_name, name, new_name, page};
 use crate::inboxes::{Paging, created, next};
 use crate::problem::{Failure, Problem};
 
@@ -127,7 +127,7 @@ pub(crate) async fn put(
     let document = directory::Account {
         connector: new.connector,
         inbox: inbox.clone(),
-        name: new.name,
+        name: display_name(new.name)?,
         external_id: new.external_id,
         credentials: new.credentials,
         settings: new.settings,

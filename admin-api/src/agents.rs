@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::Api;
-use crate::extract::{Body, Query, Tenant, name, new_name, page};
+use crate::extract::{Body, Query, Tenant, display_name, name, new_name, page};
 use crate::inboxes::{Paging, created, next};
 use crate::problem::{Failure, Problem};
 
@@ -76,7 +76,7 @@ pub(crate) async fn put(
         }
         inboxes.push(inbox);
     }
-    let document = directory::Agent { name: new.name, role: new.role, inboxes, not_before: None };
+    let document = directory::Agent { name: display_name(new.name)?, role: new.role, inboxes, not_before: None };
     let was = api.directory().put_agent(&tenant, &id, &document).await?;
     Ok((created(was), Json(shown(agent, document))))
 }

@@ -73,7 +73,8 @@ pub(crate) struct Body<T>(pub(crate) T);
 impl<T: DeserializeOwned> FromRequest<Arc<Api>> for Body<T> {
     type Rejection = Failure;
     async fn from_request(request: Request, api: &Arc<Api>) -> Result<Self, Failure> {
-        let bytes = Bytes::from_request(request, api).await.map_err(|_| ErrorCode::TooLarge)?;
+        let body = tokio::time::timeout(crate::BODY_TIMEOUT, Bytes::from_request(request, api)).await;
+        let bytes = body.map_err(|_| Failure::too_slow())?.map_err(|_| ErrorCode::TooLarge)?;
         let bytes = if bytes.is_empty() { Bytes::from_static(b"{}") } else { bytes };
         Ok(Body(patchbay_protocol::command::parse(&bytes)?))
     }
@@ -102,6 +103,17 @@ where
     T::Err: std::fmt::Display,
 {
     text.parse().map_err(|e| CommandError::invalid(format!("{field} {e}")).into())
+}
+
+/// The longest display name, in bytes.
+pub(crate) const NAME_MAX: usize = 200;
+
+/// A display name within its bound.
+pub(crate) fn display_name(name: String) -> Result<String, Failure> {
+    if name.len() > NAME_MAX {
+        return Err(CommandError::invalid(format!("name has at most {NAME_MAX} bytes")).into());
+    }
+    Ok(name)
 }
 
 /// A page's size: larger is clamped.

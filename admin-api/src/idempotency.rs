@@ -11,6 +11,7 @@ use axum::http::{HeaderMap, Method, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
+use futures_util::StreamExt as _;
 use patchbay_protocol::{CommandError, ErrorCode};
 use serde_json::json;
 use sha2::{Digest, Sha256};
@@ -100,6 +101,68 @@ fn key_of(headers: &HeaderMap) -> Option<Result<String, Failure>> {
     }))
 }
 
+fn again(status: StatusCode, content_type: Option<header::HeaderValue>, reply: Bytes) -> Response {
+    let mut response = (status, reply).into_response();
+    if let Some(content_type) = content_type {
+        response.headers_mut().insert(header::CONTENT_TYPE, content_type);
+    }
+    response
+}
+
+/// A file is a stream: it is hashed as it passes, the first time on its way into its place.
+async fn file(api: Arc<Api>, key: String, request: Request, next: Next) -> Response {
+    let (parts, body) = request.into_parts();
+    let caller = parts.headers.get(header::AUTHORIZATION).map_or(&b""[..], |v| v.as_bytes());
+    let target = parts.uri.path_and_query().map_or("", |p| p.as_str());
+    let key = digest(&[caller, target.as_bytes(), key.as_bytes()]);
+    let hash = Arc::new(Mutex::new(Sha256::new()));
+    let seen = hash.clone();
+    let body = body.into_data_stream().inspect(move |chunk| {
+        if let Ok(bytes) = chunk {
+            seen.lock().unwrap_or_else(PoisonError::into_inner).update(bytes);
+        }
+    });
+    let ended = || hash.lock().unwrap_or_else(PoisonError::into_inner).clone().finalize().into();
+    match api.replies.begin(key, [0; 32]) {
+        None => {}
+        Some(Known::Running { .. }) => return Failure::from(CommandError::overloaded(500)).into_response(),
+        Some(Known::Answered { body: first, status, content_type, reply }) => {
+            let read = body.for_each(|_| std::future::ready(()));
+            if tokio::time::timeout(crate::BODY_TIMEOUT, read).await.is_err() {
+                return Failure::too_slow().into_response();
+            }
+            let same: [u8; 32] = ended();
+            if same != first {
+                let detail = json!({"detail": "this Idempotency-Key was used for another body"});
+                return Failure::from(CommandError::with(ErrorCode::Conflict, detail)).into_response();
+            }
+            return again(status, content_type, reply);
+        }
+    }
+    let running = Running { replies: &api.replies, key };
+    let response = next.run(Request::from_parts(parts, Body::from_stream(body))).await;
+    std::mem::forget(running);
+    let status = response.status();
+    let (parts, body) = response.into_parts();
+    let reply = to_bytes(body, usize::MAX).await.unwrap_or_default();
+    let content_type = parts.headers.get(header::CONTENT_TYPE).cloned();
+    let kept = Known::Answered { body: ended(), status, content_type, reply: reply.clone() };
+    api.replies.end(key, status.is_success().then_some(kept));
+    Response::from_parts(parts, Body::from(reply))
+}
+
+/// A file's first upload; one that is broken off leaves its key free.
+struct Running<'a> {
+    replies: &'a Replies,
+    key: [u8; 32],
+}
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        self.replies.end(self.key, None);
+    }
+}
+
 /// Gives the first answer again. Answers that say "try again" are not kept.
 pub(crate) async fn layer(State(api): State<Arc<Api>>, request: Request, next: Next) -> Response {
     if request.method() != Method::POST {
@@ -120,12 +183,13 @@ pub(crate) async fn layer(State(api): State<Arc<Api>>, request: Request, next: N
         return Failure::from(e).into_response();
     }
     if request.uri().path().ends_with("/media") {
-        // A file is a stream, and to put it twice costs its room alone.
-        return next.run(request).await;
+        return file(api, key, request, next).await;
     }
     let (parts, body) = request.into_parts();
-    let Ok(body) = to_bytes(body, crate::BODY_BYTES_MAX).await else {
-        return Failure::from(ErrorCode::TooLarge).into_response();
+    let body = match tokio::time::timeout(crate::BODY_TIMEOUT, to_bytes(body, crate::BODY_BYTES_MAX)).await {
+        Ok(Ok(body)) => body,
+        Ok(Err(_)) => return Failure::from(ErrorCode::TooLarge).into_response(),
+        Err(_) => return Failure::too_slow().into_response(),
     };
     let caller = parts.headers.get(header::AUTHORIZATION).map_or(&b""[..], |v| v.as_bytes());
     let key = digest(&[caller, parts.uri.path().as_bytes(), key.as_bytes()]);
@@ -136,13 +200,7 @@ pub(crate) async fn layer(State(api): State<Arc<Api>>, request: Request, next: N
             return Failure::from(CommandError::with(ErrorCode::Conflict, detail)).into_response();
         }
         Some(Known::Running { .. }) => return Failure::from(CommandError::overloaded(500)).into_response(),
-        Some(Known::Answered { status, content_type, reply, .. }) => {
-            let mut response = (status, reply).into_response();
-            if let Some(content_type) = content_type {
-                response.headers_mut().insert(header::CONTENT_TYPE, content_type);
-            }
-            return response;
-        }
+        Some(Known::Answered { status, content_type, reply, .. }) => return again(status, content_type, reply),
         None => {}
     }
     // A caller that hangs up leaves the work to its end: a repeat finds the answer.

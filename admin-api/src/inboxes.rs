@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
 use crate::Api;
-use crate::extract::{Body, Query, Tenant, name, new_name, page};
+use crate::extract::{Body, Query, Tenant, display_name, name, new_name, page};
 use crate::problem::{Failure, Problem};
 
 /// An inbox to be written.
@@ -70,8 +70,9 @@ pub(crate) async fn put(
     Body(new): Body<PutInbox>,
 ) -> Result<(StatusCode, Json<Inbox>), Failure> {
     let id: InboxId = new_name("inbox", &inbox)?;
-    let was = api.directory().put_inbox(&tenant, &id, &directory::Inbox { name: new.name.clone() }).await?;
-    Ok((created(was), Json(Inbox { id: inbox, name: new.name })))
+    let name = display_name(new.name)?;
+    let was = api.directory().put_inbox(&tenant, &id, &directory::Inbox { name: name.clone() }).await?;
+    Ok((created(was), Json(Inbox { id: inbox, name })))
 }
 
 /// An inbox.
@@ -106,10 +107,15 @@ pub(crate) async fn delete(
     Path(inbox): Path<String>,
 ) -> Result<StatusCode, Failure> {
     let id: InboxId = name(&inbox)?;
-    let accounts = api.directory().accounts(&tenant, "", 1000).await?;
-    if accounts.iter().any(|(_, a)| a.inbox == id) {
-        let detail = serde_json::json!({"detail": "an account uses this inbox"});
-        return Err(patchbay_protocol::CommandError::with(ErrorCode::Conflict, detail).into());
+    let mut after = String::new();
+    loop {
+        let accounts = api.directory().accounts(&tenant, &after, 1000).await?;
+        if accounts.iter().any(|(_, a)| a.inbox == id) {
+            let detail = serde_json::json!({"detail": "an account uses this inbox"});
+            return Err(patchbay_protocol::CommandError::with(ErrorCode::Conflict, detail).into());
+        }
+        let Some((last, _)) = accounts.last().filter(|_| accounts.len() == 1000) else { break };
+        after.clone_from(last);
     }
     if api.directory().delete_inbox(&tenant, &id).await? {
         Ok(StatusCode::NO_CONTENT)

@@ -45,6 +45,8 @@ pub use conversations::{cursor, position};
 pub use problem::Problem;
 
 /// The largest body.
+/// How long a body may take to arrive; a file has bounds of its own.
+pub const BODY_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(30);
 const BODY_BYTES_MAX: usize = 1 << 20;
 
 /// Finds who is behind a bearer secret.

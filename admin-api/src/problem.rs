@@ -83,6 +83,14 @@ impl IntoResponse for Failure {
     }
 }
 
+impl Failure {
+    /// A body that stopped coming.
+    pub(crate) fn too_slow() -> Self {
+        let error = CommandError::invalid("the body did not arrive in time");
+        Self { error, status: Some(StatusCode::REQUEST_TIMEOUT) }
+    }
+}
+
 /// There is no such path.
 pub(crate) async fn not_found() -> Failure {
     ErrorCode::NotFound.into()

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::Api;
-use crate::extract::{Body, Operator, new_name};
+use crate::extract::{Body, Operator, display_name, new_name};
 use crate::problem::{Failure, Problem};
 
 /// A tenant to be made.
@@ -41,7 +41,8 @@ pub(crate) async fn create(
     Body(new): Body<NewTenant>,
 ) -> Result<(StatusCode, Json<CreatedTenant>), Failure> {
     let id: TenantId = new_name("id", &new.id)?;
-    api.directory().create_tenant(&id, &directory::Tenant { name: new.name, created_at: api.now() }).await?;
+    let name = display_name(new.name)?;
+    api.directory().create_tenant(&id, &directory::Tenant { name, created_at: api.now() }).await?;
     let (_, key, _) = api.issuer.create_key(&id, "first", directory::KeyScope::Full).await?;
     Ok((StatusCode::CREATED, Json(CreatedTenant { id: id.to_string(), key })))
 }

@@ -7,7 +7,6 @@ use std::sync::Arc;
 use bytes::{Bytes, BytesMut};
 use patchbay_admin_api::{Backups, FileBody};
 use patchbay_storage::embedded::Embedded;
-use patchbay_storage::embedded::backup::files_of;
 use tokio::sync::mpsc;
 
 /// Secrets that `dev` keeps beside the store.
@@ -56,8 +55,7 @@ impl Backups for NodeBackups {
         let (engine, dir) = (self.engine.clone(), self.dir.clone());
         tokio::task::spawn_blocking(move || {
             let failed = to.clone();
-            let dumped = files_of(&dir, &SECRETS, MEDIA)
-                .and_then(|files| engine.dump(&dir, &files, Parts { part: BytesMut::new(), to }));
+            let dumped = engine.dump(&dir, &SECRETS, MEDIA, Parts { part: BytesMut::new(), to });
             match dumped {
                 Ok(contents) => {
                     tracing::info!(rows = contents.rows, files = contents.files, "a backup was taken")

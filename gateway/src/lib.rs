@@ -19,6 +19,7 @@ pub mod edge;
 pub mod hub;
 pub mod limits;
 pub mod media;
+pub mod memory;
 pub mod metrics_table;
 pub mod outgoing;
 pub mod server;

@@ -10,7 +10,7 @@ use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use patchbay_protocol::{AgentId, CommandError, TenantId};
+use patchbay_protocol::{AccountId, AgentId, CommandError, TenantId};
 use serde_json::json;
 use tokio::time::Instant;
 
@@ -105,7 +105,7 @@ pub struct Limits {
     keys: Buckets<[u8; 32]>,
     /// Whoever comes without a key that is known, by address.
     strangers: Buckets<Option<IpAddr>>,
-    webhooks: Buckets<(String, String)>,
+    webhooks: Buckets<(TenantId, AccountId)>,
 }
 
 fn told(which: &'static str, taken: Result<(), u64>) -> Result<(), CommandError> {
@@ -116,7 +116,7 @@ fn told(which: &'static str, taken: Result<(), u64>) -> Result<(), CommandError>
 }
 
 impl Limits {
-    /// As configured; in `dev` API keys are never held below 1,000 requests a second.
+    /// As configured; in `dev` API keys are never held below 2,000 requests a second.
     pub fn new(limits: &config::Limits, dev: bool) -> Arc<Self> {
         let keys =
             if dev { limits.requests_per_second.max(DEV_PER_SECOND) } else { limits.requests_per_second };
@@ -151,13 +151,14 @@ impl Limits {
         told("stranger", self.strangers.take(from))
     }
 
-    /// A webhook's body, by where it is posted to.
-    pub fn webhook(&self, tenant: &str, account: &str) -> Result<(), CommandError> {
-        told("webhook", self.webhooks.take((tenant.to_owned(), account.to_owned())))
+    /// A signed body of a provider, by its account.
+    pub fn webhook(&self, tenant: &TenantId, account: &AccountId) -> Result<(), CommandError> {
+        told("webhook", self.webhooks.take((tenant.clone(), account.clone())))
     }
 }
 
-fn too_many(error: &CommandError) -> Response {
+/// 429, and when to come back.
+pub fn too_many(error: &CommandError) -> Response {
     let retry_after_ms = error.retry_after_ms().unwrap_or(1000);
     let problem = json!({
         "type": "https://patchbay.dev/errors/rate_limited",

@@ -20,6 +20,12 @@ pub type Row = (&'static str, Kind, &'static str, &'static str);
 /// Every metric.
 pub const METRICS: &[Row] = &[
     ("patchbay_actors_active", Kind::Gauge, "", "Entities in memory."),
+    (
+        "patchbay_actors_crowded",
+        Kind::Gauge,
+        "",
+        "1 while memory is spent on entities that are busy, and nobody else is let in.",
+    ),
     ("patchbay_actors_failures_total", Kind::Counter, "", "Actors that failed and rest."),
     ("patchbay_actors_memory_short_total", Kind::Counter, "", "Looks that found memory short."),
     (

@@ -39,10 +39,14 @@ use crate::hub::Hub;
 use crate::limits::{self, Limits, Peer};
 use crate::media::exchange::Exchange;
 use crate::media::{Media, serve};
+use crate::memory;
 use crate::outgoing::{Guard, Outgoing};
 
 /// How long a request's head may take.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// For how long a peer may take nothing of what is there for it, in milliseconds.
+const STALLED_MS: u32 = 60_000;
 
 /// What a running node says of itself, in its data directory.
 pub const NODE_FILE: &str = "node.json";
@@ -144,17 +148,6 @@ fn io(what: &str) -> impl FnOnce(std::io::Error) -> RunError + '_ {
     move |error| RunError::Io { what: what.to_owned(), error }
 }
 
-/// Whether the process holds more than it may, by the kernel's word; never without a bound.
-fn memory_is_short(bound: Option<crate::config::Size>) -> patchbay_actors::node::MemoryIsShort {
-    const PAGE_BYTES: u64 = 4096;
-    Box::new(move || {
-        let Some(bound) = bound else { return false };
-        let held = std::fs::read_to_string("/proc/self/statm").ok();
-        let pages = held.and_then(|t| t.split_whitespace().nth(1)?.parse::<u64>().ok());
-        pages.is_some_and(|p| p * PAGE_BYTES > bound.0)
-    })
-}
-
 fn loopback(listen: &str) -> bool {
     listen.parse::<SocketAddr>().is_ok_and(|a| a.ip().is_loopback())
 }
@@ -187,6 +180,10 @@ impl Server {
             config.media.clone(),
             config.public.url.clone(),
             Clock::System,
+            Box::new({
+                let engine = engine.clone();
+                move || engine.refuses().is_none()
+            }),
         );
         let provider = Arc::new(Exchange { outgoing, media: media.clone() });
         let node = Node::start(NodeConfig {
@@ -197,7 +194,7 @@ impl Server {
                 max_age: config.outbound.max_age,
             },
             idle_after: config.limits.idle_after,
-            memory_is_short: memory_is_short(config.limits.memory),
+            memory: memory::gauge(config.limits.memory.map(|m| m.0)),
             ..NodeConfig::new(engine.clone(), Clock::System, hub.clone(), provider)
         })
         .await?;
@@ -398,6 +395,8 @@ async fn serve(
 async fn connection(stream: TcpStream, router: Router, mut draining: watch::Receiver<bool>) {
     // Frames are small and wait for nobody.
     let _ = stream.set_nodelay(true);
+    // A peer that takes nothing, or is gone without a word, is given up by the kernel.
+    let _ = rustix::net::sockopt::set_tcp_user_timeout(&stream, STALLED_MS);
     let service = TowerToHyperService::new(router.map_request(|r: Request<Incoming>| r.map(Body::new)));
     let mut builder = hyper::server::conn::http1::Builder::new();
     builder.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_buf_size(64 * 1024);

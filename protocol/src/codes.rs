@@ -154,7 +154,7 @@ disconnects! {
     InsufficientState = 3010 "insufficient state" "A subscription made by the server could not go on without a gap; come back with its position.";
     ForceReconnect = 3011 "force reconnect" "The operator moves this connection; come back.";
     NoPong = 3012 "no pong" "No pong within 10 s of a ping; come back.";
-    TooManyRequests = 3013 "too many requests" "More commands than the connection's bound; come back more slowly.";
+    TooManyRequests = 3013 "too many requests" "Too many sockets, or too many that have not connected; come back later.";
     InvalidToken = 3500 "invalid token" "The token is not valid here; do not come back with it.";
     BadRequest = 3501 "bad request" "A broken frame, a first command other than connect, or a second connect.";
     Stale = 3502 "stale" "Not connected within 10 s.";

@@ -147,6 +147,9 @@ impl Scan {
     }
 }
 
+/// The kind of the cluster's own documents: written also when the disk is full, since no node starts without them.
+pub const CLUSTER: &str = "cluster";
+
 /// Which document.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct DocumentKey {

@@ -111,6 +111,9 @@ pub struct DeadLetter {
     pub id: String,
     /// Whose account it came to.
     pub account: String,
+    /// The provider's id of the account that it is for, where it names one.
+    #[serde(default)]
+    pub external_id: String,
     /// Why.
     pub reason: String,
     /// When.

@@ -41,7 +41,7 @@ async fn one_moment_comes_back_with_its_files() {
     let (dumped, at) = (engine.clone(), data.clone());
     let (backup, contents) = tokio::task::spawn_blocking(move || {
         let mut out = Vec::new();
-        let contents = dumped.dump(&at, &files, &mut out).unwrap();
+        let contents = dumped.dump(&at, &["operator_key", "absent"], "media", &mut out).unwrap();
         (out, contents)
     })
     .await
@@ -51,7 +51,7 @@ async fn one_moment_comes_back_with_its_files() {
     assert_eq!(contents.files, 2);
 
     let target = dir.path().join("restored");
-    let restored = restore(&target, backup.as_slice()).unwrap();
+    let restored = restore(&target, backup.as_slice(), |_| Ok(())).unwrap();
     assert_eq!((restored.rows, restored.files), (contents.rows, contents.files));
     assert_eq!(std::fs::read(target.join("operator_key")).unwrap(), b"secret");
     assert_eq!(std::fs::read(target.join("media/t/ab/abcd")).unwrap().len(), 200_000);
@@ -63,21 +63,21 @@ async fn one_moment_comes_back_with_its_files() {
     assert_eq!(again.document(&key).await.unwrap().unwrap().value, "{}");
 
     // Where something is nothing is overwritten; what is damaged leaves nothing.
-    assert!(matches!(restore(&target, backup.as_slice()), Err(RestoreError::Open(OpenError::Foreign))));
+    assert!(matches!(restore(&target, backup.as_slice(), |_| Ok(())), Err(RestoreError::Open(OpenError::Foreign))));
     let empty = dir.path().join("empty");
     for (what, at) in
         [("cut short", backup.len() - 40), ("cut in the middle", backup.len() / 2), ("nothing", 5)]
     {
-        assert!(restore(&empty, &backup[..at]).is_err(), "{what}");
+        assert!(restore(&empty, &backup[..at], |_| Ok(())).is_err(), "{what}");
     }
     let mut changed = backup.clone();
     let middle = changed.len() / 2;
     changed[middle] ^= 1;
-    assert!(restore(&empty, changed.as_slice()).is_err());
+    assert!(restore(&empty, changed.as_slice(), |_| Ok(())).is_err());
     assert!(!empty.exists());
-    assert!(matches!(restore(&empty, b"something else entirely".as_slice()), Err(RestoreError::Foreign)));
+    assert!(matches!(restore(&empty, b"something else entirely".as_slice(), |_| Ok(())), Err(RestoreError::Foreign)));
     let mut escape = b"patchbay-backup 1\n\x02\x00\x07../evil".to_vec();
     escape.extend([0; 8]);
-    assert!(matches!(restore(&empty, escape.as_slice()), Err(RestoreError::Damaged(_))));
+    assert!(matches!(restore(&empty, escape.as_slice(), |_| Ok(())), Err(RestoreError::Damaged(_))));
     assert!(!dir.path().join("evil").exists());
 }

@@ -233,6 +233,7 @@ async fn dead_letters_in_order_and_by_tenant(engine: Arc<dyn Engine>) {
     let tables = Tables::new(engine.clone());
     let (one, two) = ("t".parse().unwrap(), "u".parse().unwrap());
     let letter = |id: &str| DeadLetter {
+        external_id: String::new(),
         id: id.into(),
         account: "wa".into(),
         reason: "why".into(),

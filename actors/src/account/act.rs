@@ -51,8 +51,10 @@ pub(super) async fn act(
         }
         Effect::Bury { seq, kept } => me.tell(bury(tenant, account, seq, &kept)),
         Effect::Signal(signal) => {
-            // Not worth repeating: the next one tells more.
-            send_signal(shared, tenant, account, &signal).await;
+            // Not worth repeating, nor waiting for: the next one tells more.
+            if let Ok(_place) = shared.signals.try_acquire() {
+                send_signal(shared, tenant, account, &signal).await;
+            }
         }
     }
 }
@@ -118,6 +120,7 @@ async fn with_file<'a>(
             let payload = Payload::Message(content.clone().with_media(media));
             Ok(Cow::Owned(Outbound { payload, ..outbound.clone() }))
         }
+        Err(FileError::Held(verdict)) => Err(verdict),
         Err(FileError::NotOurs) => Ok(Cow::Borrowed(outbound)),
         Err(FileError::Later) => {
             let error = ProviderError {

@@ -354,6 +354,7 @@ pub(super) fn receipt_letter(
     DeadLetter {
         id: format!("{:012x}{account}-{own}", since.as_millis().max(0)),
         account: account.to_string(),
+        external_id: String::new(),
         reason: reason.to_owned(),
         received_at: since,
         item: serde_json::to_value(update).unwrap_or_default(),

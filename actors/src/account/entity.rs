@@ -14,6 +14,7 @@ use patchbay_protocol::{CommandError, Timestamp};
 use patchbay_storage::Stamp;
 use patchbay_storage::log::LogKey;
 use patchbay_storage::tables::IdKey;
+use tokio::sync::Semaphore;
 
 use super::commands::{self, AccountCommand, AccountReply, IN_FLIGHT_MAX, KeptReceipt};
 use super::log::{AccountEntry, Record, address_id, send_id};
@@ -23,6 +24,9 @@ use crate::ports::Provider;
 use crate::router::{Router, command_id};
 use crate::shard::entity::{Decision, Derived, Found, LogEntity, Lookup, Now};
 use crate::shard::log_actor::Handle;
+
+/// Signals (read, typing) to providers under way, of all accounts; past it they are dropped.
+pub const SIGNALS_MAX: usize = 256;
 
 /// Bounds of what goes out.
 #[derive(Clone, Copy, Debug)]
@@ -76,6 +80,8 @@ pub struct Account {
     pub(super) router: OnceLock<Weak<dyn Router>>,
     /// The node stops: no call is begun any more.
     pub(super) stopping: AtomicBool,
+    /// Places of signals under way.
+    pub(super) signals: Semaphore,
     full: Mutex<HashSet<[u8; 16]>>,
 }
 
@@ -88,6 +94,7 @@ impl Account {
             provider,
             router: OnceLock::new(),
             stopping: AtomicBool::new(false),
+            signals: Semaphore::new(SIGNALS_MAX),
             full: Mutex::default(),
         }
     }

@@ -344,6 +344,13 @@ impl LogEntity for Conversation {
         Derived { rows, then: Some(then) }
     }
 
+    async fn prepare(&self, state: &State) {
+        if let Some(home) = &state.home {
+            // Its inbox and channel; without them it is shown as it was opened.
+            let _ = self.directory.account(&home.tenant, &home.account).await;
+        }
+    }
+
     fn replay(state: &State, seq: u64, entry: &Entry) -> Option<Effect> {
         let ours = match &entry.body {
             Body::Sent(sent) => sent.provider_id.is_none(),

@@ -172,6 +172,11 @@ pub trait LogEntity: Sized + Send + Sync + 'static {
     /// Rows derived from the state, rewritten after entries at leisure.
     fn derived(&self, state: &Self::State, key: LogKey, stamp: Stamp) -> Derived;
 
+    /// After a load, before anything is shown: brings to hand what showing this state looks at.
+    fn prepare(&self, _: &Self::State) -> impl Future<Output = ()> + Send {
+        std::future::ready(())
+    }
+
     /// After a load: the effects of a tail entry that may not have been handed on.
     fn replay(state: &Self::State, seq: u64, entry: &Self::Entry) -> Option<Self::Effect>;
 

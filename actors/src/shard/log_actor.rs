@@ -59,7 +59,7 @@ enum Phase<E: LogEntity> {
 type Outcome<E> = Result<<E as LogEntity>::Reply, CommandError>;
 
 struct InFlight<E: LogEntity> {
-    answers: Vec<(Queued<E>, Outcome<E>)>,
+    answers: Vec<(Box<Queued<E>>, Outcome<E>)>,
     effects: Vec<(u64, E::Effect)>,
     rows: Vec<(u64, Bytes)>,
     last: u64,
@@ -75,7 +75,7 @@ pub struct Loop<E: LogEntity> {
     key: LogKey,
     gate: Arc<Mutex<()>>,
     phase: Phase<E>,
-    queue: VecDeque<Queued<E>>,
+    queue: VecDeque<Box<Queued<E>>>,
     in_flight: Option<InFlight<E>>,
     derive: Derive,
     /// The snapshot of what is being derived, written when that is durable, and what is to be told then.
@@ -163,7 +163,7 @@ impl<E: LogEntity> Actor for LogActor<E> {
             }
             Msg::Wake => {
                 at.wake_armed = None;
-                at.queue.push_back(Queued { command: E::wake(), reply: None, permit: None, failures: 0 });
+                at.queue.push_back(Queued::own(E::wake()));
             }
             Msg::Peek(look) => {
                 // An entity that is not loaded has nothing to show: dropping the question says so.
@@ -173,16 +173,20 @@ impl<E: LogEntity> Actor for LogActor<E> {
                 }
                 // Somebody waits for it to be there.
                 if at.chills <= CHILLS_MAX && at.queue.is_empty() {
-                    at.queue.push_back(Queued { command: E::wake(), reply: None, permit: None, failures: 0 });
+                    at.queue.push_back(Queued::own(E::wake()));
                 }
             }
             Msg::Idle => {
-                self.idle(&me, at).await;
+                Box::pin(self.idle(&me, at)).await;
                 return Ok(());
             }
         }
         self.pump(&me, at).await;
         self.arm_wake(&me, at);
+        if at.is_nobody() {
+            // Whoever asks for what does not exist leaves nothing behind.
+            Box::pin(self.idle(&me, at)).await;
+        }
         Ok(())
     }
 }
@@ -205,7 +209,7 @@ impl<E: LogEntity> LogActor<E> {
     /// Loads the entity if that is needed. False: what waited was refused.
     async fn ready(&self, me: &ActorRef<Msg<E>>, at: &mut Loop<E>) -> bool {
         if let Phase::Cold = at.phase {
-            let loaded = self.load(me, at).await;
+            let loaded = Box::pin(self.load(me, at)).await;
             match loaded {
                 Ok(live) => at.phase = Phase::Live(Box::new(live)),
                 Err(error @ (AdoptError::Unavailable | AdoptError::Full)) => {
@@ -230,7 +234,7 @@ impl<E: LogEntity> LogActor<E> {
                 }
                 Err(AdoptError::Damaged(seq)) => {
                     let reason = format!("damaged at seq {seq}");
-                    self.park(at, &reason).await;
+                    Box::pin(self.park(at, &reason)).await;
                     at.phase = Phase::Parked(reason);
                 }
             }
@@ -295,7 +299,7 @@ impl<E: LogEntity> LogActor<E> {
                     break;
                 }
                 Err(_) => {
-                    self.poisoned(at, queued, batch).await;
+                    Box::pin(self.poisoned(at, queued, batch)).await;
                     return;
                 }
             }
@@ -308,7 +312,7 @@ impl<E: LogEntity> LogActor<E> {
 
     /// A command made us panic. What was decided with it is decided again without it; it is tried again, and parked
     /// by name when that does not help.
-    async fn poisoned(&self, at: &mut Loop<E>, mut queued: Queued<E>, batch: InFlight<E>) {
+    async fn poisoned(&self, at: &mut Loop<E>, mut queued: Box<Queued<E>>, batch: InFlight<E>) {
         let name = E::name(&queued.command);
         queued.failures += 1;
         metrics::counter!("patchbay_actors_panics_total", "command" => name).increment(1);
@@ -489,7 +493,8 @@ impl<E: LogEntity> LogActor<E> {
                 return;
             }
             if let Some(write) = self.snapshot(at) {
-                self.shards.logs.write_until_answered(write).await;
+                // Without room it goes without: the log has everything, the next load only reads more of it.
+                let _ = self.shards.logs.write_if_room(write).await;
             }
         }
         if self.slots.upgrade().is_none_or(|slots| slots.release(at.key.entity, me.get_id())) {
@@ -519,6 +524,12 @@ impl<E: LogEntity> LogActor<E> {
 }
 
 impl<E: LogEntity> Loop<E> {
+    /// Whether it was asked for and does not exist.
+    fn is_nobody(&self) -> bool {
+        let empty = matches!(&self.phase, Phase::Live(live) if live.last == 0);
+        empty && self.in_flight.is_none() && self.queue.is_empty()
+    }
+
     /// Throws the working state away; the next command, if only this one, loads it again.
     ///
     /// What throws it away again and again is not helped by more tries: past [`CHILLS_MAX`] the entity waits for
@@ -532,7 +543,7 @@ impl<E: LogEntity> Loop<E> {
         if self.chills > CHILLS_MAX {
             return;
         }
-        self.queue.push_back(Queued { command: E::wake(), reply: None, permit: None, failures: 0 });
+        self.queue.push_back(Queued::own(E::wake()));
     }
 }
 
@@ -550,11 +561,31 @@ fn refuse_all<E: LogEntity>(at: &mut Loop<E>, error: &CommandError) {
     at.queue.extend(own.into_iter().filter(|q| !E::is_wake(&q.command)));
 }
 
-fn answer<E: LogEntity>(queued: Queued<E>, outcome: Outcome<E>) {
+fn answer<E: LogEntity>(queued: Box<Queued<E>>, outcome: Outcome<E>) {
     // The place is given back before the answer, so that whoever waits for it can use it.
     drop(queued.permit);
     if let Some(reply) = queued.reply {
         // Whoever has stopped waiting repeats with the same ids.
         let _ = reply.send(outcome);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::conversation::Conversation;
+
+    fn size<A, B, C, D, F>(_: impl FnOnce(A, B, C, D) -> F) -> usize {
+        size_of::<F>()
+    }
+
+    #[test]
+    fn what_an_idle_actor_holds_is_small() {
+        // The future of a message lies in the actor's task for as long as the actor lives.
+        let handle = size(<LogActor<Conversation> as Actor>::handle);
+        let state = size_of::<Loop<Conversation>>();
+        let live = size_of::<Live<Conversation>>();
+        let msg = size_of::<Msg<Conversation>>();
+        assert!(handle + state + live + msg <= 4096, "{handle} {state} {live} {msg}");
     }
 }

@@ -42,6 +42,8 @@ pub struct Shards {
     pub activity: activity::ActivityLog,
     /// Whether what earlier reigns left is in hand: before that no mark of this reign is written over theirs.
     pub swept: AtomicBool,
+    /// Whether nobody else may become active: see [`crate::memory`].
+    pub crowded: AtomicBool,
     /// Timers of all shards.
     pub timers: Arc<timers::Timers>,
 }
@@ -56,6 +58,7 @@ impl Shards {
             stamps: (0..count).map(|_| Stamps::new(epoch)).collect(),
             activity: activity::ActivityLog::new(count, epoch, clock),
             swept: AtomicBool::new(false),
+            crowded: AtomicBool::new(false),
             timers: Arc::new(timers::Timers::default()),
             tables,
             clock,

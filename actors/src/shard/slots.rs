@@ -22,6 +22,8 @@ use super::log_actor::{LogActor, Msg, Queued};
 pub const ENTITY_IN_FLIGHT_MAX: u32 = 512;
 /// Commands in flight per shard.
 pub const SHARD_IN_FLIGHT_MAX: u32 = 8192;
+/// Entities of one kind in memory.
+pub const ACTIVE_MAX: usize = 2_000_000;
 /// What a caller past a bound is told to wait.
 const RETRY_AFTER_MS: u64 = 250;
 /// Failures in a row after which an entity is left alone for [`LONG_PAUSE`].
@@ -132,16 +134,26 @@ impl<E: LogEntity> Slots<E> {
     pub fn send(&self, id: &EntityId, command: E::Command) -> Result<Answer<E::Reply>, CommandError> {
         let key = id.key();
         let shard = &self.shard_load[id.shard(self.shards.count) as usize];
-        let mut map = self.lock();
-        let (actor, in_flight) = self.activate(&mut map, id, key)?;
-        let Some(permit) = Permit::take(&in_flight, shard) else {
+        let overloaded = || {
             metrics::counter!("patchbay_actors_overloaded_total", "kind" => id.kind()).increment(1);
-            return Err(CommandError::overloaded(RETRY_AFTER_MS));
+            CommandError::overloaded(RETRY_AFTER_MS)
         };
+        let mut map = self.lock();
+        let is_new = !matches!(map.slots.get(&key), Some(Slot::Active(_)));
+        if is_new && (shard.load(Ordering::Relaxed) >= SHARD_IN_FLIGHT_MAX || !self.may_grow(&map)) {
+            return Err(overloaded());
+        }
+        let (actor, in_flight) = self.activate(&mut map, id, key)?;
+        let permit = Permit::take(&in_flight, shard).ok_or_else(overloaded)?;
         let (reply, answer) = oneshot::channel();
-        let queued = Queued { command, reply: Some(reply), permit: Some(permit), failures: 0 };
+        let queued = Box::new(Queued { command, reply: Some(reply), permit: Some(permit), failures: 0 });
         actor.cast(Msg::Command(queued)).map_err(|_| CommandError::overloaded(RETRY_AFTER_MS))?;
         Ok(Answer(answer))
+    }
+
+    /// Whether another entity may become active: not past [`ACTIVE_MAX`], nor while memory is short for good.
+    fn may_grow(&self, map: &Map<E>) -> bool {
+        map.slots.len() < ACTIVE_MAX && !self.shards.crowded.load(Ordering::Relaxed)
     }
 
     fn activate(

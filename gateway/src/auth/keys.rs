@@ -103,8 +103,14 @@ impl ApiAuth {
     /// Agents and visitors come with the token of their socket.
     async fn by_token(&self, token: &str) -> Result<Principal, CommandError> {
         match self.auth.admit(token, self.clock.now()).await {
-            Ok((Peer::Agent(agent), _)) => Ok(Principal::Agent(agent)),
-            Ok((Peer::Contact(contact), _)) => Ok(Principal::Contact(contact)),
+            Ok((Peer::Agent(agent), _)) => {
+                self.limits.agent(&agent.tenant, &agent.agent)?;
+                Ok(Principal::Agent(agent))
+            }
+            Ok((Peer::Contact(contact), _)) => {
+                self.limits.tenant(&contact.tenant)?;
+                Ok(Principal::Contact(contact))
+            }
             Ok((Peer::Operator, _)) => Ok(Principal::Operator),
             Err(Refusal::Unavailable) => Err(CommandError::unavailable()),
             Ok((Peer::Plain(_), _)) | Err(_) => Err(ErrorCode::Unauthorized.into()),

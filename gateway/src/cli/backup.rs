@@ -7,12 +7,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::Args;
-use patchbay_storage::embedded::backup::{self as stored, files_of};
+use patchbay_storage::embedded::backup::{self as stored, RestoreError};
 use patchbay_storage::embedded::{Embedded, OpenError};
 use serde_json::{Value, json};
 
 use super::{ConfigArgs, Failure, runtime};
 use crate::backup::{MEDIA, SECRETS};
+use crate::config::Config;
 use crate::server::NODE_FILE;
 
 /// A backup of a node, running or stopped.
@@ -26,8 +27,8 @@ pub(crate) struct Backup {
     /// The node's public address, when its data directory is not here: `http://127.0.0.1:8000`.
     #[arg(long)]
     url: Option<String>,
-    /// The operator's key, when the data directory does not tell.
-    #[arg(long, env = "PATCHBAY_OPERATOR_KEY", hide_env_values = true)]
+    /// The operator's key, when neither the configuration nor the data directory tells.
+    #[arg(long)]
     key: Option<String>,
     /// Prints JSON.
     #[arg(long)]
@@ -64,17 +65,16 @@ impl Backup {
         let _ = std::fs::remove_file(&part);
         let file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&part)?;
         let made = match &self.url {
-            Some(url) => self.ask_node(url, dir, file),
+            Some(url) => self.ask_node(url, &config, file),
             None => match Embedded::open(dir) {
                 Ok(engine) => {
-                    let files = files_of(dir, &SECRETS, MEDIA)?;
-                    engine.dump(dir, &files, &file).map(|c| c.bytes).map_err(Failure::from)
+                    engine.dump(dir, &SECRETS, MEDIA, &file).map(|c| c.bytes).map_err(Failure::from)
                 }
                 Err(OpenError::InUse) => {
                     let node = running(dir).ok_or_else(|| {
                         Failure::Other("the node that runs there does not say where: give --url".into())
                     })?;
-                    self.ask_node(&format!("http://{}", node["public"].as_str().unwrap_or("")), dir, file)
+                    self.ask_node(&format!("http://{}", node["public"].as_str().unwrap_or("")), &config, file)
                 }
                 Err(e) => Err(e.into()),
             },
@@ -95,12 +95,14 @@ impl Backup {
         }
     }
 
-    fn ask_node(&self, url: &str, dir: &Path, mut file: File) -> Result<u64, Failure> {
+    fn ask_node(&self, url: &str, config: &Config, mut file: File) -> Result<u64, Failure> {
+        let configured = || config.operator_key().map_err(Failure::Other);
+        let kept = || std::fs::read_to_string(config.storage.data_dir.join("operator_key")).ok();
         let key = match &self.key {
-            Some(key) => key.clone(),
-            None => std::fs::read_to_string(dir.join("operator_key"))
-                .map_err(|_| Failure::Other("the operator's key is not known: give --key".into()))?,
+            Some(key) => Some(key.clone()),
+            None => configured()?.or_else(kept),
         };
+        let key = key.ok_or_else(|| Failure::Other("the operator's key is not known: give --key".into()))?;
         let progress = std::io::stderr().is_terminal();
         runtime()?.block_on(async {
             let request = reqwest::Client::builder().no_proxy().build()?;
@@ -129,12 +131,13 @@ impl Restore {
     pub(crate) fn run(self) -> Result<(), Failure> {
         let config = self.config.load().map_err(Failure::Config)?;
         let dir = &config.storage.data_dir;
-        let contents = stored::restore(dir, BufReader::new(File::open(&self.from)?))?;
-        // Whoever resumes is told that this is another log, which may lack what it has seen.
-        let engine = Arc::new(Embedded::open(dir)?);
-        runtime()?
-            .block_on(patchbay_actors::node::new_identity(engine))
-            .map_err(|e| Failure::Other(e.to_string()))?;
+        // Whoever resumes is told that this is another log, which may lack what it has seen: before it is in its place.
+        let renew = |made: &Path| {
+            let engine = Arc::new(Embedded::open(made)?);
+            let renewed = runtime()?.block_on(patchbay_actors::node::new_identity(engine));
+            renewed.map_err(|e| RestoreError::Io(std::io::Error::other(e.to_string())))
+        };
+        let contents = stored::restore(dir, BufReader::new(File::open(&self.from)?), renew)?;
         if self.json {
             println!("{}", json!({"data_dir": dir, "rows": contents.rows, "files": contents.files}));
         }

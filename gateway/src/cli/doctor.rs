@@ -11,7 +11,7 @@ use serde_json::json;
 
 use super::backup::running;
 use super::{ConfigArgs, Failure, runtime};
-use crate::config::Config;
+use crate::config::{Config, ConfigError};
 
 /// Free space under which a disk is called short.
 const FREE_SHORT: u64 = 1 << 30;
@@ -50,9 +50,12 @@ fn check(name: &'static str, verdict: Verdict, detail: impl Into<String>) -> Che
 
 impl Doctor {
     pub(crate) fn run(self) -> Result<(), Failure> {
-        let checks = match self.config.load() {
-            Ok(config) => examine(&config)?,
-            Err(e) => e.0.into_iter().map(|fault| check("configuration", Verdict::Fail, fault)).collect(),
+        let (checks, faults) = match self.config.load() {
+            Ok(config) => (examine(&config)?, Vec::new()),
+            Err(e) => {
+                let failed = |fault: &String| check("configuration", Verdict::Fail, fault);
+                (e.0.iter().map(failed).collect(), e.0)
+            }
         };
         let failed = checks.iter().any(|c| c.verdict == Verdict::Fail);
         if self.json {
@@ -67,7 +70,11 @@ impl Doctor {
                 println!("{mark}  {:<15} {}", c.name, c.detail);
             }
         }
-        if failed { Err(Failure::Other("something stands in the way".into())) } else { Ok(()) }
+        match (failed, faults.is_empty()) {
+            (_, false) => Err(Failure::Config(ConfigError(faults))),
+            (true, true) => Err(Failure::Other("something stands in the way".into())),
+            (false, true) => Ok(()),
+        }
     }
 }
 
@@ -77,6 +84,11 @@ fn examine(config: &Config) -> Result<Vec<Check>, Failure> {
         vec![check("configuration", Verdict::Ok, "every key is known and fits"), secrets(config)];
     checks.extend(disk(dir));
     checks.push(descriptors(config));
+    if !dir.exists() {
+        // A first start makes it; looking does not.
+        checks.push(check("data directory", Verdict::Ok, format!("{}: not there yet", dir.display())));
+        return Ok(checks);
+    }
     runtime()?.block_on(async {
         match Embedded::open(dir) {
             Ok(engine) => {

@@ -164,6 +164,11 @@ fn start_logs(log: &crate::config::Log) {
         "text" => true,
         _ => std::io::stderr().is_terminal(),
     };
+    // A panic may quote what it was given: the log says where, and not what.
+    std::panic::set_hook(Box::new(|panic| {
+        let at = panic.location().map(ToString::to_string).unwrap_or_default();
+        tracing::error!(at, "a panic was caught");
+    }));
     // A test may have started logs already.
     let _ = if text { builder.try_init() } else { builder.json().flatten_event(true).try_init() };
 }

@@ -231,7 +231,7 @@ section! {
         connections: usize = 100_000,
         /// Sockets that have not sent `connect` yet, at once.
         unconnected: usize = 1_000,
-        /// API requests a second of one key (not below 1,000 from loopback in `dev`); 0: no limit, as for all of these.
+        /// API requests a second of one key (not below 2,000 from loopback in `dev`); 0: no limit, as for all of these.
         requests_per_second: u32 = 1_000,
         /// API requests a second that are refused for want of a key, of one address.
         strangers_per_second: u32 = 1_000,
@@ -243,7 +243,7 @@ section! {
         tenant_per_second: u32 = 50_000,
         /// Webhook bodies a second of one account.
         webhooks_per_second: u32 = 5_000,
-        /// Memory past which whoever has nothing to do is forgotten at once, such as `"2GiB"`; none: no bound.
+        /// Memory past which caches are emptied and whoever has nothing to do is forgotten, such as `"2GiB"`; none: three quarters of the machine or its control group.
         memory: Option<Size> = None,
         /// After how long an entity that nobody asks is forgotten until its next command.
         #[serde(with = "text::duration")]

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
-use axum::extract::{Path, Request, State};
+use axum::extract::{Extension, Path, Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use bytes::{Bytes, BytesMut};
@@ -20,7 +20,7 @@ use patchbay_protocol::{AccountId, TenantId};
 use serde_json::Value;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::limits::Limits;
+use crate::limits::{Limits, Peer, too_many};
 
 /// The largest body.
 pub const BODY_BYTES_MAX: usize = 4 << 20;
@@ -105,13 +105,10 @@ pub async fn challenge(
 pub async fn receive(
     State(door): State<Arc<Webhooks>>,
     Path((tenant, account)): Path<(String, String)>,
+    peer: Option<Extension<Peer>>,
     headers: HeaderMap,
     body: Body,
 ) -> Response {
-    // By where it is posted to: whoever floods one account's door is not let in at another's expense.
-    if door.limits.webhook(&tenant, &account).is_err() {
-        return (StatusCode::TOO_MANY_REQUESTS, [(header::RETRY_AFTER, "1")]).into_response();
-    }
     let Ok(_place) = door.bodies.try_acquire() else { return try_again() };
     let (body, _held) = match tokio::time::timeout(BODY_TIMEOUT, read(body, &door.bytes)).await {
         Ok(Ok(read)) => read,
@@ -124,6 +121,11 @@ pub async fn receive(
     };
     let started = std::time::Instant::now();
     let response = take(&door, &tenant, &account, &headers, &body).await;
+    if response.status() == StatusCode::UNAUTHORIZED
+        && let Err(error) = door.limits.stranger(peer.map(|Extension(Peer(ip))| ip))
+    {
+        return too_many(&error);
+    }
     let status = response.status().as_u16().to_string();
     metrics::histogram!("patchbay_webhook_answer_seconds", "status" => status)
         .record(started.elapsed().as_secs_f64());
@@ -180,6 +182,10 @@ async fn take(door: &Webhooks, tenant: &str, account: &str, headers: &HeaderMap,
         return refused(StatusCode::UNAUTHORIZED);
     };
     let Some(connector) = by_name(&document.connector) else { return refused(StatusCode::UNAUTHORIZED) };
+    // Only what is signed counts: nobody shuts an account's door from outside.
+    if let Err(error) = door.limits.webhook(&tenant, &account) {
+        return too_many(&error);
+    }
     let Ok(items) = connector.parse(body) else {
         return match door
             .intake

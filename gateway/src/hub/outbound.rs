@@ -181,6 +181,14 @@ impl Outbound {
         topics
     }
 
+    /// Lets go of everything that is queued, and keeps nothing more.
+    pub fn hush(&self) {
+        let mut q = self.lock();
+        let closing = q.closing;
+        let waker = q.waker.take();
+        *q = Queue { ended: true, closing, waker, ..Queue::default() };
+    }
+
     /// A turn to read a past, when there is room for what it brings.
     pub async fn recovery_turn(&self) -> Option<tokio::sync::SemaphorePermit<'_>> {
         let turn = self.recovery.acquire().await.ok()?;
@@ -283,6 +291,9 @@ impl Outbound {
         for frame in held.into_iter().flatten() {
             q.push(Some(topic.clone()), frame);
         }
+        if q.bytes > TOTAL_BYTES_MAX {
+            q.slow();
+        }
         q.wake();
     }
 
@@ -296,6 +307,9 @@ impl Outbound {
             }
             for frame in entries {
                 q.push(Some(from.topic.clone()), frame);
+            }
+            if q.bytes > TOTAL_BYTES_MAX {
+                q.slow();
             }
         }
         self.joined(&from.topic, None, read);

@@ -13,7 +13,7 @@ use patchbay_actors::ports::{FetchError, FileError, MediaFetcher, MediaSource, P
 use patchbay_connectors::{Connector, MediaLocation};
 use patchbay_protocol::content::Media as File;
 use patchbay_protocol::ids::derived;
-use patchbay_protocol::outbound::{Call, CallResult};
+use patchbay_protocol::outbound::{Call, CallResult, Verdict};
 use patchbay_protocol::{AccountId, CommandError, TenantId};
 use reqwest::multipart::{Form, Part};
 use tokio_util::io::ReaderStream;
@@ -55,7 +55,8 @@ fn refused(refused: &Refused) -> FetchError {
 
 fn unfetched(why: Unfetched) -> FetchError {
     match why {
-        Unfetched::Later => FetchError::Later,
+        // A key that has ended is replaced; the file is there meanwhile.
+        Unfetched::Later | Unfetched::Refused(401) => FetchError::Later,
         Unfetched::Forbidden => {
             FetchError::Final("the provider named a place that may not be fetched from".into())
         }
@@ -157,7 +158,7 @@ impl Media {
         let mut taking = self.begin(Some(claimed)).await.map_err(|e| refused(&e))?;
         let all = async {
             while let Some(bytes) = self.outgoing.next(&mut response).await.map_err(unfetched)? {
-                taking.add(&bytes, &self.limits).await.map_err(|e| refused(&e))?;
+                taking.add(&bytes, &self.limits, &self.has_room).await.map_err(|e| refused(&e))?;
             }
             Ok::<_, FetchError>(())
         };
@@ -190,13 +191,19 @@ impl Media {
         let patience = UPLOAD_PATIENCE + Duration::from_secs(blob.bytes >> 20);
         let sent =
             self.outgoing.upload(account, &form.path, fields.part(form.file_field, part), patience).await;
-        match sent {
+        match &sent {
             CallResult::Answered { status: 200..=299, body, .. } => {
-                connector.uploaded(&body).ok_or(FileError::Later)
+                connector.uploaded(body).ok_or(FileError::Later)
+            }
+            // A key that has ended, or an account that may not send, is no fault of the file.
+            CallResult::Answered { .. }
+                if matches!(connector.classify(&sent), Verdict::Paused { .. } | Verdict::Retry { .. }) =>
+            {
+                Err(FileError::Held(connector.classify(&sent)))
             }
             // Nothing was sent to anybody: it may be tried again, unless the provider says that it is no use.
             CallResult::Answered { status, .. }
-                if (400..500).contains(&status) && !matches!(status, 408 | 429) =>
+                if (400..500).contains(status) && !matches!(status, 408 | 429) =>
             {
                 Err(FileError::Final(format!("the provider did not take the file ({status})")))
             }

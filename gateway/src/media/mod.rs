@@ -33,6 +33,8 @@ pub const FETCHES_MAX: usize = 16;
 /// How long the next bytes of an upload may take, and all of them.
 const PAUSE_MAX: Duration = Duration::from_secs(20);
 const UPLOAD_MAX: Duration = Duration::from_secs(600);
+/// After so many bytes the disk is looked at again.
+const ROOM_LOOK_BYTES: u64 = 4 << 20;
 /// The longest name of a file.
 const NAME_MAX: usize = 240;
 
@@ -46,9 +48,14 @@ pub struct Media {
     clock: Clock,
     uploads: Semaphore,
     fetches: Semaphore,
+    /// Whether the disk has room for more than the store's reserve.
+    has_room: HasRoom,
     /// Known once the node has started.
     node: OnceLock<Known>,
 }
+
+/// Tells whether there is room for files.
+pub type HasRoom = Box<dyn Fn() -> bool + Send + Sync>;
 
 struct Known {
     directory: Arc<Directory>,
@@ -96,11 +103,19 @@ struct Taken {
 }
 
 impl Taking {
-    async fn add(&mut self, bytes: &Bytes, limits: &config::Media) -> Result<(), Refused> {
+    async fn add(
+        &mut self,
+        bytes: &Bytes,
+        limits: &config::Media,
+        has_room: &HasRoom,
+    ) -> Result<(), Refused> {
         self.bytes += bytes.len() as u64;
         if self.head.len() < sniff::HEAD_BYTES {
             let room = sniff::HEAD_BYTES - self.head.len();
             self.head.extend_from_slice(&bytes[..bytes.len().min(room)]);
+        }
+        if self.bytes / ROOM_LOOK_BYTES != (self.bytes - bytes.len() as u64) / ROOM_LOOK_BYTES && !has_room() {
+            return Err(Refused::Disk);
         }
         if self.bytes > limits.size_max.0 {
             return Err(Refused::TooLarge(limits.size_max.0));
@@ -155,6 +170,7 @@ impl Media {
         limits: config::Media,
         url: Option<String>,
         clock: Clock,
+        has_room: HasRoom,
     ) -> Arc<Self> {
         Arc::new(Self {
             blobs,
@@ -162,6 +178,7 @@ impl Media {
             limits,
             url,
             clock,
+            has_room,
             uploads: Semaphore::new(UPLOADS_MAX),
             fetches: Semaphore::new(FETCHES_MAX),
             node: OnceLock::new(),
@@ -180,6 +197,9 @@ impl Media {
     }
 
     async fn begin(&self, claimed: Option<&str>) -> Result<Taking, Refused> {
+        if !(self.has_room)() {
+            return Err(Refused::Disk);
+        }
         let writer = self.blobs.create().await.map_err(|_| Refused::Disk)?;
         let claimed = claimed.map(str::to_owned);
         Ok(Taking { writer, hash: Sha256::new(), bytes: 0, head: BytesMut::new(), claimed })
@@ -215,6 +235,8 @@ impl Media {
             }
         };
         if let Err(error) = kept {
+            // Nobody can ask for it: without its row it is not there.
+            let _ = self.blobs.delete(tenant, id).await;
             directory.use_media(tenant, -size, self.limits.quota.0).await?;
             return Err(error);
         }
@@ -227,7 +249,7 @@ impl Media {
         loop {
             let next = tokio::time::timeout(PAUSE_MAX, body.next()).await;
             match next.map_err(|_| CommandError::invalid("the body stopped coming"))? {
-                Some(Ok(bytes)) => taking.add(&bytes, &self.limits).await?,
+                Some(Ok(bytes)) => taking.add(&bytes, &self.limits, &self.has_room).await?,
                 Some(Err(())) => return Err(CommandError::invalid("the body broke off")),
                 None => return Ok(taking.finish(&self.limits)?),
             }

@@ -47,7 +47,8 @@ pub fn mime(head: &[u8], claimed: Option<&str>) -> String {
     match found.media_type() {
         "application/octet-stream" | "text/plain" if is_text(head) => text(claimed),
         "application/mp4" => "video/mp4".into(),
-        "application/ogg" => "audio/ogg".into(),
+        // A voice note: providers know the container and not what is in it.
+        "application/ogg" | "audio/opus" => "audio/ogg".into(),
         "application/x-id3v2" => "audio/mpeg".into(),
         found => found.to_owned(),
     }
@@ -73,7 +74,9 @@ fn text(claimed: &str) -> String {
 
 /// What a file that starts so is for.
 pub fn sort(head: &[u8], mime: &str) -> Sort {
-    if FileFormat::from_bytes(head).kind() == Kind::Executable || head.starts_with(b"#!") {
+    // Speech in AMR begins as a script does.
+    let script = head.starts_with(b"#!") && !mime.starts_with("audio/amr");
+    if FileFormat::from_bytes(head).kind() == Kind::Executable || script {
         return Sort::Executable;
     }
     match mime.split('/').next() {
@@ -89,6 +92,7 @@ mod tests {
     use super::*;
 
     const PNG: &[u8] = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR";
+    const OPUS: &[u8] = b"OggS\0\x02\0\0\0\0\0\0\0\0\x01\0\0\0\0\0\0\0\x9a\x1b\xc5\x30\x01\x13OpusHead\x01\x01\x38\x01\x80\xbb\0\0\0\0\0";
     const JPEG: &[u8] = b"\xff\xd8\xff\xe0\0\x10JFIF\0";
 
     #[test]
@@ -100,6 +104,8 @@ mod tests {
             (b"%PDF-1.7\n", Some("image/png"), "application/pdf"),
             (b"OggS\0\x02", Some("audio/ogg; codecs=opus"), "audio/ogg"),
             (b"#!AMR\n", None, "audio/amr"),
+            (OPUS, Some("audio/ogg; codecs=opus"), "audio/ogg"),
+            (OPUS, None, "audio/ogg"),
             (
                 b"PK\x03\x04\x14\0",
                 Some("application/vnd.openxmlformats-officedocument.wordprocessingml.document"),
@@ -120,6 +126,8 @@ mod tests {
         assert_eq!(sort(b"\x7fELF\x02\x01\x01", "application/x-executable"), Sort::Executable);
         assert_eq!(sort(b"MZ\x90\0", "x"), Sort::Executable);
         assert_eq!(sort(b"#!/bin/sh\n", "text/plain"), Sort::Executable);
+        assert_eq!(sort(b"#!AMR\n", "audio/amr"), Sort::AudioVideo);
+        assert_eq!(sort(b"#!AMR-WB\n", &mime(b"#!AMR-WB\n", None)), Sort::AudioVideo);
         assert_eq!(sort(PNG, "image/png"), Sort::Image);
         assert_eq!(sort(b"<svg", "image/svg+xml"), Sort::Document);
         assert_eq!(sort(b"x", "audio/ogg"), Sort::AudioVideo);

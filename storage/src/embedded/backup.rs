@@ -99,9 +99,16 @@ impl<W: Write> Hashed<W> {
 }
 
 impl Embedded {
-    /// Writes a backup of this moment: every row, and `files` (names within the data directory, read as they are).
+    /// Writes a backup of this moment: every row, and then the files of the data directory that are named in `names`
+    /// or lie below `folder` ([`files_of`]), as they are by then: a file is there before the row that speaks of it.
     /// Blocks; belongs on a thread of its own.
-    pub fn dump(&self, dir: &Path, files: &[String], out: impl Write) -> io::Result<Contents> {
+    pub fn dump(
+        &self,
+        dir: &Path,
+        names: &[&str],
+        folder: &str,
+        out: impl Write,
+    ) -> io::Result<Contents> {
         let snapshot = self.keyspaces.database.snapshot();
         let mut out = Hashed { inner: out, hash: blake3::Hasher::new(), contents: Contents::default() };
         out.put(MAGIC)?;
@@ -115,8 +122,8 @@ impl Embedded {
             let (key, value) = guard.into_inner().map_err(io::Error::other)?;
             out.row(DOCUMENTS, &key, &value)?;
         }
-        for name in files {
-            out.file(name, &dir.join(name))?;
+        for name in files_of(dir, names, folder)? {
+            out.file(&name, &dir.join(&name))?;
         }
         out.put(&[END])?;
         let digest = out.hash.finalize();
@@ -182,8 +189,13 @@ impl<R: Read> Checked<R> {
     }
 }
 
-/// Makes a data directory of a backup. The directory must not be there, or be empty; it is there whole or not at all.
-pub fn restore(dir: &Path, from: impl Read) -> Result<Contents, RestoreError> {
+/// Makes a data directory of a backup. The directory must not be there, or be empty; it is there whole, with what
+/// `finish` does to it, or not at all.
+pub fn restore(
+    dir: &Path,
+    from: impl Read,
+    finish: impl FnOnce(&Path) -> Result<(), RestoreError>,
+) -> Result<Contents, RestoreError> {
     if dir.exists() && fs::read_dir(dir)?.next().is_some() {
         return Err(RestoreError::Open(OpenError::Foreign));
     }
@@ -194,13 +206,16 @@ pub fn restore(dir: &Path, from: impl Read) -> Result<Contents, RestoreError> {
         // What an earlier try left behind.
         fs::remove_dir_all(&making)?;
     }
-    let outcome = restore_into(&making, from);
+    let outcome = restore_into(&making, from).and_then(|contents| finish(&making).map(|()| contents));
     match &outcome {
         Ok(_) => {
             if dir.exists() {
                 fs::remove_dir(dir)?;
             }
             fs::rename(&making, dir)?;
+            if let Some(parent) = dir.parent().filter(|p| p.is_dir()) {
+                fs::File::open(parent)?.sync_all()?;
+            }
         }
         Err(_) => drop(fs::remove_dir_all(&making)),
     }

@@ -10,7 +10,7 @@ use fjall::OwnedWriteBatch;
 use tokio::sync::{mpsc, oneshot};
 
 use super::{Keyspaces, Room, Sync, keys};
-use crate::engine::{Batch, CasOutcome, Cell, Document, DocumentKey, Table, WriteError};
+use crate::engine::{Batch, CLUSTER, CasOutcome, Cell, Document, DocumentKey, Table, WriteError};
 
 /// The most jobs of one group.
 const GROUP_JOBS_MAX: usize = 1024;
@@ -31,6 +31,22 @@ pub(super) enum Job {
     Write(Batch, Answer<()>),
     Drop(Table, Bytes, Answer<()>),
     CompareAndSet { key: DocumentKey, expected: Option<u64>, value: Option<Bytes>, reply: Answer<CasOutcome> },
+}
+
+impl Job {
+    /// A node whose disk is full still starts, and serves what is there: its incarnation is a few bytes.
+    fn is_needed_to_start(&self) -> bool {
+        matches!(self, Self::CompareAndSet { key, .. } if key.scope.is_empty() && key.kind == CLUSTER)
+    }
+
+    /// Nothing of it was staged.
+    fn refuse(self) {
+        // Whoever has gone away does not mind.
+        match self {
+            Self::Write(_, reply) | Self::Drop(.., reply) => drop(reply.send(Err(WriteError::Full))),
+            Self::CompareAndSet { reply, .. } => drop(reply.send(Err(WriteError::Full))),
+        }
+    }
 }
 
 /// What to answer once the group is synced.
@@ -57,6 +73,8 @@ struct Group {
     pending: Vec<Pending>,
     /// Documents changed in this group, which the keyspace does not show yet.
     documents: HashMap<Vec<u8>, (u64, Option<Document>)>,
+    /// Whether there is room for more than what a node cannot start without.
+    has_room: bool,
 }
 
 impl Writer {
@@ -77,8 +95,9 @@ impl Writer {
     }
 
     fn group(&mut self, first: Job, queue: &mut mpsc::Receiver<Job>) {
+        let has_room = self.has_room();
         let batch = self.keyspaces.database.batch();
-        let mut group = Group { batch, bytes: 0, pending: Vec::new(), documents: HashMap::new() };
+        let mut group = Group { batch, bytes: 0, pending: Vec::new(), documents: HashMap::new(), has_room };
         self.add(&mut group, first);
         self.drain(&mut group, queue);
         if self.crowd >= CROWD_JOBS {
@@ -87,14 +106,7 @@ impl Writer {
             self.drain(&mut group, queue);
         }
         self.crowd = (self.crowd + group.pending.len()).div_ceil(2);
-        if !self.has_room() {
-            // Nothing was committed, so all of it is refused; what was staged goes with the batch.
-            for pending in group.pending {
-                match pending {
-                    Pending::Done(reply) => drop(reply.send(Err(WriteError::Full))),
-                    Pending::Cas(reply, _) => drop(reply.send(Err(WriteError::Full))),
-                }
-            }
+        if group.pending.is_empty() {
             return;
         }
         metrics::counter!("patchbay_storage_groups_total").increment(1);
@@ -137,6 +149,9 @@ impl Writer {
     }
 
     fn add(&mut self, group: &mut Group, job: Job) {
+        if !group.has_room && !job.is_needed_to_start() {
+            return job.refuse();
+        }
         match job {
             Job::Write(batch, reply) => {
                 self.write(group, &batch);

@@ -10,7 +10,7 @@ use patchbay_storage::log::{Snapshot, entry_hash};
 use patchbay_storage::tables::IdKey;
 
 use super::InFlight;
-use crate::shard::entity::{Decision, LogEntity, RowIntent};
+use crate::shard::entity::{Decision, LogEntity, Lookup, RowIntent};
 use crate::shard::filter::Filter;
 
 /// What a loaded entity holds.
@@ -57,6 +57,19 @@ impl<E: LogEntity> Live<E> {
         intents.extend(decision.writes);
         batch.effects.extend(decision.effects.into_iter().map(|e| (self.last, e)));
         decision.reply
+    }
+
+    /// What a lookup finds without a read: an entry at hand, or that there is none. `None`: the store knows.
+    pub(super) fn at_hand(&self, lookup: Lookup) -> Option<Option<(u64, Arc<E::Entry>)>> {
+        let recent = |seq: u64| self.recent.get(&seq).map(|e| (seq, e.clone()));
+        match lookup {
+            Lookup::Seq(seq) if seq == 0 || seq > self.last => Some(None),
+            Lookup::Seq(seq) => recent(seq).map(Some),
+            Lookup::Id(id) => match self.recent_ids.get(&id) {
+                Some(seq) => Some(recent(*seq)),
+                None => (!self.filter.may_hold(id)).then_some(None),
+            },
+        }
     }
 
     /// The present state, which must be confirmed.

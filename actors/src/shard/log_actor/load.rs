@@ -7,7 +7,7 @@ use bytes::Buf;
 use patchbay_protocol::Timestamp;
 use patchbay_protocol::ids::EntityId;
 use patchbay_storage::log::{AdoptError, LogKey, Snapshot};
-use patchbay_storage::tables::{Activity, IdKey, Tables};
+use patchbay_storage::tables::{Activity, Tables};
 use patchbay_storage::{ReadError, Stamp};
 use ractor::ActorRef;
 
@@ -88,6 +88,7 @@ impl<E: LogEntity> LogActor<E> {
             E::apply(&mut state, row.seq, &entry);
             live.remember(row.seq, Arc::new(entry), &row.payload);
         }
+        self.entity.prepare(&state).await;
         live.state = state;
         at.tickets.extend(ticket.map(|t| (adopted, t)));
         self.resume(me, at, &live);
@@ -113,7 +114,7 @@ impl<E: LogEntity> LogActor<E> {
         if at.chills <= CHILLS_MAX
             && let Some(command) = self.entity.on_load(&live.state)
         {
-            at.queue.push_front(Queued { command, reply: None, permit: None, failures: 0 });
+            at.queue.push_front(Queued::own(command));
         }
         if live.confirmed > live.derived {
             at.derive = Derive::Waiting;
@@ -135,9 +136,10 @@ impl<E: LogEntity> LogActor<E> {
                 break;
             }
             for lookup in new {
-                let entry = match lookup {
-                    Lookup::Id(id) => self.find(key, live, id).await?,
-                    Lookup::Seq(seq) => self.entry(key, live, seq).await?.map(|e| (seq, e)),
+                let entry = match live.at_hand(lookup) {
+                    Some(entry) => entry,
+                    // Reads are rare, and what they need while they wait is large: it does not lie in every actor.
+                    None => Box::pin(self.read(key, live.last, lookup)).await?,
                 };
                 found.note(lookup, entry);
             }
@@ -145,37 +147,26 @@ impl<E: LogEntity> LogActor<E> {
         Ok(found)
     }
 
-    /// The entry that carries `id`. The reference is a hint; only the row's own ids count.
-    pub(super) async fn find(
+    /// What a lookup finds in the store. A reference is a hint; only the row's own ids count.
+    async fn read(
         &self,
         key: LogKey,
-        live: &Live<E>,
-        id: IdKey,
+        last: u64,
+        lookup: Lookup,
     ) -> Result<Option<(u64, Arc<E::Entry>)>, ReadError> {
-        if let Some(seq) = live.recent_ids.get(&id) {
-            return Ok(live.recent.get(seq).map(|e| (*seq, e.clone())));
-        }
-        if !live.filter.may_hold(id) {
+        let (seq, id) = match lookup {
+            Lookup::Seq(seq) => (seq, None),
+            Lookup::Id(id) => match self.shards.tables.reference(key, id).await? {
+                Some(seq) => (seq, Some(id)),
+                None => return Ok(None),
+            },
+        };
+        if seq == 0 || seq > last {
             return Ok(None);
-        }
-        let Some(seq) = self.shards.tables.reference(key, id).await? else { return Ok(None) };
-        let entry = self.entry(key, live, seq).await?.filter(|e| E::ids(e, seq).contains(&id));
-        Ok(entry.map(|e| (seq, e)))
-    }
-
-    pub(super) async fn entry(
-        &self,
-        key: LogKey,
-        live: &Live<E>,
-        seq: u64,
-    ) -> Result<Option<Arc<E::Entry>>, ReadError> {
-        if seq == 0 || seq > live.last {
-            return Ok(None);
-        }
-        if let Some(entry) = live.recent.get(&seq) {
-            return Ok(Some(entry.clone()));
         }
         let row = self.shards.logs.row(key, seq).await?.ok_or(ReadError::Damaged)?;
-        E::decode(&row.payload).map(|e| Some(Arc::new(e))).ok_or(ReadError::Damaged)
+        let entry = E::decode(&row.payload).ok_or(ReadError::Damaged)?;
+        let is_it = id.is_none_or(|id| E::ids(&entry, seq).contains(&id));
+        Ok(is_it.then(|| (seq, Arc::new(entry))))
     }
 }

@@ -20,13 +20,20 @@ pub struct Queued<E: LogEntity> {
     pub(in crate::shard) failures: u32,
 }
 
+impl<E: LogEntity> Queued<E> {
+    /// A command of the entity's own, for which nobody waits.
+    pub(super) fn own(command: E::Command) -> Box<Self> {
+        Box::new(Self { command, reply: None, permit: None, failures: 0 })
+    }
+}
+
 /// A look at a state.
 pub type Look<S> = Box<dyn FnOnce(&S) + Send + Sync>;
 
 /// What an entity's actor is told.
 pub enum Msg<E: LogEntity> {
     /// A command.
-    Command(Queued<E>),
+    Command(Box<Queued<E>>),
     /// The append under way was answered.
     Appended(Result<(), WriteError>),
     /// Derived rows up to this seq are durable, by that derivation.
@@ -65,7 +72,7 @@ impl<E: LogEntity> Handle<E> {
     /// Tells the entity something, past the bounds of admission: only as much as it has itself begun.
     pub fn tell(&self, command: E::Command) {
         // An actor that is gone finds what it needs in its log.
-        let _ = self.actor.cast(Msg::Command(Queued { command, reply: None, permit: None, failures: 0 }));
+        let _ = self.actor.cast(Msg::Command(Queued::own(command)));
     }
 
     /// Shows the entity's state to `look`; drops it when the entity is not there.

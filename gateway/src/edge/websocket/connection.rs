@@ -37,6 +37,8 @@ use crate::limits::Bucket;
 const COMMANDS_MAX: usize = 512;
 /// How long a close may take.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
+/// What is under way when a token is revoked may still be answered, for so long.
+const REVOKE_TIMEOUT: Duration = Duration::from_millis(500);
 /// Permissions that could not be asked are asked again after this.
 const RECHECK_PAUSE: Duration = Duration::from_millis(500);
 /// Ticks are at least this far apart.
@@ -338,8 +340,15 @@ impl Connection {
     fn close_after_replies(&mut self, why: Disconnect) -> On {
         self.backlog.clear();
         let why = *self.closing.get_or_insert(why);
+        let mut patience = CLOSE_TIMEOUT;
+        if why == Disconnect::ForceNoReconnect {
+            // From here on it hears nothing more, whether it reads or not.
+            self.leave_all();
+            self.outbound.hush();
+            patience = REVOKE_TIMEOUT;
+        }
         if self.clock.close_by.is_none() {
-            self.clock.close_by = Some(Instant::now() + CLOSE_TIMEOUT);
+            self.clock.close_by = Some(Instant::now() + patience);
             self.clock.arm(self.sockets.limits.connect);
         }
         if self.lanes.is_empty() {
@@ -396,7 +405,9 @@ impl Connection {
                 }
                 Session::Live(_) => {
                     if let Err(error) = self.sockets.rates.connection(&mut self.rate) {
-                        self.outbound.reply(&refusal(command.id, &error));
+                        if command.id > 0 {
+                            self.outbound.reply(&refusal(command.id, &error));
+                        }
                         continue;
                     }
                     commands::start(self, command);
@@ -515,6 +526,10 @@ impl Connection {
             self.recheck();
         }
         match &self.session {
+            // It has said who it is: that we have no answer for it is no fault of its own.
+            Session::Connecting if now >= self.clock.opened + self.sockets.limits.connect => {
+                return On::Close(Disconnect::ServerError);
+            }
             Session::New | Session::Connecting | Session::Refused => {
                 if now >= self.clock.opened + self.sockets.limits.connect {
                     return On::Close(Disconnect::Stale);
@@ -545,16 +560,21 @@ impl Connection {
         On::Continue
     }
 
-    /// Takes the connection out of everything that it was part of.
-    async fn end(self) {
-        // What is under way is dropped first, so that it joins nothing more.
-        drop(self.lanes);
+    /// Takes the connection out of every topic.
+    fn leave_all(&self) {
         for topic in self.outbound.end() {
             let was = self.sockets.hub.leave(&topic, self.client);
             if let (true, Session::Live(live), Topic::Conversation(_)) = (was, &self.session, &topic) {
                 self.sockets.hub.announce(&topic, self.client, false, &live.info);
             }
         }
+    }
+
+    /// Takes the connection out of everything that it was part of.
+    async fn end(mut self) {
+        // What is under way is dropped first, so that it joins nothing more.
+        self.lanes = Lanes::default();
+        self.leave_all();
         if let Some((tenant, agent)) = self.present.get() {
             let gone = AgentCommand::Disconnected { connection: self.client.to_string() };
             if let Ok(answer) = self.sockets.desk.node().agent(tenant, agent, gone) {

@@ -71,6 +71,9 @@ fn received(
     message: SendMessage,
 ) -> Result<Request, CommandError> {
     check_client_id(&message.client_id)?;
+    if message.if_seq.is_some() {
+        return Err(CommandError::invalid("if_seq: a visitor writes whatever was written meanwhile"));
+    }
     patchbay_connectors::webchat::check_inbound(&message.content)?;
     patchbay_actors::desk::check_size(&message.content)?;
     let conversation = contact.conversation();

@@ -28,9 +28,34 @@ use super::session::Session;
 use crate::auth::Peer;
 use crate::hub::{ClientId, Topic, View};
 
+/// A visitor that names no conversation means its own.
+fn own_lane(connection: &Connection) -> Option<String> {
+    match &connection.session {
+        Session::Live(live) => match &live.peer {
+            Peer::Contact(contact) => Some(format!("conversation:{}", contact.conversation())),
+            Peer::Agent(_) | Peer::Operator | Peer::Plain(_) => None,
+        },
+        Session::New | Session::Connecting | Session::Refused => None,
+    }
+}
+
 /// Starts a command of a connected client in its lane.
 pub(super) fn start(connection: &mut Connection, command: Command) {
     let id = command.id;
+    let counts = command.unsubscribe.is_none() && command.ping.is_none() && command.refresh.is_none();
+    if counts && let (Session::Live(live), sockets) = (&connection.session, &connection.sockets) {
+        let limited = match &live.peer {
+            Peer::Agent(agent) => sockets.rates.agent(&agent.tenant, &agent.agent),
+            Peer::Contact(contact) => sockets.rates.tenant(&contact.tenant),
+            Peer::Operator | Peer::Plain(_) => Ok(()),
+        };
+        if let Err(error) = limited {
+            if id > 0 {
+                connection.outbound.reply(&super::connection::refusal(id, &error));
+            }
+            return;
+        }
+    }
     let (lane, first) = if let Some(r) = command.subscribe {
         (Some(r.channel.clone()), subscribe::run(connection, id, *r))
     } else if let Some(r) = command.unsubscribe {
@@ -42,7 +67,7 @@ pub(super) fn start(connection: &mut Connection, command: Command) {
     } else if let Some(r) = command.presence_stats {
         (Some(r.channel.clone()), presence::run(connection, id, r.channel, true))
     } else if let Some(r) = command.rpc {
-        (rpc::lane(&r), rpc::run(connection, id, *r))
+        (rpc::lane(&r).or_else(|| own_lane(connection)), rpc::run(connection, id, *r))
     } else if let Some(r) = command.refresh {
         (None, refresh::run(connection, id, *r))
     } else if command.ping.is_some() {

@@ -78,8 +78,7 @@ pub(super) fn run(connection: &Connection, id: u32, request: RpcRequest) -> Late
     Box::pin(async move {
         let started = tokio::time::Instant::now();
         let method = METHODS.iter().find(|m| **m == request.method).copied().unwrap_or("");
-        let first = match super::fresh(&sockets, &claims).await.and_then(|peer| within_limits(&sockets, peer))
-        {
+        let first = match super::fresh(&sockets, &claims).await {
             Ok(Peer::Agent(agent)) => first_half(sockets, agent, &request).await,
             Ok(Peer::Contact(contact)) => match object(&request.data) {
                 Ok(data) => super::contact::first_half(&sockets, &contact, method, data).await,
@@ -144,15 +143,6 @@ async fn first_half(
     }
     let request = command(&request.method, data, &who)?;
     sockets.desk.submit(&who, id, request).await.map(Pending::Handed)
-}
-
-fn within_limits(sockets: &Sockets, peer: Peer) -> Result<Peer, CommandError> {
-    match &peer {
-        Peer::Agent(agent) => sockets.rates.agent(&agent.tenant, &agent.agent)?,
-        Peer::Contact(contact) => sockets.rates.tenant(&contact.tenant)?,
-        Peer::Operator | Peer::Plain(_) => {}
-    }
-    Ok(peer)
 }
 
 /// The command of a method.
