@@ -149,7 +149,10 @@ pub struct Desk {
 impl crate::memory::Cache for Desk {
     fn shrink(&self) {
         *self.places.lock().unwrap_or_else(PoisonError::into_inner) = HashMap::new();
-        self.typing.lock().unwrap_or_else(PoisonError::into_inner).retain(|_, at| at.elapsed() < TYPING_PAUSE);
+        self.typing
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .retain(|_, at| at.elapsed() < TYPING_PAUSE);
     }
 }
 

@@ -434,7 +434,9 @@ impl Intake {
                         Ok(Reply::Unmatched) => Some(id),
                         Ok(_) => return Ok(()),
                         Err(e) if e.code.is_temporary() && e.code != ErrorCode::Internal => return Err(e),
-                        Err(e) => return self.unfit(tenant, &target.account, e.code.name(), item, unfit).await,
+                        Err(e) => {
+                            return self.unfit(tenant, &target.account, e.code.name(), item, unfit).await;
+                        }
                     },
                     None => None,
                 };
@@ -480,7 +482,7 @@ impl Intake {
     ) -> Result<Answer<AccountReply>, CommandError> {
         let now = self.node.shards().clock.now();
         let letter = DeadLetter {
-            id: stable_id(now, &item.raw),
+            id: stable_id(now, tenant, account, &item.raw),
             account: account.to_string(),
             external_id: item.external_id.clone(),
             reason: reason.to_owned(),
@@ -529,9 +531,9 @@ fn kept_receipt(item: &Value) -> Option<StatusUpdate> {
 }
 
 /// A body that is sent again within the same hour makes no second letter.
-fn stable_id(now: Timestamp, raw: &Value) -> String {
+fn stable_id(now: Timestamp, tenant: &TenantId, account: &AccountId, raw: &Value) -> String {
     let hour = now.as_millis().max(0) / 3_600_000 * 3_600_000;
-    let hash = blake3::hash(raw.to_string().as_bytes()).to_hex();
+    let hash = blake3::hash(format!("{tenant}/{account}/{raw}").as_bytes()).to_hex();
     format!("{hour:012x}{}", &hash[..16])
 }
 

@@ -462,6 +462,7 @@ async fn run_timers(node: Weak<Node>, mut hour: i64) {
 async fn load_timers(node: &Node) -> Result<i64, ReadError> {
     let (tables, timers) = (&node.shards.tables, &node.shards.timers);
     let present = hour_of(node.shards.clock.now());
+    timers.reads_up_to(present + 1);
     for shard in 0..node.shards.count {
         let Some(from) = tables.fired_until(shard).await? else { continue };
         timers.marked(shard, from);
@@ -477,6 +478,7 @@ async fn load_timers(node: &Node) -> Result<i64, ReadError> {
 /// Reads the timers of hours that have come near.
 async fn read_hours(node: &Node, from: i64, to: i64) -> Result<(), ReadError> {
     let (tables, timers) = (&node.shards.tables, &node.shards.timers);
+    timers.reads_up_to(to);
     for shard in timers.marked_shards() {
         for hour in from..=to {
             for timer in tables.timers(shard, hour).await? {

@@ -76,7 +76,8 @@ pub(crate) async fn put(
         }
         inboxes.push(inbox);
     }
-    let document = directory::Agent { name: display_name(new.name)?, role: new.role, inboxes, not_before: None };
+    let document =
+        directory::Agent { name: display_name(new.name)?, role: new.role, inboxes, not_before: None };
     let was = api.directory().put_agent(&tenant, &id, &document).await?;
     Ok((created(was), Json(shown(agent, document))))
 }

@@ -200,7 +200,9 @@ pub(crate) async fn layer(State(api): State<Arc<Api>>, request: Request, next: N
             return Failure::from(CommandError::with(ErrorCode::Conflict, detail)).into_response();
         }
         Some(Known::Running { .. }) => return Failure::from(CommandError::overloaded(500)).into_response(),
-        Some(Known::Answered { status, content_type, reply, .. }) => return again(status, content_type, reply),
+        Some(Known::Answered { status, content_type, reply, .. }) => {
+            return again(status, content_type, reply);
+        }
         None => {}
     }
     // A caller that hangs up leaves the work to its end: a repeat finds the answer.

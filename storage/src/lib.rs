@@ -22,6 +22,7 @@ pub mod tables;
 mod value;
 
 pub use engine::{
-    Batch, CLUSTER, CasOutcome, Cell, Document, DocumentKey, Engine, ReadError, Row, RowWrite, Scan, Table, WriteError,
+    Batch, CLUSTER, CasOutcome, Cell, Document, DocumentKey, Engine, ReadError, Row, RowWrite, Scan, Table,
+    WriteError,
 };
 pub use stamp::{Stamp, Stamps};

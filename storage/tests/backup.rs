@@ -63,7 +63,10 @@ async fn one_moment_comes_back_with_its_files() {
     assert_eq!(again.document(&key).await.unwrap().unwrap().value, "{}");
 
     // Where something is nothing is overwritten; what is damaged leaves nothing.
-    assert!(matches!(restore(&target, backup.as_slice(), |_| Ok(())), Err(RestoreError::Open(OpenError::Foreign))));
+    assert!(matches!(
+        restore(&target, backup.as_slice(), |_| Ok(())),
+        Err(RestoreError::Open(OpenError::Foreign))
+    ));
     let empty = dir.path().join("empty");
     for (what, at) in
         [("cut short", backup.len() - 40), ("cut in the middle", backup.len() / 2), ("nothing", 5)]
@@ -75,7 +78,10 @@ async fn one_moment_comes_back_with_its_files() {
     changed[middle] ^= 1;
     assert!(restore(&empty, changed.as_slice(), |_| Ok(())).is_err());
     assert!(!empty.exists());
-    assert!(matches!(restore(&empty, b"something else entirely".as_slice(), |_| Ok(())), Err(RestoreError::Foreign)));
+    assert!(matches!(
+        restore(&empty, b"something else entirely".as_slice(), |_| Ok(())),
+        Err(RestoreError::Foreign)
+    ));
     let mut escape = b"patchbay-backup 1\n\x02\x00\x07../evil".to_vec();
     escape.extend([0; 8]);
     assert!(matches!(restore(&empty, escape.as_slice(), |_| Ok(())), Err(RestoreError::Damaged(_))));

@@ -3,6 +3,7 @@
 //! when no write into that hour is unanswered and everything that fired from it is acked by its entity.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use patchbay_protocol::Timestamp;
@@ -15,6 +16,8 @@ use tokio::sync::Notify;
 pub struct Timers {
     inner: Mutex<Inner>,
     changed: Notify,
+    /// The last hour whose rows are read.
+    read_up_to: AtomicI64,
 }
 
 #[derive(Default)]
@@ -59,10 +62,18 @@ impl Timers {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Adds a timer whose row is durable.
+    /// Adds a timer whose row is durable. One of an hour that is not read yet is found when it is.
     pub fn arm(&self, timer: Timer) {
+        if hour_of(timer.due) > self.read_up_to.load(Ordering::Acquire) {
+            return;
+        }
         self.lock().due.insert((timer.due, timer.entity));
         self.changed.notify_one();
+    }
+
+    /// Rows of hours up to this one are about to be read: whatever is armed in them from here on is kept as well.
+    pub fn reads_up_to(&self, hour: i64) {
+        self.read_up_to.fetch_max(hour, Ordering::AcqRel);
     }
 
     /// Takes everything that is due at `now`.

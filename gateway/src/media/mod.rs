@@ -114,7 +114,8 @@ impl Taking {
             let room = sniff::HEAD_BYTES - self.head.len();
             self.head.extend_from_slice(&bytes[..bytes.len().min(room)]);
         }
-        if self.bytes / ROOM_LOOK_BYTES != (self.bytes - bytes.len() as u64) / ROOM_LOOK_BYTES && !has_room() {
+        if self.bytes / ROOM_LOOK_BYTES != (self.bytes - bytes.len() as u64) / ROOM_LOOK_BYTES && !has_room()
+        {
             return Err(Refused::Disk);
         }
         if self.bytes > limits.size_max.0 {

@@ -1,10 +1,11 @@
 //! What end-to-end tests share: the real binary, HTTP, signed webhooks, a small socket client, waiting for conditions.
 #![allow(dead_code, missing_docs, unreachable_pub, clippy::unwrap_used)]
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use futures_util::{SinkExt as _, StreamExt as _};
@@ -19,6 +20,51 @@ use tokio_tungstenite::tungstenite::{Error as WsError, Message};
 use tokio_tungstenite::{MaybeTlsStream, WebSocketStream, connect_async};
 
 pub const APP_SECRET: &str = "app-secret";
+
+/// What tests say to nodes that no log may repeat: texts, numbers, tokens, keys.
+static SAID: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+/// As many are looked for as a log is searched for in a moment.
+const SAID_MAX: usize = 2_000;
+/// What a node of a test logs: more than it does by default.
+const LOG_LEVEL: &str =
+    "info,patchbay_gateway=trace,patchbay_actors=trace,patchbay_storage=trace,patchbay_admin_api=trace";
+
+/// No log may repeat it. What is too short to be told from other words is not looked for.
+pub fn said(text: &str) {
+    let mut said = SAID.lock().unwrap_or_else(PoisonError::into_inner);
+    if text.len() >= 9 && said.len() < SAID_MAX {
+        said.insert(text.to_owned());
+    }
+}
+
+fn said_in(value: &Value) {
+    match value {
+        Value::Object(fields) => {
+            for (name, value) in fields {
+                match (name.as_str(), value) {
+                    ("text" | "body" | "token" | "caption" | "to" | "key", Value::String(text)) => said(text),
+                    _ => said_in(value),
+                }
+            }
+        }
+        Value::Array(values) => values.iter().for_each(said_in),
+        _ => {}
+    }
+}
+
+/// Searches a node's log for what was said, and for what looks like a number, a token or a key.
+fn search(log: &Path) {
+    let Ok(text) = std::fs::read_to_string(log) else { return };
+    for said in SAID.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+        assert!(!text.contains(said.as_str()), "a log repeats {said:?}: {}", log.display());
+    }
+    for line in text.lines() {
+        let digits = line.split(|c: char| !c.is_ascii_digit()).any(|d| d.len() >= 10 && d.starts_with("346"));
+        assert!(!digits, "a log line has a customer's number: {line}");
+        assert!(!line.contains("eyJ"), "a log line has a token: {line}");
+        assert!(!line.contains(APP_SECRET), "a log line has a secret: {line}");
+    }
+}
 
 /// Waits until `f` gives something; panics with `what` after 30 s, far more than anything here needs.
 pub async fn until<T, F: Future<Output = Option<T>>>(what: &str, mut f: impl FnMut() -> F) -> T {
@@ -45,6 +91,14 @@ pub struct Node {
     pub http: reqwest::Client,
 }
 
+impl Drop for Node {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            search(&self.dir.join("node.log"));
+        }
+    }
+}
+
 impl Node {
     pub async fn start(dir: &Path) -> Self {
         Self::start_with(dir, &[]).await
@@ -64,6 +118,7 @@ impl Node {
             .env("PATCHBAY__PUBLIC__LISTEN", "127.0.0.1:0")
             .env("PATCHBAY__OPS__LISTEN", "127.0.0.1:0")
             .env("PATCHBAY__LOG__FORMAT", "json")
+            .env("PATCHBAY__LOG__LEVEL", LOG_LEVEL)
             .stdout(Stdio::null())
             .stderr(log)
             .kill_on_drop(true);
@@ -133,11 +188,17 @@ impl Node {
         let method = reqwest::Method::from_bytes(method.as_bytes()).unwrap();
         let mut request = self.http.request(method, self.url(&format!("/api/v1{path}"))).bearer_auth(key);
         if let Some(body) = body {
+            said_in(&body);
             request = request.json(&body);
         }
         let answer = request.send().await.unwrap();
         let status = answer.status().as_u16();
-        (status, serde_json::from_slice(&answer.bytes().await.unwrap()).unwrap_or(Value::Null))
+        let answer = serde_json::from_slice(&answer.bytes().await.unwrap()).unwrap_or(Value::Null);
+        // Problems quote what was wrong; what was issued is secret.
+        if status < 300 {
+            said_in(&answer);
+        }
+        (status, answer)
     }
 
     pub async fn get(&self, key: &str, path: &str) -> Value {
@@ -233,6 +294,8 @@ pub fn conversation(tenant: &str, account: &str, thread: &str) -> ConversationId
 }
 
 pub fn text_item(from: &str, id: &str, text: &str) -> Value {
+    said(from);
+    said(text);
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
     json!({"from": from, "id": id, "timestamp": now.to_string(), "type": "text", "text": {"body": text}})
 }
@@ -281,6 +344,7 @@ impl Ws {
 
     /// Sends a command; its id.
     pub async fn send(&mut self, mut command: Value) -> u32 {
+        said_in(&command);
         self.id += 1;
         command["id"] = json!(self.id);
         let _ = self.socket.send(Message::text(command.to_string())).await;

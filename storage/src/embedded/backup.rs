@@ -102,13 +102,7 @@ impl Embedded {
     /// Writes a backup of this moment: every row, and then the files of the data directory that are named in `names`
     /// or lie below `folder` ([`files_of`]), as they are by then: a file is there before the row that speaks of it.
     /// Blocks; belongs on a thread of its own.
-    pub fn dump(
-        &self,
-        dir: &Path,
-        names: &[&str],
-        folder: &str,
-        out: impl Write,
-    ) -> io::Result<Contents> {
+    pub fn dump(&self, dir: &Path, names: &[&str], folder: &str, out: impl Write) -> io::Result<Contents> {
         let snapshot = self.keyspaces.database.snapshot();
         let mut out = Hashed { inner: out, hash: blake3::Hasher::new(), contents: Contents::default() };
         out.put(MAGIC)?;

@@ -85,7 +85,8 @@ impl Writer {
         room: Arc<Room>,
     ) -> io::Result<()> {
         let looked = Instant::now();
-        let mut writer = Self { keyspaces, sync, room, looked, has_room: true, crowd: 0, epochs: HashMap::new() };
+        let mut writer =
+            Self { keyspaces, sync, room, looked, has_room: true, crowd: 0, epochs: HashMap::new() };
         std::thread::Builder::new().name("store-writer".into()).spawn(move || {
             while let Some(first) = queue.blocking_recv() {
                 writer.group(first, &mut queue);

@@ -1,7 +1,5 @@
 //! `conversation.snooze`, and its end.
 
-use std::time::Duration;
-
 use patchbay_protocol::CommandError;
 use patchbay_protocol::command::{Command, Reply, SnoozeConversation};
 use patchbay_protocol::entry::{Actor, Body, Cause};
@@ -11,15 +9,9 @@ use super::{Draft, Outcome};
 use crate::conversation::state::State;
 use crate::shard::entity::{Decision, Now};
 
-/// How far ahead a snooze may end.
-const SNOOZE_MAX: Duration = Duration::from_secs(366 * 86_400);
-
 pub(super) fn decide(state: &State, command: &Command, request: &SnoozeConversation, now: &Now) -> Outcome {
     if request.until <= now.at {
         return Err(CommandError::invalid("until is not in the future"));
-    }
-    if request.until.since(now.at) > SNOOZE_MAX {
-        return Err(CommandError::invalid("until is more than 366 days ahead"));
     }
     let mut draft = Draft::new(command, now);
     if state.status != Status::Snoozed || state.snoozed_until != Some(request.until) {
