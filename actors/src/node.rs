@@ -31,7 +31,9 @@ const WAKE_AT_ONCE: usize = 64;
 /// Between two looks at the calls under way of a node that stops.
 const FINISH_LOOK: Duration = Duration::from_millis(20);
 /// Between two looks at entities that write their snapshots; longer than they wait to derive.
-const SNAPSHOT_LOOK: Duration = Duration::from_millis(300);
+const SNAPSHOT_LOOK: Duration = Duration::from_millis(100);
+/// Looks without a change after which those that are left have something to do that does not end.
+const SNAPSHOT_LOOKS: u32 = 6;
 /// Between two tries of what the store or an entity did not answer.
 const RETRY_PAUSE: Duration = Duration::from_secs(5);
 /// Memory is looked at least this often.
@@ -265,12 +267,31 @@ impl Node {
             }
         }
         // Whoever has nothing under way is forgotten; the others are asked again while there is time.
-        while self.active_count() > 0 {
+        let mut still = 0;
+        while self.active_count() > 0 && still < SNAPSHOT_LOOKS {
             let before = self.active_count();
             self.passivate_idle(Duration::ZERO);
             tokio::time::sleep(SNAPSHOT_LOOK).await;
-            if self.active_count() == before {
-                return;
+            still = if self.active_count() == before { still + 1 } else { 0 };
+        }
+        if self.shards.swept.load(Ordering::Relaxed) {
+            // Whoever starts next has nobody to wake where nothing is left to do.
+            let closed =
+                (0..self.shards.count).filter_map(|shard| Some((shard, self.shards.activity.close(shard)?)));
+            let marks = futures_util::stream::iter(closed.collect::<Vec<_>>());
+            marks
+                .for_each_concurrent(WAKE_AT_ONCE, |(shard, (from, mark))| self.settle(shard, from, mark))
+                .await;
+        }
+    }
+
+    /// Moves a shard's mark, and drops the buckets that it leaves.
+    async fn settle(&self, shard: u32, from: u64, mark: Mark) {
+        let Ok(stamp) = self.shards.stamps[shard as usize].next() else { return };
+        if self.shards.logs.write_if_room(Tables::mark_write(shard, stamp, mark)).await.is_ok() {
+            for bucket in from..mark.bucket {
+                // What a lost drop leaves is read and found settled by the next sweep.
+                let _ = self.shards.tables.drop_activity(shard, Mark { bucket, ..mark }).await;
             }
         }
     }

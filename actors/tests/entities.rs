@@ -281,3 +281,25 @@ async fn a_clock_that_jumps_changes_no_order_and_fires_no_timer_twice() {
     let at: Vec<&str> = entries.iter().map(|e| e["at"].as_str().unwrap()).collect();
     assert!(at.windows(2).all(|a| a[0] <= a[1]), "an entry is never older than the one before: {at:?}");
 }
+
+#[tokio::test]
+async fn after_an_end_in_order_nobody_is_woken() {
+    let w = World::new().await;
+    for n in 0..20 {
+        w.writes(&format!("3460000{n:04}"), &format!("wamid.{n}")).await;
+    }
+    until("what was there is in hand", async || {
+        w.node.shards().swept.load(std::sync::atomic::Ordering::Relaxed).then_some(())
+    })
+    .await;
+    w.node.finish().await;
+    assert_eq!(w.node.active_count(), 0);
+    let (model, clock) = (w.model.clone(), w.clock);
+    let w = World::on(model, clock).await;
+    until("the next one has looked", async || {
+        w.node.shards().swept.load(std::sync::atomic::Ordering::Relaxed).then_some(())
+    })
+    .await;
+    assert_eq!(w.node.active_count(), 0, "nothing was left to do");
+    assert_eq!(w.entries("34600000003").await.len(), 2, "and everything is there");
+}

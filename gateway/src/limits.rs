@@ -118,8 +118,10 @@ fn told(which: &'static str, taken: Result<(), u64>) -> Result<(), CommandError>
 impl Limits {
     /// As configured; in `dev` API keys are never held below 2,000 requests a second.
     pub fn new(limits: &config::Limits, dev: bool) -> Arc<Self> {
-        let keys =
-            if dev { limits.requests_per_second.max(DEV_PER_SECOND) } else { limits.requests_per_second };
+        let keys = match limits.requests_per_second {
+            n @ 1.. if dev => n.max(DEV_PER_SECOND),
+            n => n,
+        };
         Arc::new(Self {
             connection: Rate::per_second(limits.connection_per_second),
             agents: Buckets::new(Rate::per_second(limits.agent_per_second)),

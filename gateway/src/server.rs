@@ -290,6 +290,7 @@ impl Doors<'_> {
             tasks: self.tasks.clone(),
             open: AtomicUsize::new(0),
             unconnected: AtomicUsize::new(0),
+            closing: AtomicUsize::new(0),
             origins,
         });
         let api_auth = Arc::new(ApiAuth::new(

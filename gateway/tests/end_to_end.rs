@@ -682,30 +682,55 @@ async fn a_full_disk_refuses_writes_serves_reads_and_recovers() {
     let dir = tempfile::tempdir().unwrap();
     let found = rustix::fs::statvfs(dir.path()).unwrap();
     let min_free = found.f_bavail * found.f_frsize - 400 * MIB;
-    let node =
-        Node::start_with(dir.path(), &[("PATCHBAY__STORAGE__MIN_FREE", &format!("{min_free}B"))]).await;
+    let min_free = format!("{min_free}B");
+    // Whoever has nothing to do is forgotten soon: also what cannot write a last word is read again.
+    let env = [("PATCHBAY__STORAGE__MIN_FREE", min_free.as_str()), ("PATCHBAY__LIMITS__IDLE_AFTER", "1s")];
+    let mut node = Node::start_with(dir.path(), &env).await;
     let key = node.tenant("acme", "http://127.0.0.1:9", NUMBER).await;
     let id = conversation("acme", "wa", "34600111222");
-    let webhook = async |n: u32| {
+    let webhook = async |node: &Node, n: u32| {
         let body = webhook_body(NUMBER, &[text_item("34600111222", &format!("wamid.{n}"), "x")], &[]);
         node.webhook("acme", "wa", &body).await
     };
-    let ready = async || {
+    let ready = async |node: &Node| {
         let url = format!("http://{}/readyz", node.ready["ops"].as_str().unwrap());
         node.http.get(url).send().await.unwrap().status().as_u16()
     };
-    assert_eq!((webhook(1).await, ready().await), (200, 200));
+    assert_eq!((webhook(&node, 1).await, ready(&node).await), (200, 200));
     let filler = dir.path().join("filler");
     std::fs::write(&filler, vec![1; usize::try_from(600 * MIB).unwrap()]).unwrap();
-    until("it is full", async || (ready().await == 503).then_some(())).await;
-    assert_eq!(webhook(2).await, 503, "the provider sends it again");
+    until("it is full", async || (ready(&node).await == 503).then_some(())).await;
+    assert_eq!(webhook(&node, 2).await, 503, "the provider sends it again");
     let note = json!({"client_id": "n", "text": "x"});
     let (status, problem) = node.api(&key, "POST", &format!("/conversations/{id}/notes"), Some(note)).await;
     assert_eq!((status, problem["code"].as_str()), (503, Some("overloaded")), "{problem}");
     assert!(problem["retry_after_ms"].as_u64().is_some());
+    let inbox = Some(json!({"name": "Second"}));
+    let (status, problem) = node.api(&key, "PUT", "/inboxes/second", inbox).await;
+    assert_eq!((status, problem["code"].as_str()), (503, Some("overloaded")), "{problem}");
+    let upload =
+        node.http.post(node.url("/api/v1/media")).bearer_auth(&key).body("a file").send().await.unwrap();
+    assert_eq!(upload.status(), 503);
+    // An agent comes, reads and goes.
+    let token = node.token(&key, "anna", 600).await;
+    let mut ws = node.socket(&token).await;
+    let subscribed = ws.subscribe(&format!("conversation:{id}")).await.unwrap();
+    assert_eq!(subscribed["offset"], 2);
+    drop(ws);
+    until("everybody is forgotten", async || {
+        node.metrics().await.lines().any(|l| l == "patchbay_actors_active 0").then_some(())
+    })
+    .await;
     assert_eq!(node.entries(&key, id).await.len(), 2, "reads go on");
+    // Also over a restart.
+    node.kill().await;
+    drop(node);
+    let node = Node::start_with(dir.path(), &env).await;
+    assert_eq!(ready(&node).await, 503);
+    assert_eq!(node.entries(&key, id).await.len(), 2, "reads go on after a start on a full disk");
     std::fs::remove_file(&filler).unwrap();
-    until("there is room again", async || (ready().await == 200).then_some(())).await;
-    until("it takes again", async || (webhook(2).await == 200).then_some(())).await;
+    until("there is room again", async || (ready(&node).await == 200).then_some(())).await;
+    until("it takes again", async || (webhook(&node, 2).await == 200).then_some(())).await;
     assert_eq!(node.entries(&key, id).await.len(), 3);
+    node.socket(&token).await.subscribe(&format!("conversation:{id}")).await.unwrap();
 }

@@ -87,6 +87,19 @@ impl ActivityLog {
         Ticket { shard: cell, bucket: Mark { epoch: self.epoch, bucket }, needs_row, entity }
     }
 
+    /// Ends the present bucket when everything in the shard is settled: nobody will write any more.
+    pub fn close(&self, shard: u32) -> Option<(u64, Mark)> {
+        {
+            let mut s = lock(&self.shards[shard as usize]);
+            if s.begun > 0 && s.open.is_empty() {
+                s.bucket += 1;
+                s.written.clear();
+                s.begun = 0;
+            }
+        }
+        self.newly_settled(shard)
+    }
+
     /// How far the shard is settled, when that has moved since it was last asked, and from where.
     pub fn newly_settled(&self, shard: u32) -> Option<(u64, Mark)> {
         let mut s = lock(&self.shards[shard as usize]);

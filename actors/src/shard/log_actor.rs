@@ -142,6 +142,15 @@ impl<E: LogEntity> Actor for LogActor<E> {
         msg: Msg<E>,
         at: &mut Loop<E>,
     ) -> Result<(), ActorProcessingErr> {
+        // What a message needs while it is worked on lies in the actor's task for as long as the actor lives, unless it
+        // is boxed.
+        Box::pin(self.told(me, msg, at)).await;
+        Ok(())
+    }
+}
+
+impl<E: LogEntity> LogActor<E> {
+    async fn told(&self, me: ActorRef<Msg<E>>, msg: Msg<E>, at: &mut Loop<E>) {
         match msg {
             Msg::Command(queued) => at.queue.push_back(queued),
             Msg::Appended(result) => self.appended(&me, at, result).await,
@@ -169,7 +178,7 @@ impl<E: LogEntity> Actor for LogActor<E> {
                 // An entity that is not loaded has nothing to show: dropping the question says so.
                 if let Phase::Live(live) = &at.phase {
                     look(&live.state);
-                    return Ok(());
+                    return;
                 }
                 // Somebody waits for it to be there.
                 if at.chills <= CHILLS_MAX && at.queue.is_empty() {
@@ -178,7 +187,7 @@ impl<E: LogEntity> Actor for LogActor<E> {
             }
             Msg::Idle => {
                 Box::pin(self.idle(&me, at)).await;
-                return Ok(());
+                return;
             }
         }
         self.pump(&me, at).await;
@@ -187,11 +196,8 @@ impl<E: LogEntity> Actor for LogActor<E> {
             // Whoever asks for what does not exist leaves nothing behind.
             Box::pin(self.idle(&me, at)).await;
         }
-        Ok(())
     }
-}
 
-impl<E: LogEntity> LogActor<E> {
     fn handle_of(&self, me: &ActorRef<Msg<E>>, key: LogKey) -> Handle<E> {
         Handle { actor: me.clone(), shards: self.shards.clone(), key }
     }
@@ -561,10 +567,11 @@ fn refuse_all<E: LogEntity>(at: &mut Loop<E>, error: &CommandError) {
     at.queue.extend(own.into_iter().filter(|q| !E::is_wake(&q.command)));
 }
 
-fn answer<E: LogEntity>(queued: Box<Queued<E>>, outcome: Outcome<E>) {
+fn answer<E: LogEntity>(mut queued: impl AsMut<Queued<E>>, outcome: Outcome<E>) {
+    let queued = queued.as_mut();
     // The place is given back before the answer, so that whoever waits for it can use it.
-    drop(queued.permit);
-    if let Some(reply) = queued.reply {
+    drop(queued.permit.take());
+    if let Some(reply) = queued.reply.take() {
         // Whoever has stopped waiting repeats with the same ids.
         let _ = reply.send(outcome);
     }
@@ -586,6 +593,6 @@ mod tests {
         let state = size_of::<Loop<Conversation>>();
         let live = size_of::<Live<Conversation>>();
         let msg = size_of::<Msg<Conversation>>();
-        assert!(handle + state + live + msg <= 4096, "{handle} {state} {live} {msg}");
+        assert!(handle <= 256 && state + live <= 2048 && msg <= 64, "{handle} {state} {live} {msg}");
     }
 }

@@ -9,17 +9,19 @@ mod memory;
 mod node;
 mod results;
 mod sends;
+mod soak;
 mod webhooks;
 
 use results::Results;
 
 /// Names of what can be asked for, by the benchmark that measures it.
-const BENCHMARKS: [(&str, &[&str]); 5] = [
+const BENCHMARKS: [(&str, &[&str]); 6] = [
     ("sends", &["durable_send_throughput_ratio", "durable_send_p99_ratio"]),
     ("webhooks", &["webhook_to_socket_p50_ratio", "webhook_to_socket_p99_ratio"]),
     ("conversations", &["idle_conversation_bytes"]),
     ("cold", &["cold_start_seconds", "cold_conversation_extra_ms"]),
     ("sockets", &["idle_websocket_bytes"]),
+    ("soak", &["soak_memory_ratio"]),
 ];
 
 #[tokio::main]
@@ -43,8 +45,12 @@ async fn main() {
             "webhooks" => webhooks::run(&mut results).await,
             "conversations" => memory::conversations(&mut results).await,
             "cold" => cold::run(&mut results).await,
-            _ => memory::sockets(&mut results).await,
+            "sockets" => memory::sockets(&mut results).await,
+            _ => soak::run(&mut results).await,
         }
+    }
+    if asked("crash", &["crash_lost_acked", "crash_doubled"]) {
+        results.crash();
     }
     results.write();
 }

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use hmac::{Hmac, Mac};
@@ -29,6 +30,8 @@ pub struct Node {
     pub target: Target,
     /// From its start until it was ready.
     pub ready_after: Duration,
+    /// Webhooks that were told to come again.
+    pub refused: AtomicU64,
 }
 
 impl Node {
@@ -57,7 +60,7 @@ impl Node {
         let ready_after = started.elapsed();
         let mut target = Target::of_ready_file(&file).unwrap();
         target.pid = child.id();
-        Self { child, target, ready_after }
+        Self { child, target, ready_after, refused: AtomicU64::new(0) }
     }
 
     /// SIGTERM, and the end.
@@ -102,11 +105,19 @@ impl Node {
 
     /// Customers `from..to` write a message each, a hundred a body.
     pub async fn customers_write(&self, tenant: &str, from: usize, to: usize) {
-        let bodies: Vec<Vec<u8>> = (from..to)
-            .step_by(100)
-            .map(|start| {
-                let messages: Vec<Value> = (start..to.min(start + 100))
-                    .map(|n| json!({"from": format!("3460{n:07}"), "id": format!("{tenant}-{n}"), "timestamp": "1763715600", "type": "text", "text": {"body": "hola, a message of an ordinary length"}}))
+        let customers: Vec<usize> = (from..to).collect();
+        self.write_again(tenant, &customers, 0).await;
+    }
+
+    /// These customers write a message each, a hundred a body, the `round`th time.
+    pub async fn write_again(&self, tenant: &str, customers: &[usize], round: usize) {
+        let bodies: Vec<Vec<u8>> = customers
+            .chunks(100)
+            .enumerate()
+            .map(|(at, some)| {
+                let messages: Vec<Value> = some
+                    .iter()
+                    .map(|n| json!({"from": format!("3460{n:07}"), "id": format!("{tenant}-{round}-{at}-{n}"), "timestamp": "1763715600", "type": "text", "text": {"body": "hola, a message of an ordinary length"}}))
                     .collect();
                 let value = json!({"metadata": {"phone_number_id": "1001"}, "messages": messages});
                 json!({"entry": [{"changes": [{"field": "messages", "value": value}]}]}).to_string().into_bytes()
@@ -114,25 +125,25 @@ impl Node {
             .collect();
         let url = format!("http://{}/webhooks/{tenant}/wa", self.target.public);
         for some in bodies.chunks(16) {
-            let posts = some.iter().map(|body| {
-                let mut mac = Hmac::<Sha256>::new_from_slice(b"s").unwrap();
-                mac.update(body);
-                let hex: String = mac.finalize().into_bytes().iter().map(|b| format!("{b:02x}")).collect();
-                let (http, url) = (&self.target.http, &url);
-                async move {
-                    // As a provider does: what was not taken is sent again.
-                    loop {
-                        let request = http.post(url).header("x-hub-signature-256", format!("sha256={hex}"));
-                        let status = request.body(body.clone()).send().await.unwrap().status();
-                        if status.is_success() {
-                            return;
-                        }
-                        assert_eq!(status, 503);
-                        tokio::time::sleep(Duration::from_millis(50)).await;
-                    }
-                }
-            });
+            let posts = some.iter().map(|body| self.post(&url, body));
             futures_util::future::join_all(posts).await;
+        }
+    }
+
+    /// As a provider does: what was not taken is sent again.
+    async fn post(&self, url: &str, body: &[u8]) {
+        let mut mac = Hmac::<Sha256>::new_from_slice(b"s").unwrap();
+        mac.update(body);
+        let hex: String = mac.finalize().into_bytes().iter().map(|b| format!("{b:02x}")).collect();
+        loop {
+            let request = self.target.http.post(url).header("x-hub-signature-256", format!("sha256={hex}"));
+            let status = request.body(body.to_vec()).send().await.unwrap().status();
+            if status.is_success() {
+                return;
+            }
+            assert_eq!(status, 503);
+            self.refused.fetch_add(1, Ordering::Relaxed);
+            tokio::time::sleep(Duration::from_millis(50)).await;
         }
     }
 }

@@ -49,6 +49,19 @@ impl Results {
         }));
     }
 
+    /// What `./x bench` found by killing the node again and again (`gateway/tests/crash.rs`); nothing without it.
+    pub fn crash(&mut self) {
+        let Ok(text) = std::fs::read_to_string("target/bench/crash.json") else { return };
+        let found: Value = serde_json::from_str(&text).unwrap();
+        let conditions = format!(
+            "{} SIGKILLs under load; {} sends and {} webhooks acked, {} provider calls, {} entries watched",
+            found["kills"], found["sends"], found["webhooks"], found["calls"], found["watched"]
+        );
+        for name in ["crash_lost_acked", "crash_doubled"] {
+            self.note(name, 0.0, "entries", Goal::AtMost(0.0), &conditions, None);
+        }
+    }
+
     /// Prints the table and writes the file.
     pub fn write(&self) {
         println!("{:<34} {:>12} {:<8} {:>10} {:>8}", "name", "value", "unit", "goal", "holds");

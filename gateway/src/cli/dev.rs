@@ -132,6 +132,14 @@ fn named<T: std::str::FromStr>(name: &str) -> Result<T, CommandError> {
     name.parse().map_err(|_| ErrorCode::Internal.into())
 }
 
+/// What an earlier start made stands when the disk is full.
+fn unless_full<T: Default>(put: Result<T, CommandError>) -> Result<T, CommandError> {
+    match put {
+        Err(e) if e.code == ErrorCode::Overloaded => Ok(T::default()),
+        put => put,
+    }
+}
+
 async fn seed(server: &Server, simulator: &Simulator, secrets: &Secrets) -> Result<Demo, CommandError> {
     let directory: &Directory = server.node.directory();
     let now = server.node.shards().clock.now();
@@ -143,17 +151,17 @@ async fn seed(server: &Server, simulator: &Simulator, secrets: &Secrets) -> Resu
     );
     match directory.create_tenant(&tenant, &Tenant { name: "Demo".into(), created_at: now }).await {
         Ok(()) => {}
-        Err(e) if e.code == ErrorCode::Conflict => {}
+        Err(e) if matches!(e.code, ErrorCode::Conflict | ErrorCode::Overloaded) => {}
         Err(e) => return Err(e),
     }
-    keys::put(directory, &tenant, "dev", &secrets.demo_key, now).await?;
+    unless_full(keys::put(directory, &tenant, "dev", &secrets.demo_key, now).await)?;
     if directory.inbox(&tenant, &inbox).await?.is_none() {
-        directory.put_inbox(&tenant, &inbox, &Inbox { name: "Main".into() }).await?;
+        unless_full(directory.put_inbox(&tenant, &inbox, &Inbox { name: "Main".into() }).await)?;
     }
     if directory.agent(&tenant, &agent).await?.is_none() {
         let anna =
             Agent { name: "Anna".into(), role: Role::Admin, inboxes: vec![inbox.clone()], not_before: None };
-        directory.put_agent(&tenant, &agent, &anna).await?;
+        unless_full(directory.put_agent(&tenant, &agent, &anna).await)?;
     }
     let document = Account {
         connector: "whatsapp".into(),
@@ -168,7 +176,7 @@ async fn seed(server: &Server, simulator: &Simulator, secrets: &Secrets) -> Resu
             typing: true,
         },
     };
-    directory.put_account(&tenant, &account, &document).await?;
+    unless_full(directory.put_account(&tenant, &account, &document).await)?;
     let webhook_url = format!("http://{}/webhooks/{tenant}/{account}", server.public);
     simulator.add_number(PHONE_NUMBER_ID, Number { webhook_url, app_secret: secrets.app_secret.clone() });
     let token = super::token::agent_claims(&tenant, &agent, Role::Admin, 24 * 3600, now);

@@ -10,6 +10,7 @@ pub mod view;
 use std::collections::HashMap;
 use std::fmt;
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use bytes::Bytes;
@@ -81,11 +82,14 @@ impl fmt::Display for ClientId {
 pub struct Hub {
     parts: Vec<Mutex<HashMap<Topic, Vec<Member>>>>,
     names: OnceLock<Names>,
+    /// Bytes that wait for all sockets together.
+    queued: Arc<AtomicUsize>,
 }
 
 impl Default for Hub {
     fn default() -> Self {
-        Self { parts: (0..PARTS).map(|_| Mutex::default()).collect(), names: OnceLock::new() }
+        let parts = (0..PARTS).map(|_| Mutex::default()).collect();
+        Self { parts, names: OnceLock::new(), queued: Arc::default() }
     }
 }
 
@@ -98,6 +102,11 @@ impl Hub {
     /// How an agent is called, where that is at hand.
     pub fn name(&self, tenant: &TenantId, agent: &AgentId) -> Option<String> {
         self.names.get()?(tenant, agent)
+    }
+
+    /// Bytes that wait for all sockets together.
+    pub fn queued(&self) -> &Arc<AtomicUsize> {
+        &self.queued
     }
 
     fn part(&self, topic: &Topic) -> MutexGuard<'_, HashMap<Topic, Vec<Member>>> {

@@ -6,6 +6,7 @@
 //! [`TOTAL_BYTES_MAX`] (replies and pushes alone) the socket is disconnected as slow.
 
 use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Poll, Waker};
 
@@ -20,6 +21,11 @@ use super::seam::{Seam, Verdict};
 pub const PUBLICATION_BYTES_MAX: usize = 256 * 1024;
 /// Bytes of the queue past which the socket is slow for good.
 pub const TOTAL_BYTES_MAX: usize = 4 * 1024 * 1024;
+/// Bytes that all sockets together have queued past which those with more than [`FAIR_BYTES`] get no publications: so
+/// all of them hold at most this, and a fair share each.
+pub const NODE_BYTES_MAX: usize = 256 * 1024 * 1024;
+/// What a socket may have queued however much the others have.
+pub const FAIR_BYTES: usize = 16 * 1024;
 /// Latest-only slots of one socket.
 const SLOTS_MAX: usize = 32;
 /// How often a recovery looks for room.
@@ -78,10 +84,35 @@ pub struct GoOn {
     pub after: u64,
 }
 
+/// Bytes that one socket has queued, counted among those of all.
+#[derive(Default)]
+struct Held {
+    bytes: usize,
+    all: Arc<AtomicUsize>,
+}
+
+impl Held {
+    fn add(&mut self, bytes: usize) {
+        self.bytes += bytes;
+        self.all.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    fn take(&mut self, bytes: usize) {
+        self.bytes -= bytes;
+        self.all.fetch_sub(bytes, Ordering::Relaxed);
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.take(self.bytes);
+    }
+}
+
 #[derive(Default)]
 struct Queue {
     frames: VecDeque<Queued>,
-    bytes: usize,
+    held: Held,
     slots: HashMap<(Topic, String), Bytes>,
     seams: HashMap<Topic, Subscribed>,
     /// Subscriptions so far: each has a number of its own.
@@ -107,13 +138,18 @@ pub const SUBSCRIPTIONS_MAX: usize = 512;
 
 impl Outbound {
     /// An empty queue.
-    pub fn new(encoding: Encoding) -> Arc<Self> {
-        Self::with_bound(encoding, PUBLICATION_BYTES_MAX)
+    pub fn new(encoding: Encoding, all: Arc<AtomicUsize>) -> Arc<Self> {
+        Self::with_bound(encoding, PUBLICATION_BYTES_MAX, all)
     }
 
-    pub(super) fn with_bound(encoding: Encoding, publication_bytes_max: usize) -> Arc<Self> {
+    pub(super) fn with_bound(
+        encoding: Encoding,
+        publication_bytes_max: usize,
+        all: Arc<AtomicUsize>,
+    ) -> Arc<Self> {
         let recovery = tokio::sync::Semaphore::new(1);
-        Arc::new(Self { encoding, publication_bytes_max, queue: Mutex::default(), recovery })
+        let queue = Mutex::new(Queue { held: Held { bytes: 0, all }, ..Queue::default() });
+        Arc::new(Self { encoding, publication_bytes_max, queue, recovery })
     }
 
     /// The socket's encoding.
@@ -144,7 +180,7 @@ impl Outbound {
     fn push(&self, topic: Option<Topic>, frame: Bytes) {
         let mut q = self.lock();
         q.push(topic, frame);
-        if q.bytes > TOTAL_BYTES_MAX {
+        if q.held.bytes > TOTAL_BYTES_MAX {
             q.slow();
         }
         q.wake();
@@ -177,22 +213,20 @@ impl Outbound {
     pub fn end(&self) -> Vec<Topic> {
         let mut q = self.lock();
         let topics = q.seams.drain().map(|(t, _)| t).collect();
-        *q = Queue { ended: true, ..Queue::default() };
+        q.clear();
         topics
     }
 
     /// Lets go of everything that is queued, and keeps nothing more.
     pub fn hush(&self) {
         let mut q = self.lock();
-        let closing = q.closing;
-        let waker = q.waker.take();
-        *q = Queue { ended: true, closing, waker, ..Queue::default() };
+        q.clear();
     }
 
     /// A turn to read a past, when there is room for what it brings.
     pub async fn recovery_turn(&self) -> Option<tokio::sync::SemaphorePermit<'_>> {
         let turn = self.recovery.acquire().await.ok()?;
-        while self.lock().bytes >= self.publication_bytes_max {
+        while !self.lock().has_room(self.publication_bytes_max) {
             tokio::time::sleep(ROOM_LOOK).await;
         }
         Some(turn)
@@ -203,22 +237,21 @@ impl Outbound {
         let mut q = self.lock();
         q.seams.remove(topic);
         q.slots.retain(|(t, _), _| t != topic);
-        let mut kept = VecDeque::with_capacity(q.frames.len());
-        let mut bytes = 0;
-        for queued in q.frames.drain(..) {
-            if queued.topic.as_ref() != Some(topic) {
-                bytes += queued.frame.len() + FRAME_COST;
-                kept.push_back(queued);
+        let mut dropped = 0;
+        q.frames.retain(|queued| {
+            let keep = queued.topic.as_ref() != Some(topic);
+            if !keep {
+                dropped += queued.frame.len() + FRAME_COST;
             }
-        }
-        q.frames = kept;
-        q.bytes = bytes;
+            keep
+        });
+        q.held.take(dropped);
     }
 
     /// A confirmed entry of a topic; `frames` is `None` where this subscription does not see it.
     pub fn publish(&self, topic: &Topic, seq: u64, frames: Option<&Frames>) {
         let mut q = self.lock();
-        let room = q.bytes < self.publication_bytes_max;
+        let room = q.has_room(self.publication_bytes_max);
         if !room {
             // What does not matter for long gives way first.
             q.slots.clear();
@@ -251,7 +284,7 @@ impl Outbound {
         if !q.is_open(topic) {
             return;
         }
-        if q.bytes < self.publication_bytes_max {
+        if q.has_room(self.publication_bytes_max) {
             q.push(Some(topic.clone()), frames.encoded(self.encoding));
         } else if matches!(topic, Topic::Agent(..)) {
             q.closing.get_or_insert(Disconnect::InsufficientState);
@@ -291,7 +324,7 @@ impl Outbound {
         for frame in held.into_iter().flatten() {
             q.push(Some(topic.clone()), frame);
         }
-        if q.bytes > TOTAL_BYTES_MAX {
+        if q.held.bytes > TOTAL_BYTES_MAX {
             q.slow();
         }
         q.wake();
@@ -308,7 +341,7 @@ impl Outbound {
             for frame in entries {
                 q.push(Some(from.topic.clone()), frame);
             }
-            if q.bytes > TOTAL_BYTES_MAX {
+            if q.held.bytes > TOTAL_BYTES_MAX {
                 q.slow();
             }
         }
@@ -323,7 +356,7 @@ impl Outbound {
     /// Subscriptions that are behind and may go on now, with the place to read after.
     pub fn go_on(&self) -> Option<GoOn> {
         let mut q = self.lock();
-        if !q.behind || q.bytes >= self.publication_bytes_max / 2 {
+        if !q.behind || !q.has_room(self.publication_bytes_max / 2) {
             return None;
         }
         // One at a time: each may bring a page.
@@ -348,7 +381,7 @@ impl Outbound {
     pub fn poll_next(&self, waker: &Waker) -> Poll<Next> {
         let mut q = self.lock();
         if let Some(queued) = q.frames.pop_front() {
-            q.bytes -= queued.frame.len() + FRAME_COST;
+            q.held.take(queued.frame.len() + FRAME_COST);
             return Poll::Ready(Next::Frame(queued.frame));
         }
         if let Some(why) = q.closing {
@@ -390,14 +423,27 @@ impl Queue {
         self.closing = Some(Disconnect::Slow);
         self.frames = VecDeque::new();
         self.slots = HashMap::new();
-        self.bytes = 0;
+        self.held.take(self.held.bytes);
+    }
+
+    /// Lets go of everything, and keeps nothing more; why it closes still stands.
+    fn clear(&mut self) {
+        let (closing, waker) = (self.closing, self.waker.take());
+        let held = Held { bytes: 0, all: self.held.all.clone() };
+        *self = Self { ended: true, closing, waker, held, ..Self::default() };
+    }
+
+    /// Whether publications may still be queued.
+    fn has_room(&self, max: usize) -> bool {
+        let fair = self.held.bytes < FAIR_BYTES.min(max);
+        fair || self.held.bytes < max && self.held.all.load(Ordering::Relaxed) < NODE_BYTES_MAX
     }
 
     fn push(&mut self, topic: Option<Topic>, frame: Bytes) {
         if self.ended || self.closing == Some(Disconnect::Slow) {
             return;
         }
-        self.bytes += frame.len() + FRAME_COST;
+        self.held.add(frame.len() + FRAME_COST);
         self.frames.push_back(Queued { topic, frame });
     }
 
@@ -413,7 +459,7 @@ mod tests {
     use super::*;
 
     fn live(topic: &Topic) -> Arc<Outbound> {
-        let outbound = Outbound::with_bound(Encoding::Json, 1000);
+        let outbound = Outbound::with_bound(Encoding::Json, 1000, Arc::default());
         outbound.subscribe(topic).unwrap();
         outbound.joined(topic, None, 0);
         outbound
@@ -470,12 +516,12 @@ mod tests {
 
     #[test]
     fn past_the_bound_for_all_nothing_is_kept() {
-        let outbound = Outbound::new(Encoding::Json);
+        let outbound = Outbound::new(Encoding::Json, Arc::default());
         let large = patchbay_protocol::client::reply::RpcResult {
             data: Bytes::from(format!("\"{}\"", "x".repeat(400_000))),
         };
         (0..20).for_each(|id| outbound.reply(&Reply { id, rpc: Some(large.clone()), ..Reply::default() }));
-        assert_eq!(outbound.lock().bytes, 0);
+        assert_eq!(outbound.lock().held.bytes, 0);
         assert_eq!(outbound.poll_slow(Waker::noop()), Poll::Ready(Disconnect::Slow));
     }
 }

@@ -98,7 +98,7 @@ impl World {
             log: 3,
             wire: VecDeque::new(),
             hub: Hub::default(),
-            outbound: Outbound::with_bound(Encoding::Json, ROOM),
+            outbound: Outbound::with_bound(Encoding::Json, ROOM, Arc::default()),
             client: ClientId(1),
             lane: VecDeque::new(),
             wanted: false,
@@ -142,7 +142,7 @@ impl World {
             }
             Step::Crash => {
                 self.hub = Hub::default();
-                self.outbound = Outbound::with_bound(Encoding::Json, ROOM);
+                self.outbound = Outbound::with_bound(Encoding::Json, ROOM, Arc::default());
                 self.client = ClientId(self.client.0 + 1);
                 self.lane.clear();
                 // Nobody shows again what a dead node had confirmed.

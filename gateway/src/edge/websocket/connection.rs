@@ -37,6 +37,9 @@ use crate::limits::Bucket;
 const COMMANDS_MAX: usize = 512;
 /// How long a close may take.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Sockets that are being told that there is no place; and for how long each is.
+const CLOSING_MAX: usize = 1024;
+const REFUSE_TIMEOUT: Duration = Duration::from_secs(1);
 /// What is under way when a token is revoked may still be answered, for so long.
 const REVOKE_TIMEOUT: Duration = Duration::from_millis(500);
 /// Permissions that could not be asked are asked again after this.
@@ -139,14 +142,11 @@ enum Event {
 pub async fn run(sockets: Arc<Sockets>, mut socket: Socket, encoding: Encoding) {
     let shared = sockets.clone();
     let Some(_open) = Counted::take(&shared.open, shared.limits.connections_max) else {
-        // It may pass by itself, so an SDK must come back.
-        close(&mut socket, Disconnect::TooManyRequests).await;
-        return;
+        return turn_away(&shared, &mut socket).await;
     };
     let Some(mut unconnected) = Counted::take(&shared.unconnected, shared.limits.unconnected_max).map(Some)
     else {
-        close(&mut socket, Disconnect::TooManyRequests).await;
-        return;
+        return turn_away(&shared, &mut socket).await;
     };
     metrics::gauge!("patchbay_edge_connections").increment(1.0);
     let mut draining = sockets.draining.clone();
@@ -173,6 +173,16 @@ pub async fn run(sockets: Arc<Sockets>, mut socket: Socket, encoding: Encoding) 
     metrics::gauge!("patchbay_edge_connections").decrement(1.0);
 }
 
+/// There is no place. It may pass by itself, so an SDK must come back.
+async fn turn_away(sockets: &Sockets, socket: &mut Socket) {
+    let why = Disconnect::TooManyRequests;
+    metrics::counter!("patchbay_edge_disconnects_total", "code" => why.code().to_string()).increment(1);
+    // Past this nobody is told: whoever is turned away must not be a crowd of its own.
+    if let Some(_place) = Counted::take(&sockets.closing, CLOSING_MAX) {
+        let _ = tokio::time::timeout(REFUSE_TIMEOUT, close(socket, why)).await;
+    }
+}
+
 async fn close(socket: &mut Socket, why: Disconnect) {
     let frame = CloseFrame { code: why.code().into(), reason: Utf8Bytes::from_static(why.reason()) };
     // A peer that does not answer the close is left.
@@ -196,7 +206,7 @@ impl Connection {
         let sleep = Box::pin(tokio::time::sleep_until(opened + sockets.limits.connect));
         Self {
             client: ClientId(rand::random()),
-            outbound: Outbound::new(encoding),
+            outbound: Outbound::new(encoding, sockets.hub.queued().clone()),
             session: Session::New,
             lanes: Lanes::default(),
             present: Arc::default(),

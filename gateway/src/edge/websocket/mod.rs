@@ -76,6 +76,8 @@ pub struct Sockets {
     pub open: AtomicUsize,
     /// Those that have not connected yet.
     pub unconnected: AtomicUsize,
+    /// Those that are being turned away.
+    pub closing: AtomicUsize,
     /// Waited for when the node drains.
     pub tasks: TaskTracker,
     /// Origins that a browser may come from; `None`: every one.
