@@ -8,9 +8,9 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 pub enum Memory {
     /// There is room.
     Enough,
-    /// More than the bound: what can be forgotten is.
+    /// Near the bound: what can be forgotten is.
     Short,
-    /// A quarter more than the bound.
+    /// More than the bound.
     Spent,
 }
 

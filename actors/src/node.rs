@@ -530,7 +530,8 @@ async fn passivate(node: Weak<Node>) {
     let mut was_short = false;
     loop {
         let Some(idle) = node.upgrade().map(|n| n.idle_after) else { return };
-        tokio::time::sleep((idle / 4).clamp(MEMORY_LOOK / 10, MEMORY_LOOK)).await;
+        let look = if was_short { MEMORY_LOOK / 4 } else { MEMORY_LOOK };
+        tokio::time::sleep((idle / 4).clamp(MEMORY_LOOK / 10, look)).await;
         let Some(strong) = node.upgrade() else { return };
         let memory = (strong.memory)();
         // Whoever is left after everybody else was forgotten has something to do.

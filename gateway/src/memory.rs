@@ -24,8 +24,9 @@ fn held() -> Option<u64> {
 pub fn gauge(bound: Option<u64>) -> Gauge {
     let bound = bound.or_else(default_bound);
     Box::new(move || match (bound, held()) {
-        (Some(bound), Some(held)) if held > bound / 4 * 5 => Memory::Spent,
-        (Some(bound), Some(held)) if held > bound => Memory::Short,
+        (Some(bound), Some(held)) if held > bound => Memory::Spent,
+        // What is forgotten is written first, and others come meanwhile.
+        (Some(bound), Some(held)) if held > bound / 4 * 3 => Memory::Short,
         _ => Memory::Enough,
     })
 }

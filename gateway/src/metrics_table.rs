@@ -50,6 +50,7 @@ pub const METRICS: &[Row] = &[
     ),
     ("patchbay_edge_connections", Kind::Gauge, "", "Open sockets."),
     ("patchbay_edge_disconnects_total", Kind::Counter, "code", "Sockets closed by the server."),
+    ("patchbay_edge_queued_bytes", Kind::Gauge, "", "Bytes that wait for sockets, of all of them."),
     ("patchbay_edge_rpc_seconds", Kind::Histogram, "method", "From an rpc's arrival to its reply."),
     ("patchbay_hub_publications_total", Kind::Counter, "", "Entries offered to subscribed sockets."),
     ("patchbay_intake_dead_letters_total", Kind::Counter, "", "Items put into the dead letters."),

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use axum::Router;
@@ -226,9 +226,9 @@ impl Server {
         };
         tasks.spawn(serve(public_listener, doors.public(), watching.clone(), tasks.clone()));
         let ops_router = match mode {
-            Mode::Dev => ops_router(metrics, watching.clone(), engine.clone())
+            Mode::Dev => ops_router(metrics, watching.clone(), engine.clone(), &hub)
                 .layer(axum::middleware::from_fn(limits::local_host_only)),
-            Mode::Run => ops_router(metrics, watching.clone(), engine.clone()),
+            Mode::Run => ops_router(metrics, watching.clone(), engine.clone(), &hub),
         };
         tasks.spawn(serve(ops_listener, ops_router, watching, tasks.clone()));
         Ok(Self { node, desk, auth, hub, public, ops, draining, tasks })
@@ -333,10 +333,16 @@ struct OpsState {
     engine: Arc<Embedded>,
     metrics: PrometheusHandle,
     draining: watch::Receiver<bool>,
+    queued: Arc<AtomicUsize>,
 }
 
-fn ops_router(metrics: PrometheusHandle, draining: watch::Receiver<bool>, engine: Arc<Embedded>) -> Router {
-    let upkeep = metrics.clone();
+fn ops_router(
+    metrics: PrometheusHandle,
+    draining: watch::Receiver<bool>,
+    engine: Arc<Embedded>,
+    hub: &Hub,
+) -> Router {
+    let (upkeep, queued) = (metrics.clone(), hub.queued().clone());
     tokio::spawn(async move {
         loop {
             tokio::time::sleep(Duration::from_secs(5)).await;
@@ -344,10 +350,17 @@ fn ops_router(metrics: PrometheusHandle, draining: watch::Receiver<bool>, engine
         }
     });
     Router::new()
-        .route("/metrics", get(|State(s): State<OpsState>| async move { s.metrics.render() }))
+        .route(
+            "/metrics",
+            get(|State(s): State<OpsState>| async move {
+                let queued = s.queued.load(Ordering::Relaxed);
+                metrics::gauge!("patchbay_edge_queued_bytes").set(queued as f64);
+                s.metrics.render()
+            }),
+        )
         .route("/healthz", get(|| async { "ok" }))
         .route("/readyz", get(ready))
-        .with_state(OpsState { engine, metrics, draining })
+        .with_state(OpsState { engine, metrics, draining, queued })
 }
 
 async fn ready(State(state): State<OpsState>) -> Response {

@@ -173,6 +173,13 @@ const SECTIONS: &[(&str, &[Row])] = &[
                 "patchbay_edge_disconnects_total",
             ),
             Row(
+                "everything queued for all sockets together; what each may have all the same",
+                "NODE_BYTES_MAX, FAIR_BYTES",
+                "",
+                "sockets with more than their share get no publications until there is room, and go on from the log",
+                "patchbay_edge_queued_bytes",
+            ),
+            Row(
                 "typing and presence that wait for a socket, the latest of each",
                 "SLOTS_MAX",
                 "outbound.rs/slots",
@@ -248,7 +255,7 @@ const SECTIONS: &[(&str, &[Row])] = &[
                 "entities in memory",
                 "ACTIVE_MAX, limits.idle_after, limits.memory",
                 "slots.rs/slots, slots.rs/by_actor, slots.rs/gates, soft.rs/map",
-                "past `limits.memory` caches are emptied and whoever has nothing to do is forgotten until its next command; a quarter past it, when that was not enough, nobody else is let in: `overloaded`",
+                "from three quarters of `limits.memory` on caches are emptied and whoever has nothing to do is forgotten until its next command; past it, when that was not enough, nobody else is let in: `overloaded`",
                 "patchbay_actors_active",
             ),
             Row(

@@ -49,5 +49,5 @@ pub async fn run(results: &mut Results) {
         most >> 20
     );
     let ratio = most as f64 / (BOUND_MIB << 20) as f64;
-    results.note("soak_memory_ratio", ratio, "ratio", Goal::AtMost(1.25), &conditions, None);
+    results.note("soak_memory_ratio", ratio, "ratio", Goal::AtMost(1.1), &conditions, None);
 }

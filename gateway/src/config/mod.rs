@@ -243,7 +243,7 @@ section! {
         tenant_per_second: u32 = 50_000,
         /// Webhook bodies a second of one account.
         webhooks_per_second: u32 = 5_000,
-        /// Memory past which caches are emptied and whoever has nothing to do is forgotten, such as `"2GiB"`; none: three quarters of the machine or its control group.
+        /// Memory that the process may hold, such as `"2GiB"`: from three quarters of it on caches are emptied and whoever has nothing to do is forgotten; none: three quarters of the machine or its control group.
         memory: Option<Size> = None,
         /// After how long an entity that nobody asks is forgotten until its next command.
         #[serde(with = "text::duration")]

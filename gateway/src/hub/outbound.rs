@@ -391,8 +391,12 @@ impl Outbound {
         if let Some(frame) = key.and_then(|k| q.slots.remove(&k)) {
             return Poll::Ready(Next::Frame(frame));
         }
-        if q.frames.capacity() > 64 {
-            q.frames.shrink_to(0);
+        // Most sockets have nothing to be told most of the time.
+        if q.frames.capacity() > 0 {
+            q.frames = VecDeque::new();
+        }
+        if q.slots.capacity() > 0 && q.slots.is_empty() {
+            q.slots = HashMap::new();
         }
         q.waker = Some(waker.clone());
         Poll::Pending
@@ -478,6 +482,35 @@ mod tests {
                 Poll::Pending => return (frames, None),
             }
         }
+    }
+
+    #[test]
+    fn all_slow_sockets_together_hold_little_and_each_goes_on_when_it_reads() {
+        const SOCKETS: usize = 4_000;
+        const FRAME: usize = 40_000;
+        let all = Arc::new(AtomicUsize::new(0));
+        let topic = Topic::Inbox("t".parse().unwrap(), "main".parse().unwrap());
+        let sockets: Vec<Arc<Outbound>> =
+            (0..SOCKETS).map(|_| Outbound::new(Encoding::Json, all.clone())).collect();
+        for socket in &sockets {
+            socket.subscribe(&topic).unwrap();
+            socket.joined(&topic, None, 0);
+        }
+        for seq in 1..=20 {
+            let frames = Frames::new(topic.channel(), Bytes::from(vec![b'1'; FRAME]), seq);
+            sockets.iter().for_each(|s| s.publish(&topic, seq, Some(&frames)));
+        }
+        let held = all.load(Ordering::Relaxed);
+        assert!(held <= NODE_BYTES_MAX + SOCKETS * (FAIR_BYTES + 2 * FRAME), "{held} bytes wait");
+        for socket in &sockets {
+            let (sent, closed) = drained(socket);
+            assert!(sent >= 1 && closed.is_none(), "everybody is shown something: {sent}");
+            let from = socket.go_on().expect("it goes on from the log");
+            assert_eq!(from.after, sent as u64, "after what it has seen");
+        }
+        assert_eq!(all.load(Ordering::Relaxed), 0, "nothing waits any more");
+        drop(sockets);
+        assert_eq!(all.load(Ordering::Relaxed), 0);
     }
 
     #[test]

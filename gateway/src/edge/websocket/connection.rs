@@ -142,11 +142,11 @@ enum Event {
 pub async fn run(sockets: Arc<Sockets>, mut socket: Socket, encoding: Encoding) {
     let shared = sockets.clone();
     let Some(_open) = Counted::take(&shared.open, shared.limits.connections_max) else {
-        return turn_away(&shared, &mut socket).await;
+        return Box::pin(turn_away(&shared, &mut socket)).await;
     };
     let Some(mut unconnected) = Counted::take(&shared.unconnected, shared.limits.unconnected_max).map(Some)
     else {
-        return turn_away(&shared, &mut socket).await;
+        return Box::pin(turn_away(&shared, &mut socket)).await;
     };
     metrics::gauge!("patchbay_edge_connections").increment(1.0);
     let mut draining = sockets.draining.clone();
@@ -162,14 +162,15 @@ pub async fn run(sockets: Arc<Sockets>, mut socket: Socket, encoding: Encoding) 
             On::Close(why) => {
                 metrics::counter!("patchbay_edge_disconnects_total", "code" => why.code().to_string())
                     .increment(1);
-                close(&mut socket, why).await;
+                // Rare, and large while they last: they do not lie in every socket's task.
+                Box::pin(close(&mut socket, why)).await;
                 break;
             }
             On::Gone => break,
         }
     }
     drop(unconnected);
-    connection.end().await;
+    Box::pin(connection.end()).await;
     metrics::gauge!("patchbay_edge_connections").decrement(1.0);
 }
 
@@ -649,5 +650,26 @@ pub(super) fn unsubscribe_push(channel: String, code: u32, reason: &str) -> Repl
     Reply {
         push: Some(Push { channel, unsubscribe: Some(unsubscribe), ..Push::default() }),
         ..Reply::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn size<A, B, C, F>(_: impl FnOnce(A, B, C) -> F) -> usize {
+        size_of::<F>()
+    }
+
+    #[test]
+    fn what_an_idle_socket_holds_is_small() {
+        let (task, connection, socket) = (size(run), size_of::<Connection>(), size_of::<Socket>());
+        assert!(
+            task <= 1536,
+            "{task} {connection} {socket} {} {} {}",
+            size_of::<Outbound>(),
+            size_of::<super::super::session::Live>(),
+            size_of::<Event>()
+        );
     }
 }

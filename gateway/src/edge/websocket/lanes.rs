@@ -106,6 +106,10 @@ impl<T: Send + 'static> Lanes<T> {
                 self.waiting.remove(&lane);
             }
         }
+        if self.waiting.is_empty() {
+            // Most sockets ask nothing most of the time.
+            self.waiting = HashMap::new();
+        }
     }
 }
 

@@ -128,7 +128,7 @@ pub async fn upgrade(State(sockets): State<Arc<Sockets>>, mut request: Request) 
 /// A socket with our bounds, on a connection that was upgraded.
 pub async fn socket(upgraded: Upgraded) -> WebSocketStream<TokioIo<Upgraded>> {
     let config = WebSocketConfig::default()
-        .read_buffer_size(4096)
+        .read_buffer_size(READ_BUFFER_BYTES)
         .write_buffer_size(4096)
         .max_write_buffer_size(1 << 20)
         .max_message_size(Some(FRAME_BYTES_MAX))
@@ -136,6 +136,8 @@ pub async fn socket(upgraded: Upgraded) -> WebSocketStream<TokioIo<Upgraded>> {
     WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Server, Some(config)).await
 }
 
+/// What a socket reads into at once; held for as long as it is open.
+const READ_BUFFER_BYTES: usize = 1024;
 const PROTOBUF: &str = "centrifuge-protobuf";
 
 fn strip_body(request: &Request) -> axum::http::Request<()> {
