@@ -145,10 +145,10 @@ const SECTIONS: &[(&str, &[Row])] = &[
                 "patchbay_edge_disconnects_total",
             ),
             Row(
-                "commands under way on a socket",
-                "COMMANDS_MAX",
+                "commands under way on a socket; events between two writes",
+                "COMMANDS_MAX, UNWRITTEN_MAX",
                 "lanes.rs/waiting",
-                "the socket is not read",
+                "the socket is not read; what is done is written",
                 "patchbay_edge_rpc_seconds",
             ),
             Row(

@@ -177,7 +177,7 @@ fn body(content: &Content) -> Option<(&'static str, Value)> {
         Content::Image(m) => ("image", media(m)),
         Content::Video(m) => ("video", media(m)),
         Content::Audio(m) | Content::Voice(m) => ("audio", media(m)),
-        Content::Document(m) => ("document", media(m)),
+        Content::Document(m) => ("document", document(m)),
         Content::Sticker(m) => ("sticker", media(m)),
         Content::Location { latitude, longitude, name, address } => (
             "location",
@@ -202,6 +202,11 @@ fn compact(mut value: Value) -> Value {
 }
 
 fn media(m: &MediaContent) -> Value {
+    compact(json!({"id": m.media.id, "caption": m.caption}))
+}
+
+/// Only documents have a name there.
+fn document(m: &MediaContent) -> Value {
     compact(json!({"id": m.media.id, "caption": m.caption, "filename": m.media.name}))
 }
 

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::Args;
-use patchbay_loadtest::simulator::{Faults, Number, Simulator};
+use patchbay_loadtest::simulator::{Number, Scenario, Simulator};
 use serde_json::json;
 
 use super::run::Stop;
@@ -26,8 +26,11 @@ pub(crate) struct Simulate {
     #[arg(long, default_value_t = 1)]
     seed: u64,
     /// A JSON file of faults, in parts of a thousand (`{"lost_answers": 10}`).
-    #[arg(long)]
+    #[arg(long, conflicts_with = "scenario")]
     faults: Option<PathBuf>,
+    /// A JSON file of a provider's day: faults, limits, tiers, outages, quality, by time (docs: simulator).
+    #[arg(long)]
+    scenario: Option<PathBuf>,
     /// Written once it listens: its address, as JSON.
     #[arg(long)]
     ready_file: Option<PathBuf>,
@@ -40,19 +43,24 @@ fn parse_number(text: &str) -> Result<(String, String), String> {
 
 impl Simulate {
     pub(crate) fn run(self) -> Result<(), Failure> {
-        let faults: Faults = match &self.faults {
-            Some(file) => serde_json::from_str(&std::fs::read_to_string(file)?)?,
-            None => Faults::default(),
+        let scenario: Scenario = match (&self.scenario, &self.faults) {
+            (Some(file), _) => serde_json::from_str(&std::fs::read_to_string(file)?)?,
+            (None, Some(file)) => {
+                let faults = serde_json::from_str(&std::fs::read_to_string(file)?)?;
+                Scenario { faults, ..Scenario::default() }
+            }
+            (None, None) => Scenario::default(),
         };
         if !self.listen.ip().is_loopback() {
             return Err(Failure::Other("the simulator listens on loopback only".into()));
         }
         runtime()?.block_on(async {
             let mut stop = Stop::new()?;
-            let simulator = Simulator::start(self.listen, self.seed, faults).await?;
+            let simulator = Simulator::start(self.listen, self.seed, scenario.faults).await?;
             for (id, webhook_url) in self.numbers {
                 simulator.add_number(&id, Number { webhook_url, app_secret: self.app_secret.clone() });
             }
+            simulator.play(scenario);
             println!("simulating on http://{}; what it received: http://{0}/sim/record", simulator.address());
             if let Some(file) = self.ready_file {
                 std::fs::write(file, json!({"simulator": simulator.address().to_string()}).to_string())?;

@@ -1,4 +1,4 @@
-//! The guarded HTTP client: the one way out. What may be called is in [`guard`].
+//! The guarded HTTP client: the one way out. What may be called is in the module `guard`.
 //!
 //! An account's `api_base` must be https to a host of `providers.allowed_hosts` (in `dev` also plain http to
 //! loopback). Names are resolved here, every address is checked, and the connection is made to a checked address; no

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use super::faults::{Fate, up_to};
 use super::record::SendCall;
-use super::{Sim, lock, webhooks};
+use super::{Sim, lock, strict, webhooks};
 
 pub(crate) fn now_ms() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -47,6 +47,9 @@ pub(crate) async fn messages(
     body: Bytes,
 ) -> Response {
     let _open = Open::new(&sim);
+    if lock(&sim.pace).is_down() {
+        return StatusCode::SERVICE_UNAVAILABLE.into_response();
+    }
     if !headers
         .get("authorization")
         .and_then(|v| v.to_str().ok())
@@ -84,8 +87,25 @@ async fn send(sim: &Arc<Sim>, number: &str, frame: &Value) -> Response {
         return error(400, 100, "The parameter to is required");
     }
     let kind = text_of(&frame["type"]);
-    if kind.is_empty() || frame[&kind].is_null() {
-        return error(400, 131_009, "Parameter value is not valid");
+    if let Some(fault) = strict::fault(frame) {
+        return error(400, 100, &format!("Invalid parameter: {fault}"));
+    }
+    let address = if to.is_empty() { recipient.clone() } else { to.clone() };
+    let refused = lock(&sim.pace).refuses(number, &address, &kind);
+    if let Some((code, message)) = refused {
+        lock(&sim.record).calls.push(SendCall {
+            phone_number_id: number.to_owned(),
+            to: address,
+            text: text_of(&frame["text"]["body"]),
+            media: text_of(&frame[&kind]["id"]),
+            callback: text_of(&frame["biz_opaque_callback_data"]),
+            kind,
+            taken: false,
+            answer: code.to_string(),
+            wamid: String::new(),
+            at_ms: now_ms(),
+        });
+        return error(if code == 130_429 { 429 } else { 400 }, code, message);
     }
     let faults = *lock(&sim.faults);
     let (fate, delay) = {
@@ -105,7 +125,7 @@ async fn send(sim: &Arc<Sim>, number: &str, frame: &Value) -> Response {
         Fate::BadGateway => "502",
     };
     let callback = text_of(&frame["biz_opaque_callback_data"]);
-    let address = if to.is_empty() { recipient.clone() } else { to.clone() };
+    let known = lock(&sim.pace).aliases.get(&address).cloned().unwrap_or_else(|| address.clone());
     let call = SendCall {
         phone_number_id: number.to_owned(),
         to: address.clone(),
@@ -120,12 +140,12 @@ async fn send(sim: &Arc<Sim>, number: &str, frame: &Value) -> Response {
     };
     lock(&sim.record).calls.push(call);
     if taken {
-        webhooks::receipts(sim, number, &wamid, &address, &callback);
+        webhooks::receipts(sim, number, &wamid, &known, &callback);
     }
     match fate {
         Fate::Work => Json(json!({
             "messaging_product": "whatsapp",
-            "contacts": [{"input": address, "wa_id": address}],
+            "contacts": [{"input": address, "wa_id": known}],
             "messages": [{"id": wamid}],
         }))
         .into_response(),

@@ -4,6 +4,8 @@ mod faults;
 mod graph;
 mod media;
 mod record;
+mod scenario;
+mod strict;
 mod webhooks;
 
 use std::collections::HashMap;
@@ -22,6 +24,7 @@ use tokio::net::TcpListener;
 pub use faults::Faults;
 pub use media::Behaviour;
 pub use record::{Inbound, Record, SendCall, Upload};
+pub use scenario::{Limits, Scenario, Step};
 
 /// A number of a business: where its webhooks go and what signs them.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -35,6 +38,7 @@ pub struct Number {
 pub(crate) struct Sim {
     pub(crate) numbers: Mutex<HashMap<String, Number>>,
     pub(crate) faults: Mutex<Faults>,
+    pub(crate) pace: Mutex<scenario::Pace>,
     pub(crate) random: Mutex<SmallRng>,
     pub(crate) record: Mutex<Record>,
     pub(crate) outbox: webhooks::Outbox,
@@ -65,6 +69,7 @@ impl Simulator {
         let sim = Arc::new(Sim {
             numbers: Mutex::default(),
             faults: Mutex::new(faults),
+            pace: Mutex::default(),
             random: Mutex::new(SmallRng::seed_from_u64(seed)),
             record: Mutex::default(),
             outbox: webhooks::Outbox::default(),
@@ -95,6 +100,17 @@ impl Simulator {
     /// A customer writes to a number; returns the message's id. Its webhook is repeated until it is taken.
     pub fn customer_writes(&self, phone_number_id: &str, customer: &Customer) -> String {
         webhooks::customer_writes(&self.sim, phone_number_id, customer)
+    }
+
+    /// Plays a scenario from now on. Numbers that are added later hear of what comes later.
+    pub fn play(&self, scenario: Scenario) {
+        let Scenario { faults, limits, aliases, steps } = scenario;
+        *lock(&self.sim.faults) = faults;
+        {
+            let mut pace = lock(&self.sim.pace);
+            (pace.limits, pace.aliases) = (limits, aliases);
+        }
+        tokio::spawn(scenario::play(self.sim.clone(), steps));
     }
 
     /// From now on, what goes wrong.

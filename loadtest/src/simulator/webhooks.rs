@@ -72,6 +72,18 @@ pub(crate) fn customer_sends(
     says(sim, number, &customer, said)
 }
 
+/// A change that is about a number and no thread.
+pub(crate) fn tells(sim: &Arc<Sim>, number: &str, field: &str, value: Value) {
+    let change = json!({"object": "whatsapp_business_account", "entry": [{"id": "1000", "changes": [{"field": field, "value": value}]}]});
+    let (sim, number) = (sim.clone(), number.to_owned());
+    tokio::spawn(async move {
+        let to = lock(&sim.numbers).get(&number).cloned();
+        if let Some(to) = to {
+            post_until_taken(&sim, &number, to, change.to_string().as_bytes()).await;
+        }
+    });
+}
+
 fn says(sim: &Arc<Sim>, number: &str, customer: &Customer, mut value: Value) -> String {
     let id = format!("wamid.{:032x}", rand::random::<u128>());
     value["from"] = json!(customer.from);
@@ -181,6 +193,9 @@ async fn deliver(sim: &Arc<Sim>, number: &str, items: Vec<Item>) {
 
 async fn post_until_taken(sim: &Arc<Sim>, number: &str, mut to: Number, body: &[u8]) {
     let mut pause = Duration::from_millis(50);
+    while lock(&sim.pace).is_down() {
+        tokio::time::sleep(pause).await;
+    }
     while !post(&sim.client, &to, body).await {
         tokio::time::sleep(pause).await;
         pause = (pause * 2).min(RETRY_PAUSE_MAX);

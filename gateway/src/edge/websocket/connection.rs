@@ -35,6 +35,8 @@ use crate::limits::Bucket;
 
 /// Commands of one connection under way; past it the socket is not read.
 const COMMANDS_MAX: usize = 512;
+/// Events that are worked on between two writes.
+const UNWRITTEN_MAX: usize = 64;
 /// How long a close may take.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Sockets that are being told that there is no place; and for how long each is.
@@ -102,6 +104,8 @@ pub struct Connection {
     changed_since: bool,
     /// The socket takes nothing more for now.
     stalled: bool,
+    /// Events since the last write.
+    unwritten: usize,
     /// Commands that it may send.
     rate: Bucket,
 }
@@ -226,6 +230,7 @@ impl Connection {
             recheck: Recheck::Idle,
             changed_since: false,
             stalled: false,
+            unwritten: 0,
             rate: sockets.rates.connection.bucket(),
             sockets,
         }
@@ -240,29 +245,48 @@ impl Connection {
         let mut drain = std::pin::pin!(draining.changed());
         let mut change = std::pin::pin!(changes.changed());
         poll_fn(move |cx| {
-            if let Poll::Ready(event) = self.poll_write(socket, cx) {
-                return Poll::Ready(event);
+            loop {
+                if let Poll::Ready(why) = self.outbound.poll_slow(cx.waker()) {
+                    return Poll::Ready(Event::Close(why));
+                }
+                // What is ready is worked on before anything is written, so that what it comes to goes out in one write.
+                let full = self.unwritten >= UNWRITTEN_MAX;
+                if !full && let Poll::Ready(event) = self.poll_ready(socket, cx) {
+                    self.unwritten += 1;
+                    return Poll::Ready(event);
+                }
+                self.unwritten = 0;
+                if let Poll::Ready(event) = self.poll_write(socket, cx) {
+                    return Poll::Ready(event);
+                }
+                if self.clock.sleep.as_mut().poll(cx).is_ready() {
+                    return Poll::Ready(Event::Tick);
+                }
+                if drain.as_mut().poll(cx).is_ready() {
+                    return Poll::Ready(Event::Draining);
+                }
+                if change.as_mut().poll(cx).is_ready() {
+                    return Poll::Ready(Event::Changed);
+                }
+                // A catch-up that begins now has not been polled yet.
+                let begun = !self.stalled && self.go_on();
+                if !full && !begun {
+                    return Poll::Pending;
+                }
             }
-            if let Poll::Ready(done) = self.lanes.poll_next(cx) {
-                return Poll::Ready(Event::Done(Box::new(done)));
-            }
-            if self.clock.sleep.as_mut().poll(cx).is_ready() {
-                return Poll::Ready(Event::Tick);
-            }
-            if drain.as_mut().poll(cx).is_ready() {
-                return Poll::Ready(Event::Draining);
-            }
-            if change.as_mut().poll(cx).is_ready() {
-                return Poll::Ready(Event::Changed);
-            }
-            if self.may_read()
-                && let Poll::Ready(read) = Pin::new(&mut *socket).poll_next(cx)
-            {
-                return Poll::Ready(Event::Read(read));
-            }
-            Poll::Pending
         })
         .await
+    }
+
+    /// What was answered, and what has come.
+    fn poll_ready(&mut self, socket: &mut Socket, cx: &mut Context<'_>) -> Poll<Event> {
+        if let Poll::Ready(done) = self.lanes.poll_next(cx) {
+            return Poll::Ready(Event::Done(Box::new(done)));
+        }
+        if self.may_read() {
+            return Pin::new(socket).poll_next(cx).map(Event::Read);
+        }
+        Poll::Pending
     }
 
     fn may_read(&self) -> bool {
@@ -272,9 +296,6 @@ impl Connection {
     /// Writes what is queued and flushes once: frames that are queued together go out in one write.
     fn poll_write(&mut self, socket: &mut Socket, cx: &mut Context<'_>) -> Poll<Event> {
         let mut socket = Pin::new(socket);
-        if let Poll::Ready(why) = self.outbound.poll_slow(cx.waker()) {
-            return Poll::Ready(Event::Close(why));
-        }
         loop {
             match socket.as_mut().poll_ready(cx) {
                 Poll::Ready(Ok(())) => {}
@@ -298,7 +319,6 @@ impl Connection {
             Poll::Ready(Err(e)) => Poll::Ready(Event::Written(Err(e))),
             Poll::Ready(Ok(())) => {
                 self.stalled = false;
-                self.go_on();
                 Poll::Pending
             }
             Poll::Pending => {
@@ -308,15 +328,15 @@ impl Connection {
         }
     }
 
-    /// Subscriptions that were behind go on from the log, now that the socket has drained.
-    fn go_on(&mut self) {
+    /// Subscriptions that were behind go on from the log, now that the socket has drained; whether one begins.
+    fn go_on(&mut self) -> bool {
         if self.closing.is_some() {
-            return;
+            return false;
         }
-        if let Some(from) = self.outbound.go_on() {
-            let lane = Some(from.topic.channel());
-            self.lanes.start(lane, commands::catch_up::run(self, from));
-        }
+        let Some(from) = self.outbound.go_on() else { return false };
+        let lane = Some(from.topic.channel());
+        self.lanes.start(lane, commands::catch_up::run(self, from));
+        true
     }
 
     fn on(&mut self, event: Event) -> On {
