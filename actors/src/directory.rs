@@ -1,6 +1,7 @@
 //! Configuration documents of tenants, kept at hand: tenants, keys, inboxes, accounts, agents. Written only by
 //! compare-and-set; every write through here is seen here at once.
 
+use std::any::Any;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -170,8 +171,8 @@ pub struct MediaRecord {
 /// Conversations that one file is known to be in; past it the oldest ids are forgotten.
 const MEDIA_CONVERSATIONS_MAX: usize = 256;
 
-/// A document as JSON with its version, or that there is none.
-type Stored = Option<(u64, Arc<[u8]>)>;
+/// A document as what its kind is read as, or that there is none.
+type Stored = Option<Arc<dyn Any + Send + Sync>>;
 /// An account, or that there is none.
 type Known = Option<Arc<Account>>;
 
@@ -242,23 +243,27 @@ impl Directory {
         &self.tables
     }
 
-    async fn read<T: DeserializeOwned>(&self, key: DocumentKey) -> Result<Option<T>, CommandError> {
+    /// A kind of document is always read as the same type.
+    async fn read<T>(&self, key: DocumentKey) -> Result<Option<T>, CommandError>
+    where
+        T: DeserializeOwned + Clone + Send + Sync + 'static,
+    {
         let cached = lock(&self.cache).get(&key).cloned();
         if let Some(found) = cached {
-            return Ok(found.and_then(|(_, bytes)| serde_json::from_slice(&bytes).ok()));
+            return Ok(found.and_then(|record| record.downcast_ref().cloned()));
         }
         let writes = self.writes.load(Ordering::Acquire);
         let found = self.tables.document::<Value>(&key).await.map_err(|_| CommandError::unavailable())?;
-        let stored =
-            found.map(|(version, value)| (version, Arc::<[u8]>::from(value.to_string().into_bytes())));
+        let record: Option<T> = found.and_then(|(_, value)| serde_json::from_value(value).ok());
+        let stored: Stored = record.clone().map(|record| Arc::new(record) as _);
         let mut cache = lock(&self.cache);
         if cache.len() >= CACHE_MAX {
             cache.clear();
         }
         if self.writes.load(Ordering::Acquire) == writes {
-            cache.insert(key, stored.clone());
+            cache.insert(key, stored);
         }
-        Ok(stored.and_then(|(_, bytes)| serde_json::from_slice(&bytes).ok()))
+        Ok(record)
     }
 
     /// Writes a document whatever it was before; tells whether it is new.
@@ -530,8 +535,8 @@ impl Directory {
 
     /// An agent's display name, where its document is at hand.
     pub fn agent_name(&self, tenant: &TenantId, id: &AgentId) -> Option<String> {
-        let (_, bytes) = lock(&self.cache).get(&key(tenant.as_str(), "agent", id.as_str())).cloned()??;
-        serde_json::from_slice::<Agent>(&bytes).ok().map(|a| a.name)
+        let found = lock(&self.cache).get(&key(tenant.as_str(), "agent", id.as_str())).cloned()??;
+        found.downcast_ref::<Agent>().map(|a| a.name.clone())
     }
 
     /// An agent.

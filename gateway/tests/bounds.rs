@@ -159,8 +159,8 @@ const SECTIONS: &[(&str, &[Row])] = &[
                 "",
             ),
             Row(
-                "publications queued for a socket",
-                "PUBLICATION_BYTES_MAX",
+                "publications queued for a socket; frames for which room stays with it",
+                "PUBLICATION_BYTES_MAX, outbound.rs/KEPT_MAX",
                 "outbound.rs/frames",
                 "a conversation goes on from the log when the socket drains; an inbox is unsubscribed (2500) and listed again; for an agent's own channel disconnect 3010",
                 "patchbay_edge_disconnects_total",

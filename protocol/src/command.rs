@@ -327,16 +327,29 @@ pub type Outcome = Result<Reply, CommandError>;
 /// A request's body, strictly: what is wrong is named by its place.
 pub fn parse<T: serde::de::DeserializeOwned>(json: &[u8]) -> Result<T, CommandError> {
     let mut from = serde_json::Deserializer::from_slice(json);
-    let parsed = serde_path_to_error::deserialize(&mut from).map_err(|e| {
+    let parsed = strictly(&mut from)?;
+    from.end().map_err(CommandError::invalid)?;
+    Ok(parsed)
+}
+
+/// The same of what was parsed already.
+pub fn parse_value<T: serde::de::DeserializeOwned>(value: serde_json::Value) -> Result<T, CommandError> {
+    strictly(value)
+}
+
+fn strictly<'a, T, D>(from: D) -> Result<T, CommandError>
+where
+    T: serde::Deserialize<'a>,
+    D: serde::Deserializer<'a, Error = serde_json::Error>,
+{
+    serde_path_to_error::deserialize(from).map_err(|e| {
         let path = e.path().to_string();
         let inner = e.into_inner();
         match path.as_str() {
             "." => CommandError::invalid(inner),
             path => CommandError::invalid(format!("{path}: {inner}")),
         }
-    })?;
-    from.end().map_err(CommandError::invalid)?;
-    Ok(parsed)
+    })
 }
 
 /// Refuses a `client_id` that is empty or too long.

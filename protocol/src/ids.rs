@@ -131,13 +131,32 @@ impl ConversationId {
 
 /// First 128 bits of BLAKE3 over the parts, each preceded by its length as u32 big-endian.
 pub fn derived<const N: usize>(parts: [&str; N]) -> [u8; 16] {
-    let mut hash = blake3::Hasher::new();
+    // Nearly all are short, and are hashed at once where they were joined.
+    let mut joined = [0; 256];
+    let mut used = 0;
+    let mut long = None;
     for part in parts {
-        hash.update(&u32::try_from(part.len()).unwrap_or(u32::MAX).to_be_bytes());
-        hash.update(part.as_bytes());
+        let length = u32::try_from(part.len()).unwrap_or(u32::MAX).to_be_bytes();
+        for bytes in [&length, part.as_bytes()] {
+            match joined.get_mut(used..used + bytes.len()) {
+                Some(room) if long.is_none() => {
+                    room.copy_from_slice(bytes);
+                    used += bytes.len();
+                }
+                _ => {
+                    let hash = long.get_or_insert_with(|| {
+                        let mut hash = blake3::Hasher::new();
+                        hash.update(&joined[..used]);
+                        hash
+                    });
+                    hash.update(bytes);
+                }
+            }
+        }
     }
+    let hash = long.map_or_else(|| blake3::hash(&joined[..used]), |hash| hash.finalize());
     let mut out = [0; 16];
-    out.copy_from_slice(&hash.finalize().as_bytes()[..16]);
+    out.copy_from_slice(&hash.as_bytes()[..16]);
     out
 }
 

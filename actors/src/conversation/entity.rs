@@ -242,9 +242,8 @@ async fn provider_id_of(me: &Handle<Conversation>, seq: u64) -> Option<Option<St
     if sent.provider_id.is_some() {
         return Some(sent.provider_id);
     }
-    let Some(status) = tables.reference(me.key(), ids::status(seq, None)).await.ok()? else {
-        return Some(None);
-    };
+    // The first word on what we carry ourselves stands right behind it.
+    let status = tables.reference(me.key(), ids::status(seq, None)).await.ok()?.unwrap_or(seq + 1);
     let Some(row) = logs.row(me.key(), status).await.ok()? else { return Some(None) };
     Some(match Conversation::decode(&row.payload).map(|e| e.body) {
         Some(Body::Status(s)) if s.message_seq == seq => s.provider_id,

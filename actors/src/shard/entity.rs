@@ -53,7 +53,8 @@ impl<T> Found<T> {
         self.get(Lookup::Seq(seq)).map(|(_, e)| e)
     }
 
-    fn get(&self, lookup: Lookup) -> Option<(u64, &T)> {
+    /// What a lookup found.
+    pub fn get(&self, lookup: Lookup) -> Option<(u64, &T)> {
         self.0.get(&lookup)?.as_ref().map(|(seq, e)| (*seq, e.as_ref()))
     }
 }

@@ -27,9 +27,10 @@ impl Layer {
         // The id is a hash already: two halves give all probes.
         let (a, b) = id.0.split_at(8);
         let half = |h: &[u8]| h.iter().fold(0u64, |n, b| n << 8 | u64::from(*b));
-        let (first, step, size) = (half(a), half(b) | 1, self.bits.len() as u64 * 64);
+        // Sizes are powers of two.
+        let (first, step, mask) = (half(a), half(b) | 1, self.bits.len() as u64 * 64 - 1);
         (0..PROBES).map(move |n| {
-            let bit = first.wrapping_add(step.wrapping_mul(u64::from(n))) % size;
+            let bit = first.wrapping_add(step.wrapping_mul(u64::from(n))) & mask;
             (usize::try_from(bit / 64).unwrap_or(0), 1 << (bit % 64))
         })
     }
@@ -91,7 +92,7 @@ impl Filter {
         for _ in 0..from.try_get_u8().ok()? {
             let held = from.try_get_u32().ok()?;
             let words = from.try_get_u32().ok()? as usize;
-            if words == 0 || from.remaining() < words.checked_mul(8)? {
+            if !words.is_power_of_two() || from.remaining() < words.checked_mul(8)? {
                 return None;
             }
             layers.push(Layer { bits: (0..words).map(|_| from.get_u64()).collect(), held });

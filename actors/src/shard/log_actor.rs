@@ -20,7 +20,7 @@ use bytes::Bytes;
 use futures_util::future::join_all;
 use patchbay_protocol::ids::{CommandId, EntityId};
 use patchbay_protocol::{CommandError, ErrorCode, Timestamp};
-use patchbay_storage::log::{APPEND_ROWS_MAX, AdoptError, Append, LogKey, Logs};
+use patchbay_storage::log::{APPEND_ROWS_MAX, AdoptError, Append, LogKey, Logs, entry_hash};
 use patchbay_storage::tables::{Activity, Tables, Timer};
 use patchbay_storage::{Batch, WriteError};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
@@ -363,7 +363,8 @@ impl<E: LogEntity> LogActor<E> {
         let mut rows: Vec<Batch> = intents.into_iter().map(|intent| intent(at.key, beside)).collect();
         let (mut append, mut hold) = (None, None);
         batch.last = live.last;
-        if !payloads.is_empty() {
+        if let Some((_, payload)) = payloads.last() {
+            live.last_hash = entry_hash(payload);
             let first = live.confirmed + 1;
             append = Some(Append::new(at.key, stamp, first, live.confirmed, &payloads));
             let ticket = self.shards.activity.begin(at.key.shard, at.key.entity);

@@ -10,17 +10,19 @@ mod node;
 mod results;
 mod sends;
 mod soak;
+mod walls;
 mod webhooks;
 
 use results::Results;
 
 /// Names of what can be asked for, by the benchmark that measures it.
-const BENCHMARKS: [(&str, &[&str]); 6] = [
+const BENCHMARKS: [(&str, &[&str]); 7] = [
     ("sends", &["durable_send_throughput_ratio", "durable_send_p99_ratio"]),
     ("webhooks", &["webhook_to_socket_p50_ratio", "webhook_to_socket_p99_ratio"]),
     ("conversations", &["idle_conversation_bytes"]),
     ("cold", &["cold_start_seconds", "cold_conversation_extra_ms"]),
     ("sockets", &["idle_websocket_bytes"]),
+    ("walls", &["foreign_id_time_ratio"]),
     ("soak", &["soak_memory_ratio"]),
 ];
 
@@ -46,6 +48,7 @@ async fn main() {
             "conversations" => memory::conversations(&mut results).await,
             "cold" => cold::run(&mut results).await,
             "sockets" => memory::sockets(&mut results).await,
+            "walls" => walls::run(&mut results).await,
             _ => soak::run(&mut results).await,
         }
     }

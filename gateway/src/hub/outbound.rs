@@ -112,6 +112,8 @@ impl Drop for Held {
 #[derive(Default)]
 struct Queue {
     frames: VecDeque<Queued>,
+    /// Something was queued since the queue was last empty.
+    pushed: bool,
     held: Held,
     slots: HashMap<(Topic, String), Bytes>,
     seams: HashMap<Topic, Subscribed>,
@@ -132,6 +134,9 @@ pub struct Outbound {
     /// Recoveries are read one at a time: what they bring is large.
     recovery: tokio::sync::Semaphore,
 }
+
+/// Room for so many frames stays with a socket that was told something since it last had nothing to be told.
+const KEPT_MAX: usize = 128;
 
 /// Subscriptions of one socket.
 pub const SUBSCRIPTIONS_MAX: usize = 512;
@@ -391,10 +396,11 @@ impl Outbound {
         if let Some(frame) = key.and_then(|k| q.slots.remove(&k)) {
             return Poll::Ready(Next::Frame(frame));
         }
-        // Most sockets have nothing to be told most of the time.
-        if q.frames.capacity() > 0 {
+        // Most sockets have nothing to be told most of the time; one that is told much is told more soon.
+        if q.frames.capacity() > 0 && (!q.pushed || q.frames.capacity() > KEPT_MAX) {
             q.frames = VecDeque::new();
         }
+        q.pushed = false;
         if q.slots.capacity() > 0 && q.slots.is_empty() {
             q.slots = HashMap::new();
         }
@@ -448,6 +454,7 @@ impl Queue {
             return;
         }
         self.held.add(frame.len() + FRAME_COST);
+        self.pushed = true;
         self.frames.push_back(Queued { topic, frame });
     }
 

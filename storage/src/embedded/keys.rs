@@ -4,6 +4,7 @@
 use std::ops::Bound;
 
 use bytes::{BufMut, Bytes};
+use fjall::Slice;
 
 use crate::engine::{Document, DocumentKey, ReadError, Row, Scan};
 use crate::stamp::Stamp;
@@ -21,11 +22,23 @@ pub(super) fn row(partition: &[u8], clustering: &[u8]) -> Vec<u8> {
     key
 }
 
-pub(super) fn encode(stamp: Stamp, value: &[u8]) -> Vec<u8> {
-    let mut out = Vec::with_capacity(8 + value.len());
-    out.put_u64(stamp.as_u64());
-    out.put_slice(value);
-    out
+/// A row, made in `room`, which serves one row after the other.
+pub(super) fn slices(
+    room: &mut Vec<u8>,
+    partition: &[u8],
+    clustering: &[u8],
+    stamp: Stamp,
+    value: &[u8],
+) -> (Slice, Slice) {
+    room.clear();
+    room.put_u16(u16::try_from(partition.len()).unwrap_or(u16::MAX));
+    room.put_slice(partition);
+    room.put_slice(clustering);
+    let key = Slice::from(room.as_slice());
+    room.clear();
+    room.put_u64(stamp.as_u64());
+    room.put_slice(value);
+    (key, Slice::from(room.as_slice()))
 }
 
 pub(super) fn decode(clustering: Bytes, stored: &[u8]) -> Result<Row, ReadError> {

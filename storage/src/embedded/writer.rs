@@ -63,6 +63,10 @@ pub(super) struct Writer {
     has_room: bool,
     /// Jobs of the last groups, about.
     crowd: usize,
+    /// Rows of the last group.
+    rows: usize,
+    /// Where a row is put together.
+    scratch: Vec<u8>,
     /// The newest epoch seen of each shard: what is older comes from an owner that has been succeeded.
     epochs: HashMap<u32, u32>,
 }
@@ -85,8 +89,17 @@ impl Writer {
         room: Arc<Room>,
     ) -> io::Result<()> {
         let looked = Instant::now();
-        let mut writer =
-            Self { keyspaces, sync, room, looked, has_room: true, crowd: 0, epochs: HashMap::new() };
+        let mut writer = Self {
+            keyspaces,
+            sync,
+            room,
+            looked,
+            has_room: true,
+            crowd: 0,
+            rows: 0,
+            scratch: Vec::new(),
+            epochs: HashMap::new(),
+        };
         std::thread::Builder::new().name("store-writer".into()).spawn(move || {
             while let Some(first) = queue.blocking_recv() {
                 writer.group(first, &mut queue);
@@ -97,7 +110,8 @@ impl Writer {
 
     fn group(&mut self, first: Job, queue: &mut mpsc::Receiver<Job>) {
         let has_room = self.has_room();
-        let batch = self.keyspaces.database.batch();
+        let batch =
+            OwnedWriteBatch::with_capacity(self.keyspaces.database.clone(), self.rows + self.rows / 4);
         let mut group = Group { batch, bytes: 0, pending: Vec::new(), documents: HashMap::new(), has_room };
         self.add(&mut group, first);
         self.drain(&mut group, queue);
@@ -107,6 +121,7 @@ impl Writer {
             self.drain(&mut group, queue);
         }
         self.crowd = (self.crowd + group.pending.len()).div_ceil(2);
+        self.rows = group.batch.len();
         if group.pending.is_empty() {
             return;
         }
@@ -187,13 +202,16 @@ impl Writer {
                 continue;
             }
             *newest = epoch;
-            let key = keys::row(&batch.partition, &row.clustering);
             match &row.cell {
-                Cell::Put(value) => {
+                Cell::Put(put) => {
+                    let (key, value) =
+                        keys::slices(&mut self.scratch, &batch.partition, &row.clustering, row.stamp, put);
                     group.bytes += key.len() + value.len();
-                    group.batch.insert(keyspace, key, keys::encode(row.stamp, value));
+                    group.batch.insert(keyspace, key, value);
                 }
-                Cell::Delete => group.batch.remove(keyspace, key),
+                Cell::Delete => {
+                    group.batch.remove(keyspace, keys::row(&batch.partition, &row.clustering));
+                }
             }
         }
     }

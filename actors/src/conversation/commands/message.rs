@@ -16,7 +16,11 @@ use crate::shard::entity::{Decision, Lookup, Now};
 const EMOJI_MAX: usize = 64;
 
 pub(super) fn lookups(message_seq: u64) -> Vec<Lookup> {
-    vec![Lookup::Seq(message_seq), Lookup::Id(ids::status(message_seq, None))]
+    vec![
+        Lookup::Seq(message_seq),
+        Lookup::Id(ids::status(message_seq, None)),
+        Lookup::Seq(message_seq.saturating_add(1)),
+    ]
 }
 
 /// The target of an edit or deletion: a message of the business, by its own id here.
@@ -75,7 +79,7 @@ pub(super) fn react(
     let provider_id = match target.map(|e| &e.body) {
         Some(Body::Received(m)) => Some(m.provider_id.clone()),
         Some(Body::Sent(m)) => m.provider_id.clone().or_else(|| {
-            match found.id(ids::status(request.message_seq, None)).map(|(_, e)| &e.body) {
+            match super::receipt::last_word(found, request.message_seq).map(|(_, e)| &e.body) {
                 Some(Body::Status(s)) => s.provider_id.clone(),
                 _ => None,
             }

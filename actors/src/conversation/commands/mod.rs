@@ -71,7 +71,7 @@ pub(crate) fn lookups(state: &State, found: &Known, command: &Command) -> Vec<Lo
     match &command.request {
         Request::Send { message, .. } => send::lookups(command, message),
         Request::Note(note) => annotate::lookups(command, note),
-        Request::Receive { event, .. } => receive::lookups(event),
+        Request::Receive { event, .. } => receive::lookups(state, event),
         Request::Receipt { message_seq, update } => receipt::lookups(state, found, *message_seq, update),
         Request::Outcome { message_seq, update } => {
             receipt::lookups(state, found, Some(*message_seq), update)

@@ -16,12 +16,12 @@ pub(super) fn lookups(
     named: Option<u64>,
     update: &StatusUpdate,
 ) -> Vec<Lookup> {
-    let by_id = update.provider_id.as_deref().map(|id| Lookup::Id(ids::wamid(id)));
+    let by_id = update.provider_id.as_deref().map(|id| ids::message(state.id, id));
     let mut wanted: Vec<Lookup> = if named.is_none() { by_id.into_iter().collect() } else { Vec::new() };
-    if let Some(seq) = message_seq(found, named, update) {
+    if let Some(seq) = message_seq(state, found, named, update) {
         wanted.push(Lookup::Seq(seq));
         if state.status_of(seq).is_none() {
-            wanted.push(Lookup::Id(ids::status(seq, None)));
+            wanted.extend([Lookup::Id(ids::status(seq, None)), Lookup::Seq(seq + 1)]);
         }
         if let Some(p) = &update.participant {
             wanted.push(Lookup::Id(ids::status(seq, Some(p))));
@@ -30,9 +30,9 @@ pub(super) fn lookups(
     wanted
 }
 
-fn message_seq(found: &Known, named: Option<u64>, update: &StatusUpdate) -> Option<u64> {
+fn message_seq(state: &State, found: &Known, named: Option<u64>, update: &StatusUpdate) -> Option<u64> {
     named.or_else(|| {
-        let (seq, entry) = found.id(ids::wamid(update.provider_id.as_deref()?))?;
+        let (seq, entry) = found.get(ids::message(state.id, update.provider_id.as_deref()?))?;
         Some(if let Body::Status(s) = &entry.body { s.message_seq } else { seq })
     })
 }
@@ -41,6 +41,15 @@ fn message_seq(found: &Known, named: Option<u64>, update: &StatusUpdate) -> Opti
 fn went_out(found: &Known, seq: u64) -> bool {
     let body = found.seq(seq).map(|e| &e.body);
     matches!(body, Some(Body::Sent(_) | Body::Reacted { provider_id: None, .. }))
+}
+
+/// The last word on a message's status: by its id, or the first one, which stands right behind what we carry ourselves.
+pub(super) fn last_word(found: &Known, seq: u64) -> Option<(u64, &Entry)> {
+    found.id(ids::status(seq, None)).or_else(|| {
+        let (at, entry) = found.get(Lookup::Seq(seq + 1))?;
+        matches!(&entry.body, Body::Status(s) if s.message_seq == seq && s.participant.is_none())
+            .then_some((at, entry))
+    })
 }
 
 fn status_in(entry: Option<(u64, &Entry)>) -> Option<MessageStatus> {
@@ -59,7 +68,7 @@ pub(super) fn receipt(
     update: &StatusUpdate,
     now: &Now,
 ) -> Outcome {
-    let message = message_seq(found, named, update).filter(|seq| *seq <= state.last_seq);
+    let message = message_seq(state, found, named, update).filter(|seq| *seq <= state.last_seq);
     match message {
         Some(seq) if went_out(found, seq) => {
             climb(state, found, command, seq, update, Actor::new(ActorType::Provider, "receipt"), now)
@@ -94,8 +103,7 @@ fn climb(
     actor: Actor,
     now: &Now,
 ) -> Outcome {
-    let message =
-        state.status_of(seq).or_else(|| status_in(found.id(ids::status(seq, None)))).unwrap_or_default();
+    let message = state.status_of(seq).or_else(|| status_in(last_word(found, seq))).unwrap_or_default();
     let participant = update.participant.as_deref();
     let known = match participant {
         // In a group each participant climbs for itself; its last word is found by its own id.

@@ -14,13 +14,13 @@ use crate::conversation::ids;
 use crate::conversation::state::State;
 use crate::shard::entity::{Decision, Lookup, Now};
 
-pub(super) fn lookups(event: &ThreadEvent) -> Vec<Lookup> {
+pub(super) fn lookups(state: &State, event: &ThreadEvent) -> Vec<Lookup> {
     let mut wanted = vec![Lookup::Id(ids::provider(event.provider_id()))];
     if let Some(target) = target_of(event) {
-        wanted.extend([Lookup::Id(ids::provider(target)), Lookup::Id(ids::wamid(target))]);
+        wanted.extend([Lookup::Id(ids::provider(target)), ids::message(state.id, target)]);
     }
     if let ThreadEvent::Echo { provider_id, .. } = event {
-        wanted.push(Lookup::Id(ids::wamid(provider_id)));
+        wanted.push(ids::message(state.id, provider_id));
     }
     wanted
 }
@@ -45,7 +45,8 @@ pub(super) fn decide(
     now: &Now,
 ) -> Outcome {
     let id = event.provider_id();
-    let echo_of_ours = matches!(event, ThreadEvent::Echo { .. }) && found.id(ids::wamid(id)).is_some();
+    let echo_of_ours =
+        matches!(event, ThreadEvent::Echo { .. }) && found.get(ids::message(state.id, id)).is_some();
     if let Some((seq, before)) = found.id(ids::provider(id)) {
         return repeated(command, event, seq, before);
     }
@@ -58,13 +59,13 @@ pub(super) fn decide(
     match event {
         ThreadEvent::Message(m) => {
             refresh_contact(state, opening, &m.provider_id, &mut draft);
-            draft.add_by(contact, received(m, found));
+            draft.add_by(contact, received(state, m, found));
         }
         ThreadEvent::Reaction { provider_id, target: t, emoji, participant } => {
             draft.add_by(
                 contact,
                 Body::Reacted {
-                    target: target(t, found),
+                    target: target(state, t, found),
                     emoji: emoji.clone(),
                     provider_id: Some(provider_id.clone()),
                     participant: participant.clone(),
@@ -75,7 +76,7 @@ pub(super) fn decide(
             draft.add_by(
                 contact,
                 Body::Edited {
-                    target: target(t, found),
+                    target: target(state, t, found),
                     content: content.clone(),
                     provider_id: Some(provider_id.clone()),
                     participant: participant.clone(),
@@ -86,7 +87,7 @@ pub(super) fn decide(
             draft.add_by(
                 contact,
                 Body::Deleted {
-                    target: target(t, found),
+                    target: target(state, t, found),
                     provider_id: Some(provider_id.clone()),
                     participant: participant.clone(),
                 },
@@ -96,7 +97,7 @@ pub(super) fn decide(
             let sent = Sent {
                 client_id: provider_id.clone(),
                 content: content.clone(),
-                reply_to: reply_to.as_deref().and_then(|t| target(t, found).seq),
+                reply_to: reply_to.as_deref().and_then(|t| target(state, t, found).seq),
                 provider_id: Some(provider_id.clone()),
                 sent_at: Some(*sent_at),
             };
@@ -221,21 +222,21 @@ fn refresh_contact(state: &State, opening: &Opening, provider_id: &str, draft: &
     }
 }
 
-fn target(provider_id: &str, found: &Known) -> Target {
+fn target(state: &State, provider_id: &str, found: &Known) -> Target {
     let by_item = found.id(ids::provider(provider_id)).map(|(seq, _)| seq);
     let by_receipt = || {
-        let (seq, entry) = found.id(ids::wamid(provider_id))?;
+        let (seq, entry) = found.get(ids::message(state.id, provider_id))?;
         Some(if let Body::Status(s) = &entry.body { s.message_seq } else { seq })
     };
     Target { seq: by_item.or_else(by_receipt), provider_id: provider_id.to_owned() }
 }
 
-fn received(m: &InboundMessage, found: &Known) -> Body {
+fn received(state: &State, m: &InboundMessage, found: &Known) -> Body {
     Body::Received(Received {
         provider_id: m.provider_id.clone(),
         content: m.content.clone(),
         sent_at: m.sent_at,
-        reply_to: m.reply_to.as_deref().map(|t| target(t, found)),
+        reply_to: m.reply_to.as_deref().map(|t| target(state, t, found)),
         referral: m.referral.clone(),
         forwarded: m.forwarded,
         participant: m.participant.clone(),

@@ -1,7 +1,6 @@
 //! What follows from the log, batched behind the ack: references, rows of other tables, snapshots, the mark up to
 //! which everything is settled.
 
-use std::collections::HashMap;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -51,14 +50,8 @@ impl<E: LogEntity> LogActor<E> {
         };
         let Ok(stamp) = self.shards.stamps[at.key.shard as usize].next() else { return };
         let upto = live.confirmed;
-        let ids: Vec<(IdKey, u64)> = live
-            .recent
-            .iter()
-            .flat_map(|(seq, e)| E::ids(e, *seq).into_iter().map(|id| (id, *seq)))
-            .collect();
-        // Of one id the last entry wins; a batch must not name a row twice.
-        let last: HashMap<IdKey, u64> = ids.into_iter().collect();
-        let last: Vec<(IdKey, u64)> = last.into_iter().collect();
+        // Of one id the last entry wins. Nothing is in flight: all that is recent is confirmed.
+        let last: Vec<(IdKey, u64)> = live.recent_ids.iter().map(|(id, seq)| (*id, *seq)).collect();
         let mut batches = Tables::reference_writes(at.key, stamp, &last);
         let derived = self.entity.derived(&live.state, at.key, stamp);
         batches.extend(derived.rows);

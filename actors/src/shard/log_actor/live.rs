@@ -6,7 +6,7 @@ use std::sync::Arc;
 use bytes::{BufMut, Bytes, BytesMut};
 use patchbay_protocol::Timestamp;
 use patchbay_protocol::ids::CommandId;
-use patchbay_storage::log::{Snapshot, entry_hash};
+use patchbay_storage::log::Snapshot;
 use patchbay_storage::tables::IdKey;
 
 use super::InFlight;
@@ -30,7 +30,7 @@ pub(super) struct Live<E: LogEntity> {
     pub(super) recent: BTreeMap<u64, Arc<E::Entry>>,
     pub(super) recent_ids: HashMap<IdKey, u64>,
     pub(super) snapshot_seq: u64,
-    /// The hash and size of the last entry, for the snapshot.
+    /// The hash of the last entry, for the snapshot.
     pub(super) last_hash: [u8; 16],
     pub(super) armed: Option<Timestamp>,
 }
@@ -50,7 +50,7 @@ impl<E: LogEntity> Live<E> {
             E::apply(&mut self.state, seq, &entry);
             let payload = E::encode(&entry, seq);
             payloads.push((E::command_id(command), payload.clone()));
-            self.remember(seq, Arc::new(entry), &payload);
+            self.remember(seq, Arc::new(entry));
             batch.rows.push((seq, payload));
             self.last = seq;
         }
@@ -81,13 +81,12 @@ impl<E: LogEntity> Live<E> {
         Snapshot { seq: self.confirmed, entry_hash: self.last_hash, state: state.freeze() }
     }
 
-    pub(super) fn remember(&mut self, seq: u64, entry: Arc<E::Entry>, payload: &Bytes) {
+    pub(super) fn remember(&mut self, seq: u64, entry: Arc<E::Entry>) {
         for id in E::ids(&entry, seq) {
             self.filter.insert(id);
             self.recent_ids.insert(id, seq);
         }
         self.at = self.at.max(E::at(&entry));
-        self.last_hash = entry_hash(payload);
         self.recent.insert(seq, entry);
     }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use bytes::Buf;
 use patchbay_protocol::Timestamp;
 use patchbay_protocol::ids::EntityId;
-use patchbay_storage::log::{AdoptError, LogKey, Snapshot};
+use patchbay_storage::log::{AdoptError, LogKey, Snapshot, entry_hash};
 use patchbay_storage::tables::{Activity, Tables};
 use patchbay_storage::{ReadError, Stamp};
 use ractor::ActorRef;
@@ -86,7 +86,10 @@ impl<E: LogEntity> LogActor<E> {
         for row in &tail.rows {
             let entry = E::decode(&row.payload).ok_or(AdoptError::Damaged(row.seq))?;
             E::apply(&mut state, row.seq, &entry);
-            live.remember(row.seq, Arc::new(entry), &row.payload);
+            live.remember(row.seq, Arc::new(entry));
+        }
+        if let Some(row) = tail.rows.last() {
+            live.last_hash = entry_hash(&row.payload);
         }
         self.entity.prepare(&state).await;
         live.state = state;

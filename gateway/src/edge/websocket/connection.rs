@@ -494,7 +494,8 @@ impl Connection {
                 live.subscriptions.remove(&channel);
             }
             (Change::Refreshed(new), Session::Live(live)) => {
-                (live.peer, live.claims) = *new;
+                let (peer, claims) = *new;
+                (live.peer, live.claims) = (peer, Arc::new(claims));
                 let expires = live.expires();
                 self.clock.live(&self.sockets, expires);
             }

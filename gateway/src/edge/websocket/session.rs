@@ -26,7 +26,7 @@ pub struct Live {
     /// Who, by the documents as they were when it was last asked.
     pub peer: Peer,
     /// The token that it connected or refreshed with.
-    pub claims: Claims,
+    pub claims: Arc<Claims>,
     /// What others see of it.
     pub info: Arc<ClientInfo>,
     /// Subscriptions by channel.

@@ -96,7 +96,7 @@ async fn connect(
             .insert(topic.channel(), SubscribeResult { was_recovering, epoch, ..SubscribeResult::default() });
         subscriptions.insert(topic.channel(), Subscription { topic, announced: false });
     }
-    Ok((result, Live { peer, claims, info, subscriptions }))
+    Ok((result, Live { peer, claims: Arc::new(claims), info, subscriptions }))
 }
 
 /// Whether the connection expires, and in how many whole seconds, rounded up.

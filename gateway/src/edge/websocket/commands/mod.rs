@@ -195,7 +195,7 @@ async fn fresh(
 }
 
 /// The claims of a live connection.
-fn claims(connection: &Connection) -> Option<crate::auth::Claims> {
+fn claims(connection: &Connection) -> Option<Arc<crate::auth::Claims>> {
     match &connection.session {
         Session::Live(live) => Some(live.claims.clone()),
         Session::New | Session::Connecting | Session::Refused => None,

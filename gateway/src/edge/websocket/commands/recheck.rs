@@ -21,7 +21,7 @@ pub struct Rechecked {
     lost: Vec<Topic>,
 }
 
-pub(crate) fn run(sockets: Arc<Sockets>, claims: Claims, topics: Vec<Topic>) -> Later<Half<Done>> {
+pub(crate) fn run(sockets: Arc<Sockets>, claims: Arc<Claims>, topics: Vec<Topic>) -> Later<Half<Done>> {
     Box::pin(async move {
         let change = match sockets.auth.peer(&claims).await {
             Ok(peer) => {

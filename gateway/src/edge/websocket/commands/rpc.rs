@@ -16,8 +16,8 @@ use patchbay_protocol::ids::{ConversationId, InboxId};
 use patchbay_protocol::principal::AgentPrincipal;
 use patchbay_protocol::summary::Status;
 use patchbay_protocol::{CommandError, ErrorCode};
-use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::super::Sockets;
@@ -87,17 +87,15 @@ pub(super) fn run(connection: &Connection, id: u32, request: RpcRequest) -> Late
             Ok(_) => Err(ErrorCode::NotAvailable.into()),
             Err(e) => Err(e),
         };
-        let finish = move |outcome: Result<Value, CommandError>| {
+        let finish = move |outcome: Result<Vec<u8>, CommandError>| {
             metrics::histogram!("patchbay_edge_rpc_seconds", "method" => method)
                 .record(started.elapsed().as_secs_f64());
-            let reply = outcome.map(|data| Reply {
-                rpc: Some(RpcResult { data: Bytes::from(data.to_string()) }),
-                ..Reply::default()
-            });
+            let reply = outcome
+                .map(|data| Reply { rpc: Some(RpcResult { data: Bytes::from(data) }), ..Reply::default() });
             Done { id, reply: Some(reply), change: Change::None }
         };
         match first {
-            Ok(Pending::Done(value)) => Half::Done(finish(Ok(value))),
+            Ok(Pending::Done(value)) => Half::Done(finish(Ok(written(&value)))),
             Ok(Pending::Handed(answer)) => {
                 Half::Handed(Box::pin(async move { finish(answer.wait().await.map(|r| answered(&r))) }))
             }
@@ -106,14 +104,18 @@ pub(super) fn run(connection: &Connection, id: u32, request: RpcRequest) -> Late
     })
 }
 
-fn answered(reply: &Answered) -> Value {
-    // Replies are maps with text keys: writing them cannot fail.
+fn answered(reply: &Answered) -> Vec<u8> {
     match reply {
-        Answered::Sent(r) => serde_json::to_value(r).unwrap_or_default(),
-        Answered::State(r) => serde_json::to_value(r).unwrap_or_default(),
-        Answered::Summary(s) => serde_json::to_value(s).unwrap_or_default(),
-        Answered::Taken | Answered::Unmatched | Answered::Tip(_) => json!({}),
+        Answered::Sent(r) => written(r),
+        Answered::State(r) => written(r),
+        Answered::Summary(s) => written(s),
+        Answered::Taken | Answered::Unmatched | Answered::Tip(_) => b"{}".to_vec(),
     }
+}
+
+/// Replies are maps with text keys: writing them cannot fail.
+fn written(reply: &impl Serialize) -> Vec<u8> {
+    serde_json::to_vec(reply).unwrap_or_default()
 }
 
 async fn first_half(
@@ -122,9 +124,10 @@ async fn first_half(
     request: &RpcRequest,
 ) -> Result<Pending, CommandError> {
     let mut data = object(&request.data)?;
-    let who = Who::Agent(agent.clone());
     match request.method.as_str() {
-        "conversation.list" => return list(&sockets, &who, data).await.map(Pending::Done),
+        "conversation.list" => {
+            return list(&sockets, &Who::Agent(agent), data).await.map(Pending::Done);
+        }
         "presence.set" => {
             let set: SetPresence = parse(data)?;
             let answer =
@@ -138,6 +141,7 @@ async fn first_half(
         _ => {}
     }
     let id = conversation(&mut data)?;
+    let who = Who::Agent(agent);
     if request.method == "typing.set" {
         return typing(&sockets, &who, id, &parse::<SetTyping>(data)?).await.map(Pending::Done);
     }
@@ -173,7 +177,7 @@ fn object(data: &[u8]) -> Result<Map<String, Value>, CommandError> {
 }
 
 pub(super) fn parse<T: DeserializeOwned>(data: Map<String, Value>) -> Result<T, CommandError> {
-    patchbay_protocol::command::parse(Value::Object(data).to_string().as_bytes())
+    patchbay_protocol::command::parse_value(Value::Object(data))
 }
 
 fn conversation(data: &mut Map<String, Value>) -> Result<ConversationId, CommandError> {
