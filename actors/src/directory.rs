@@ -171,6 +171,41 @@ pub struct MediaRecord {
 /// Conversations that one file is known to be in; past it the oldest ids are forgotten.
 const MEDIA_CONVERSATIONS_MAX: usize = 256;
 
+/// What a tenant's files hold.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+struct MediaUsage {
+    /// Files that are stored.
+    bytes: u64,
+    /// Of them, those that visitors have sent.
+    visitors: u64,
+    /// Files that are being stored.
+    open: BTreeMap<String, Storing>,
+}
+
+/// A file that is being stored.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+struct Storing {
+    bytes: u64,
+    at: Timestamp,
+    /// Whether a visitor sends it.
+    visitors: bool,
+}
+
+impl MediaUsage {
+    fn all(&self) -> u64 {
+        self.open.values().fold(self.bytes, |all, storing| all.saturating_add(storing.bytes))
+    }
+
+    fn of_visitors(&self) -> u64 {
+        let open = self.open.values().filter(|storing| storing.visitors);
+        open.fold(self.visitors, |all, storing| all.saturating_add(storing.bytes))
+    }
+}
+
+fn media_usage(tenant: &TenantId) -> DocumentKey {
+    key(tenant.as_str(), "media_usage", "now")
+}
+
 /// A document as what its kind is read as, or that there is none.
 type Stored = Option<Arc<dyn Any + Send + Sync>>;
 /// An account, or that there is none.
@@ -181,7 +216,8 @@ pub struct Directory {
     tables: Tables,
     cache: Mutex<HashMap<DocumentKey, Stored>>,
     accounts: Mutex<HashMap<(TenantId, AccountId), Known>>,
-    changes: watch::Sender<u64>,
+    /// Of each tenant that somebody watches.
+    changes: Mutex<HashMap<TenantId, watch::Sender<u64>>>,
     keys_used: Mutex<HashMap<(TenantId, String), Timestamp>>,
     /// Rises with every write: what was read before one is not kept after it.
     writes: AtomicU64,
@@ -189,6 +225,8 @@ pub struct Directory {
 
 /// Documents kept at hand; past it all are read again.
 pub const CACHE_MAX: usize = 100_000;
+/// Past so many tenants those that nobody watches are let go of.
+const WATCHED_LOOK: usize = 1024;
 /// What callers are told to wait for a disk that is full.
 const FULL_RETRY_MS: u64 = 1000;
 
@@ -223,19 +261,25 @@ impl Directory {
             tables: Tables::new(engine),
             cache: Mutex::default(),
             accounts: Mutex::default(),
-            changes: watch::Sender::new(0),
+            changes: Mutex::default(),
             keys_used: Mutex::default(),
             writes: AtomicU64::new(0),
         }
     }
 
-    /// Rises with every change of an account or agent: whoever holds a permission asks again.
-    pub fn changes(&self) -> watch::Receiver<u64> {
-        self.changes.subscribe()
+    /// Rises with every change of an account, inbox or agent of a tenant: whoever holds a permission asks again.
+    pub fn changes(&self, tenant: &TenantId) -> watch::Receiver<u64> {
+        let mut changes = lock(&self.changes);
+        if changes.len() >= WATCHED_LOOK {
+            changes.retain(|_, change| change.receiver_count() > 0);
+        }
+        changes.entry(tenant.clone()).or_default().subscribe()
     }
 
-    fn changed(&self) {
-        self.changes.send_modify(|n| *n += 1);
+    fn changed(&self, tenant: &TenantId) {
+        if let Some(change) = lock(&self.changes).get(tenant) {
+            change.send_modify(|n| *n += 1);
+        }
     }
 
     /// The tables beside them.
@@ -361,6 +405,14 @@ impl Directory {
         self.read(key("", "tenant", id.as_str())).await
     }
 
+    /// Whether a tenant was made and nothing has been made in it.
+    pub async fn is_untouched(&self, id: &TenantId) -> Result<bool, CommandError> {
+        let none = |found: Vec<(String, Value)>| found.is_empty();
+        Ok(none(self.list(id.as_str(), "inbox", "", 1).await?)
+            && none(self.list(id.as_str(), "account", "", 1).await?)
+            && none(self.list(id.as_str(), "agent", "", 1).await?))
+    }
+
     /// Tenants after `after`.
     pub async fn tenants(&self, after: &str, limit: usize) -> Result<Vec<(String, Tenant)>, CommandError> {
         self.list("", "tenant", after, limit).await
@@ -440,7 +492,7 @@ impl Directory {
     /// Removes an inbox; tells whether it was there.
     pub async fn delete_inbox(&self, tenant: &TenantId, id: &InboxId) -> Result<bool, CommandError> {
         let gone = self.delete(key(tenant.as_str(), "inbox", id.as_str())).await;
-        self.changed();
+        self.changed(tenant);
         gone
     }
 
@@ -455,7 +507,7 @@ impl Directory {
         self.forget_account(tenant, id);
         // At hand for whoever only looks: see `presentation`.
         let _ = self.account(tenant, id).await;
-        self.changed();
+        self.changed(tenant);
         new
     }
 
@@ -498,7 +550,7 @@ impl Directory {
     pub async fn delete_account(&self, tenant: &TenantId, id: &AccountId) -> Result<bool, CommandError> {
         let gone = self.delete(key(tenant.as_str(), "account", id.as_str())).await;
         self.forget_account(tenant, id);
-        self.changed();
+        self.changed(tenant);
         gone
     }
 
@@ -515,7 +567,7 @@ impl Directory {
             Some(Agent { not_before: void.max(agent.not_before), ..agent.clone() })
         };
         let new = self.update(key(tenant.as_str(), "agent", id.as_str()), change).await;
-        self.changed();
+        self.changed(tenant);
         new.map(|new| new.unwrap_or(false))
     }
 
@@ -529,7 +581,7 @@ impl Directory {
         let change =
             |before: Option<Agent>| before.map(|b| Agent { not_before: b.not_before.max(Some(at)), ..b });
         let done = self.update(key(tenant.as_str(), "agent", id.as_str()), change).await;
-        self.changed();
+        self.changed(tenant);
         done.map(|done| done.is_some())
     }
 
@@ -575,7 +627,7 @@ impl Directory {
             self.put(key(tenant.as_str(), "removed_agent", id.as_str()), &void_from).await?;
         }
         let gone = self.delete(key(tenant.as_str(), "agent", id.as_str())).await;
-        self.changed();
+        self.changed(tenant);
         gone
     }
 
@@ -640,14 +692,50 @@ impl Directory {
         }
     }
 
-    /// Adds to what a tenant's files hold together, if that stays within `quota`; tells whether it does.
-    pub async fn use_media(&self, tenant: &TenantId, bytes: i64, quota: u64) -> Result<bool, CommandError> {
-        let at = key(tenant.as_str(), "media_usage", "all");
-        let change = |before: Option<u64>| {
-            let after = before.unwrap_or(0).saturating_add_signed(bytes);
-            (bytes <= 0 || after <= quota).then_some(after)
+    /// Takes room for a file that is about to be stored, if a tenant's files stay within `quota` with it; tells whether
+    /// they do. It is held until [`Self::settle_media`].
+    pub async fn reserve_media(
+        &self,
+        tenant: &TenantId,
+        id: &str,
+        bytes: u64,
+        now: Timestamp,
+        quota: u64,
+        visitors: bool,
+    ) -> Result<bool, CommandError> {
+        let change = |before: Option<MediaUsage>| {
+            let mut usage = before.unwrap_or_default();
+            usage.open.insert(id.to_owned(), Storing { bytes, at: now, visitors });
+            // Visitors leave half of it to everybody else.
+            let fits = usage.all() <= quota && (!visitors || usage.of_visitors() <= quota / 2);
+            fits.then_some(usage)
         };
-        self.update(at, change).await.map(|done| done.is_some())
+        self.update(media_usage(tenant), change).await.map(|done| done.is_some())
+    }
+
+    /// A file that room was taken for is stored, or will not be.
+    pub async fn settle_media(&self, tenant: &TenantId, id: &str, stored: bool) -> Result<(), CommandError> {
+        let change = |before: Option<MediaUsage>| {
+            let mut usage = before?;
+            let storing = usage.open.remove(id)?;
+            if stored {
+                usage.bytes += storing.bytes;
+                usage.visitors += if storing.visitors { storing.bytes } else { 0 };
+            }
+            Some(usage)
+        };
+        self.update(media_usage(tenant), change).await.map(|_| ())
+    }
+
+    /// Files that room was taken for before `then` and of which nothing was heard since.
+    pub async fn forgotten_media(
+        &self,
+        tenant: &TenantId,
+        then: Timestamp,
+    ) -> Result<Vec<String>, CommandError> {
+        let usage: Option<MediaUsage> = self.read(media_usage(tenant)).await?;
+        let open = usage.map(|u| u.open).unwrap_or_default();
+        Ok(open.into_iter().filter(|(_, storing)| storing.at < then).map(|(id, _)| id).collect())
     }
 
     /// The scope of commands to conversations of an account; `None` when there is no such account.

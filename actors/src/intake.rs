@@ -149,15 +149,17 @@ impl Intake {
                 connector.replay(named.unwrap_or(&document.external_id), &letter.item)
             }
         };
+        if items.is_empty() {
+            return Err(CommandError::invalid("this channel has no webhooks"));
+        }
+        // As they will be taken: what is too large for a conversation is unsupported as well.
+        let items: Vec<Item> = items.into_iter().map(Item::bounded).collect();
         for item in &items {
-            let unsupported = matches!(
-                &item.kind,
-                ItemKind::Thread(ThreadItem { event: ThreadEvent::Message(m), .. })
-                    if matches!(m.content, Content::Unsupported { .. })
-            );
             match &item.kind {
                 ItemKind::Broken { reason } => return Err(CommandError::invalid(reason)),
-                _ if unsupported => return Err(CommandError::invalid("it is not supported yet")),
+                ItemKind::Thread(thread) if unsupported(&thread.event).is_some() => {
+                    return Err(CommandError::invalid("it is not supported yet"));
+                }
                 _ => {}
             }
         }
@@ -462,14 +464,7 @@ impl Intake {
         item: &Item,
     ) -> Result<(), CommandError> {
         let ItemKind::Thread(ThreadItem { event, .. }) = &item.kind else { return Ok(()) };
-        let content = match event {
-            ThreadEvent::Message(m) => &m.content,
-            ThreadEvent::Edit { content, .. } | ThreadEvent::Echo { content, .. } => content,
-            ThreadEvent::Reaction { .. }
-            | ThreadEvent::Delete { .. }
-            | ThreadEvent::ContactChanged { .. } => return Ok(()),
-        };
-        let Content::Unsupported { reason } = content else { return Ok(()) };
+        let Some(reason) = unsupported(event) else { return Ok(()) };
         self.bury(tenant, &target.account, &format!("unsupported: {reason}"), item).await
     }
 
@@ -522,6 +517,18 @@ impl Intake {
     ) -> Result<(), CommandError> {
         self.dead_letter(tenant, account, reason, item)?.wait().await.map(|_| ())
     }
+}
+
+/// Why an item's content is not what it came as.
+fn unsupported(event: &ThreadEvent) -> Option<&str> {
+    let content = match event {
+        ThreadEvent::Message(m) => &m.content,
+        ThreadEvent::Edit { content, .. } | ThreadEvent::Echo { content, .. } => content,
+        ThreadEvent::Reaction { .. } | ThreadEvent::Delete { .. } | ThreadEvent::ContactChanged { .. } => {
+            return None;
+        }
+    };
+    if let Content::Unsupported { reason } = content { Some(reason) } else { None }
 }
 
 /// A receipt that matched nothing, if that is what this is.

@@ -20,6 +20,8 @@ use crate::problem::{Failure, Problem};
 
 /// The items of one page, in bytes; a single larger one is a page of its own.
 const PAGE_BYTES_MAX: usize = 4 << 20;
+/// Letters that are read at once.
+const READ_AT_ONCE: usize = 8;
 
 /// An item that could not be taken.
 #[derive(Serialize, ToSchema)]
@@ -51,22 +53,26 @@ pub(crate) async fn list(
     Query(q): Query<Paging>,
 ) -> Result<Json<DeadLetters>, Failure> {
     let limit = page(q.limit);
-    let found = api
-        .directory()
-        .tables()
-        .dead_letters(&tenant, q.after.as_deref().unwrap_or(""), limit)
-        .await
-        .map_err(|_| CommandError::unavailable())?;
-    let mut bytes = 0;
-    let fits = found.iter().take_while(|letter| {
-        bytes += letter.item.to_string().len();
-        bytes <= PAGE_BYTES_MAX
-    });
-    // One at least, however large.
-    let fits = fits.count().max(1);
-    let whole = found.len() < limit && found.len() <= fits;
-    let found: Vec<_> = found.into_iter().take(fits).collect();
-    let next = if whole { None } else { found.last().map(|l| l.id.clone()) };
+    let mut after = q.after.unwrap_or_default();
+    let (mut found, mut bytes, mut whole) = (Vec::new(), 0, false);
+    // A few at a time: each may be as large as a webhook's body.
+    'page: while found.len() < limit && !whole {
+        let asked = READ_AT_ONCE.min(limit - found.len());
+        let some = api.directory().tables().dead_letters(&tenant, &after, asked).await;
+        let some = some.map_err(|_| CommandError::unavailable())?;
+        whole = some.len() < asked;
+        for letter in some {
+            bytes += letter.item.to_string().len();
+            // One at least, however large.
+            if bytes > PAGE_BYTES_MAX && !found.is_empty() {
+                whole = false;
+                break 'page;
+            }
+            after.clone_from(&letter.id);
+            found.push(letter);
+        }
+    }
+    let next = if whole { None } else { found.last().map(|l: &StoredLetter| l.id.clone()) };
     let shown = |l: StoredLetter| DeadLetter {
         id: l.id,
         account: l.account,

@@ -12,7 +12,8 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use futures_util::StreamExt as _;
-use patchbay_protocol::{CommandError, ErrorCode};
+use patchbay_protocol::principal::Principal;
+use patchbay_protocol::{CommandError, ErrorCode, TenantId};
 use serde_json::json;
 use sha2::{Digest, Sha256};
 use tokio::time::Instant;
@@ -41,46 +42,77 @@ struct Inner {
     count: u64,
 }
 
-/// Answers by caller, path and key.
-#[derive(Default)]
-pub(crate) struct Replies(Mutex<Inner>);
-
-impl Replies {
-    /// What is known of `key`; reserves it when nothing is.
-    fn begin(&self, key: [u8; 32], body: [u8; 32]) -> Option<Known> {
-        let mut inner = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let now = Instant::now();
-        while inner.order.front().is_some_and(|(_, _, at)| now.duration_since(*at) > KEPT_FOR)
-            || inner.order.len() > KEPT_MAX
-        {
-            if let Some((oldest, count, _)) = inner.order.pop_front()
-                && inner.known.get(&oldest).is_some_and(|(c, _)| *c == count)
-            {
-                inner.known.remove(&oldest);
+impl Inner {
+    /// Lets go of what is old, and of the oldest when there are too many; never of what is under way.
+    fn forget(&mut self, now: Instant) {
+        for _ in 0..self.order.len() {
+            let old = self.order.front().is_some_and(|(_, _, at)| now.duration_since(*at) > KEPT_FOR);
+            if !old && self.order.len() <= KEPT_MAX {
+                return;
+            }
+            let Some((key, count, _)) = self.order.pop_front() else { return };
+            match self.known.get(&key) {
+                Some((c, Known::Running { .. })) if *c == count => self.order.push_back((key, count, now)),
+                Some((c, Known::Answered { .. })) if *c == count => drop(self.known.remove(&key)),
+                _ => {}
             }
         }
-        if let Some((_, known)) = inner.known.get(&key) {
+    }
+}
+
+/// Whose answers: a tenant's, or the operator's.
+type Owner = Option<TenantId>;
+
+/// Answers by caller, path and key; those of one tenant never push out another's.
+#[derive(Default)]
+pub(crate) struct Replies(Mutex<HashMap<Owner, Inner>>);
+
+/// A request's place among them.
+#[derive(Clone)]
+struct Place {
+    owner: Owner,
+    key: [u8; 32],
+}
+
+impl Replies {
+    /// What is known of a request; takes its place when nothing is.
+    fn begin(&self, place: &Place, body: [u8; 32]) -> Option<Known> {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        let inner = all.entry(place.owner.clone()).or_default();
+        inner.forget(now);
+        if let Some((_, known)) = inner.known.get(&place.key) {
             return Some(known.clone());
         }
         inner.count += 1;
         let count = inner.count;
-        inner.known.insert(key, (count, Known::Running { body }));
-        inner.order.push_back((key, count, now));
+        inner.known.insert(place.key, (count, Known::Running { body }));
+        inner.order.push_back((place.key, count, now));
         None
     }
 
-    fn end(&self, key: [u8; 32], answer: Option<Known>) {
-        let mut inner = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+    fn end(&self, place: &Place, answer: Option<Known>) {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(inner) = all.get_mut(&place.owner) else { return };
         match answer {
             Some(answer) => {
-                if let Some((_, known)) = inner.known.get_mut(&key) {
+                if let Some((_, known)) = inner.known.get_mut(&place.key) {
                     *known = answer;
                 }
             }
             None => {
-                inner.known.remove(&key);
+                inner.known.remove(&place.key);
             }
         }
+    }
+}
+
+fn owner(principal: &Principal) -> Owner {
+    match principal {
+        Principal::Operator => None,
+        Principal::Tenant(tenant) | Principal::Reader(tenant) => Some(tenant.clone()),
+        Principal::Agent(agent) => Some(agent.tenant.clone()),
+        Principal::Contact(contact) => Some(contact.tenant.clone()),
     }
 }
 
@@ -110,11 +142,11 @@ fn again(status: StatusCode, content_type: Option<header::HeaderValue>, reply: B
 }
 
 /// A file is a stream: it is hashed as it passes, the first time on its way into its place.
-async fn file(api: Arc<Api>, key: String, request: Request, next: Next) -> Response {
+async fn file(api: Arc<Api>, owner: Owner, key: String, request: Request, next: Next) -> Response {
     let (parts, body) = request.into_parts();
     let caller = parts.headers.get(header::AUTHORIZATION).map_or(&b""[..], |v| v.as_bytes());
     let target = parts.uri.path_and_query().map_or("", |p| p.as_str());
-    let key = digest(&[caller, target.as_bytes(), key.as_bytes()]);
+    let place = Place { owner, key: digest(&[caller, target.as_bytes(), key.as_bytes()]) };
     let hash = Arc::new(Mutex::new(Sha256::new()));
     let seen = hash.clone();
     let body = body.into_data_stream().inspect(move |chunk| {
@@ -123,7 +155,7 @@ async fn file(api: Arc<Api>, key: String, request: Request, next: Next) -> Respo
         }
     });
     let ended = || hash.lock().unwrap_or_else(PoisonError::into_inner).clone().finalize().into();
-    match api.replies.begin(key, [0; 32]) {
+    match api.replies.begin(&place, [0; 32]) {
         None => {}
         Some(Known::Running { .. }) => return Failure::from(CommandError::overloaded(500)).into_response(),
         Some(Known::Answered { body: first, status, content_type, reply }) => {
@@ -139,7 +171,7 @@ async fn file(api: Arc<Api>, key: String, request: Request, next: Next) -> Respo
             return again(status, content_type, reply);
         }
     }
-    let running = Running { replies: &api.replies, key };
+    let running = Running { replies: &api.replies, place: place.clone() };
     let response = next.run(Request::from_parts(parts, Body::from_stream(body))).await;
     std::mem::forget(running);
     let status = response.status();
@@ -147,24 +179,24 @@ async fn file(api: Arc<Api>, key: String, request: Request, next: Next) -> Respo
     let reply = to_bytes(body, usize::MAX).await.unwrap_or_default();
     let content_type = parts.headers.get(header::CONTENT_TYPE).cloned();
     let kept = Known::Answered { body: ended(), status, content_type, reply: reply.clone() };
-    api.replies.end(key, status.is_success().then_some(kept));
+    api.replies.end(&place, status.is_success().then_some(kept));
     Response::from_parts(parts, Body::from(reply))
 }
 
 /// A file's first upload; one that is broken off leaves its key free.
 struct Running<'a> {
     replies: &'a Replies,
-    key: [u8; 32],
+    place: Place,
 }
 
 impl Drop for Running<'_> {
     fn drop(&mut self) {
-        self.replies.end(self.key, None);
+        self.replies.end(&self.place, None);
     }
 }
 
 /// Gives the first answer again. Answers that say "try again" are not kept.
-pub(crate) async fn layer(State(api): State<Arc<Api>>, request: Request, next: Next) -> Response {
+pub(crate) async fn layer(State(api): State<Arc<Api>>, mut request: Request, next: Next) -> Response {
     if request.method() != Method::POST {
         return next.run(request).await;
     }
@@ -179,11 +211,16 @@ pub(crate) async fn layer(State(api): State<Arc<Api>>, request: Request, next: N
         Some(secret) => api.auth.principal(secret).await,
         None => Err(ErrorCode::Unauthorized.into()),
     };
-    if let Err(e) = known {
-        return Failure::from(e).into_response();
-    }
+    let owner = match known {
+        Ok(principal) => {
+            let owner = owner(&principal);
+            request.extensions_mut().insert(principal);
+            owner
+        }
+        Err(e) => return Failure::from(e).into_response(),
+    };
     if request.uri().path().ends_with("/media") {
-        return file(api, key, request, next).await;
+        return file(api, owner, key, request, next).await;
     }
     let (parts, body) = request.into_parts();
     let body = match tokio::time::timeout(crate::BODY_TIMEOUT, to_bytes(body, crate::BODY_BYTES_MAX)).await {
@@ -192,9 +229,9 @@ pub(crate) async fn layer(State(api): State<Arc<Api>>, request: Request, next: N
         Err(_) => return Failure::too_slow().into_response(),
     };
     let caller = parts.headers.get(header::AUTHORIZATION).map_or(&b""[..], |v| v.as_bytes());
-    let key = digest(&[caller, parts.uri.path().as_bytes(), key.as_bytes()]);
+    let place = Place { owner, key: digest(&[caller, parts.uri.path().as_bytes(), key.as_bytes()]) };
     let body_hash = digest(&[&body]);
-    match api.replies.begin(key, body_hash) {
+    match api.replies.begin(&place, body_hash) {
         Some(Known::Running { body } | Known::Answered { body, .. }) if body != body_hash => {
             let detail = json!({"detail": "this Idempotency-Key was used for another body"});
             return Failure::from(CommandError::with(ErrorCode::Conflict, detail)).into_response();
@@ -207,23 +244,23 @@ pub(crate) async fn layer(State(api): State<Arc<Api>>, request: Request, next: N
     }
     // A caller that hangs up leaves the work to its end: a repeat finds the answer.
     let work = tokio::spawn(async move {
-        run(&api, key, body_hash, next, Request::from_parts(parts, Body::from(body))).await
+        run(&api, &place, body_hash, next, Request::from_parts(parts, Body::from(body))).await
     });
     work.await.unwrap_or_else(|_| StatusCode::INTERNAL_SERVER_ERROR.into_response())
 }
 
-async fn run(api: &Api, key: [u8; 32], body_hash: [u8; 32], next: Next, request: Request) -> Response {
+async fn run(api: &Api, place: &Place, body_hash: [u8; 32], next: Next, request: Request) -> Response {
     let response = next.run(request).await;
     let (parts, body) = response.into_parts();
     let Ok(reply) = to_bytes(body, usize::MAX).await else {
-        api.replies.end(key, None);
+        api.replies.end(place, None);
         return StatusCode::INTERNAL_SERVER_ERROR.into_response();
     };
     let again = parts.status.is_server_error()
         || matches!(parts.status, StatusCode::TOO_MANY_REQUESTS | StatusCode::UNAUTHORIZED);
     let content_type = parts.headers.get(header::CONTENT_TYPE).cloned();
     api.replies.end(
-        key,
+        place,
         (!again).then(|| Known::Answered {
             body: body_hash,
             status: parts.status,

@@ -6,6 +6,7 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use patchbay_actors::directory;
+use patchbay_protocol::ErrorCode;
 use patchbay_protocol::ids::TenantId;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -42,7 +43,14 @@ pub(crate) async fn create(
 ) -> Result<(StatusCode, Json<CreatedTenant>), Failure> {
     let id: TenantId = new_name("id", &new.id)?;
     let name = display_name(new.name)?;
-    api.directory().create_tenant(&id, &directory::Tenant { name, created_at: api.now() }).await?;
+    let made = api.directory().create_tenant(&id, &directory::Tenant { name, created_at: api.now() }).await;
+    if let Err(error) = made {
+        // One whose making broke off before its first key is finished; nobody else could.
+        let begun = error.code == ErrorCode::Conflict && api.directory().keys(&id, "", 1).await?.is_empty();
+        if !begun || !api.directory().is_untouched(&id).await? {
+            return Err(error.into());
+        }
+    }
     let (_, key, _) = api.issuer.create_key(&id, "first", directory::KeyScope::Full).await?;
     Ok((StatusCode::CREATED, Json(CreatedTenant { id: id.to_string(), key })))
 }

@@ -439,4 +439,45 @@ async fn a_dead_letter_is_taken_again_or_says_why_not() {
     assert_eq!(w.call("POST", &path(lost[0]), json!({})).await.0, 404, "it is no dead letter any more");
     let (_, list) = w.call("GET", "/dead-letters", Value::Null).await;
     assert_eq!(list["dead_letters"].as_array().unwrap().len(), 1, "what cannot be taken stays");
+    // What a conversation could not hold is kept whole, and a replay does not take the only copy away.
+    let large = "y".repeat(200_000);
+    let body = webhook_body(NUMBER, &[text_item(LUZ, "wamid.large", &large)], &[]);
+    assert_eq!(w.node.webhook("acme", "wa", &body).await, 200);
+    let letter = |list: &Value| {
+        let letters = list["dead_letters"].as_array().unwrap().clone();
+        letters.into_iter().find(|l| l["item"]["id"] == "wamid.large")
+    };
+    let kept = letter(&w.call("GET", "/dead-letters", Value::Null).await.1).unwrap();
+    let (status, problem) = w.call("POST", &path(&kept), json!({})).await;
+    assert_eq!(status, 422, "{problem}");
+    assert_eq!(letter(&w.call("GET", "/dead-letters", Value::Null).await.1), Some(kept));
+    // More items than any body has are one letter.
+    let many = json!({"entry": vec![1; 20_000]}).to_string().into_bytes();
+    assert_eq!(w.node.webhook("acme", "wa", &many).await, 200);
+    let (_, list) = w.call("GET", "/dead-letters?limit=1000", Value::Null).await;
+    let letters = list["dead_letters"].as_array().unwrap();
+    assert_eq!(letters.len(), 3, "one for all of them");
+    assert!(letters.iter().any(|l| l["item"]["entry"].as_array().map(Vec::len) == Some(20_000)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tenant_whose_making_broke_off_is_finished() {
+    let w = world().await;
+    let make = async || {
+        let body = Some(json!({"id": "half", "name": "Half"}));
+        w.node.api(w.node.operator_key(), "POST", "/tenants", body).await
+    };
+    let (status, made) = make().await;
+    assert_eq!(status, 201, "{made}");
+    let key = made["key"].as_str().unwrap().to_owned();
+    assert_eq!(make().await.0, 409, "it is there, and has its key");
+    // As a node leaves it that ends between the tenant and its first key.
+    let (_, keys) = w.node.api(&key, "GET", "/keys", None).await;
+    let first = format!("/keys/{}", keys["keys"][0]["id"].as_str().unwrap());
+    assert_eq!(w.node.api(&key, "DELETE", &first, None).await.0, 204);
+    let (status, made) = make().await;
+    assert_eq!(status, 201, "{made}");
+    let key = made["key"].as_str().unwrap().to_owned();
+    assert_eq!(w.node.api(&key, "PUT", "/inboxes/main", Some(json!({"name": "x"}))).await.0, 201);
+    assert_eq!(make().await.0, 409);
 }

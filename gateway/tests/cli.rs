@@ -264,10 +264,17 @@ async fn a_running_node_is_backed_up_and_comes_back_as_another_log() {
     assert_eq!(node.webhook("acme", "wa", &late).await, 200);
     drop(node);
 
+    // A directory that no node has kept anything in is no backup, and none is made of it.
+    let nowhere = dir.path().join("nowhere");
+    let empty = dir.path().join("empty.backup");
+    let none =
+        run(&["backup", "--data-dir", nowhere.to_str().unwrap(), "--to", empty.to_str().unwrap()]).await;
+    assert!(!none.status.success() && !empty.exists() && !nowhere.exists(), "{}", text(&none.stderr));
+
     let other = tempfile::tempdir().unwrap();
     let target = other.path().join("data");
-    let restored =
-        run(&["restore", "--from", file_text, "--data-dir", target.to_str().unwrap(), "--json"]).await;
+    let written = format!("{}/", target.to_str().unwrap());
+    let restored = run(&["restore", "--from", file_text, "--data-dir", &written, "--json"]).await;
     assert!(restored.status.success(), "{}", text(&restored.stderr));
     let node = Node::start(other.path()).await;
     assert_eq!(node.entries(&key, id).await.len(), 51, "the tenant's key is good here as well");

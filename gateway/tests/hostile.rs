@@ -10,7 +10,7 @@ use jsonwebtoken::{Algorithm, EncodingKey, Header};
 use patchbay_protocol::client::FRAME_BYTES_MAX;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::protocol::frame::Frame;
 use tokio_tungstenite::tungstenite::protocol::frame::coding::{Data, OpCode};
@@ -18,6 +18,7 @@ use tokio_tungstenite::tungstenite::protocol::frame::coding::{Data, OpCode};
 const NUMBER: &str = "1001";
 const LUZ: &str = "34600111222";
 /// A key of acme's own, beside the node's.
+const HMAC_KEY: &str = "the secret of the node itself, long enough to be one";
 const ACME_KEY: &str = "a secret that only acme knows, long enough";
 
 struct World {
@@ -71,7 +72,7 @@ async fn connect(node: &Node, token: Option<&str>) -> Option<u64> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_token_is_taken_for_what_it_is() {
     let keys = format!("[{{id = \"acme\", secret = \"{ACME_KEY}\", tenants = [\"acme\"]}}]");
-    let w = world(&[("PATCHBAY__AUTH__KEYS", &keys)]).await;
+    let w = world(&[("PATCHBAY__AUTH__KEYS", &keys), ("PATCHBAY__AUTH__HMAC_SECRET_KEY", HMAC_KEY)]).await;
     w.node.tenant("other", "http://127.0.0.1:9", "2002").await;
     let ours = Header { kid: Some("acme".into()), ..Header::new(Algorithm::HS256) };
     let bare = Header::new(Algorithm::HS256);
@@ -87,6 +88,9 @@ async fn a_token_is_taken_for_what_it_is() {
     let other_algorithm = Header { kid: Some("acme".into()), ..Header::new(Algorithm::HS512) };
     let other_key = Header { kid: Some("patchbay".into()), ..Header::new(Algorithm::HS256) };
     let unknown_key = Header { kid: Some("nobody".into()), ..Header::new(Algorithm::HS256) };
+    // An operator's token is for its socket; the API wants the key.
+    let operator = signed(&bare, &but(json!({"role": "operator", "tenant": null})), HMAC_KEY);
+    assert_eq!(w.node.api(&operator, "GET", "/cluster/nodes", None).await.0, 401);
     let refused: Vec<(&str, String)> = vec![
         ("another tenant's", signed(&ours, &but(json!({"tenant": "other"})), ACME_KEY)),
         ("no tenant at all", signed(&ours, &but(json!({"tenant": null})), ACME_KEY)),
@@ -335,6 +339,29 @@ async fn whoever_dawdles_is_let_go_and_holds_nobody_up() {
     assert!(said.starts_with("HTTP/1.1 408"), "{said:?}");
     let said = to_the_end(&mut api).await;
     assert!(said.starts_with("HTTP/1.1 408"), "{said:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_address_that_dawdles_leaves_the_webhooks_of_others_alone() {
+    let w = world(&[]).await;
+    let head = "POST /webhooks/acme/wa HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\n{";
+    let mut dawdlers = Vec::new();
+    for _ in 0..700 {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind("127.0.0.2:0".parse().unwrap()).unwrap();
+        let mut stream = socket.connect(w.node.public().parse().unwrap()).await.unwrap();
+        stream.write_all(head.as_bytes()).await.unwrap();
+        dawdlers.push(stream);
+    }
+    // Those over the share of that address are told to come back; everybody else is taken.
+    let mut told = [0; 12];
+    let answered = tokio::time::timeout(Duration::from_secs(20), dawdlers[699].read_exact(&mut told)).await;
+    answered.expect("nobody is told").unwrap();
+    assert_eq!(&told, b"HTTP/1.1 503");
+    for n in 0..50 {
+        let body = webhook_body(NUMBER, &[text_item(LUZ, &format!("d.{n}"), "hello there")], &[]);
+        assert_eq!(w.node.webhook("acme", "wa", &body).await, 200);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -6,7 +6,7 @@ mod common;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use common::Node;
+use common::{Node, until};
 use patchbay_gateway::metrics_table::{Kind, METRICS};
 use patchbay_loadtest::load::{self, Plan, Target};
 use patchbay_protocol::client::Encoding;
@@ -49,6 +49,23 @@ async fn every_entry_is_seen_once_and_in_order_and_metrics_are_what_the_table_sa
         Plan { customer_rate: 0.0, agent_rate: 0.0, in_flight: 4, time: Duration::from_secs(1), ..plan };
     let report = load::run(&target, &closed, |_, _| {}).await.unwrap();
     assert!(report.is_clean() && report.acked > 100, "{report}");
+}
+
+/// A socket that dies has seen nothing of what came after: such a run is never called clean.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_whose_sockets_died_is_not_clean() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Node::start(dir.path()).await;
+    let target = Target::of_ready_file(&dir.path().join("ready.json")).unwrap();
+    let plan = Plan { agent_rate: 0.0, time: Duration::from_secs(2), ..plan() };
+    let (report, ()) = tokio::join!(load::run(&target, &plan, |_, _| {}), async {
+        until("it runs", async || {
+            node.metrics().await.lines().any(|l| l == "patchbay_edge_connections 4").then_some(())
+        })
+        .await;
+        drop(node);
+    });
+    assert!(report.is_err() || report.is_ok_and(|r| !r.is_clean()));
 }
 
 /// Names, help, types and label values as the table says, and nobody's id in a label.

@@ -294,6 +294,27 @@ async fn a_visitor_has_its_own_conversation_and_nothing_else() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_visitor_takes_no_more_places_than_a_visitor_needs() {
+    let w = world().await;
+    let mut open = Vec::new();
+    for _ in 0..16 {
+        open.push(w.visitor(VISITOR).await);
+    }
+    let token = w.token(VISITOR).await;
+    let connect =
+        async |token: &str| Ws::open(w.node.public()).await.call(json!({"connect": {"token": token}})).await;
+    let refused = connect(&token).await.unwrap_err();
+    assert_eq!(
+        (refused["code"].as_u64(), refused["temporary"].as_bool()),
+        (Some(430), Some(true)),
+        "{refused}"
+    );
+    assert!(connect(&w.token("another").await).await.is_ok(), "another visitor has its own");
+    open.pop();
+    until("its place is given back", async || connect(&token).await.ok()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn tokens_are_for_web_chats_and_end_with_their_account() {
     let w = world().await;
     let token = |account: &str, visitor: &str| format!("/accounts/{account}/contacts/{visitor}/tokens");

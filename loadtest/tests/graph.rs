@@ -108,6 +108,9 @@ async fn what_graph_does_not_document_is_refused() {
         ("a type without its object", "/type", json!("image")),
         ("a type that is none", "/type", json!("hologram")),
         ("another product", "/messaging_product", json!("telegram")),
+        ("nobody", "/to", json!("")),
+        ("a name for a number", "/to", json!("Luz")),
+        ("a recipient that is none", "/to", json!(346)),
     ] {
         let mut frame = good.clone();
         let (parent, name) = path.rsplit_once('/').unwrap();
@@ -116,6 +119,13 @@ async fn what_graph_does_not_document_is_refused() {
             call(&simulator, Call { path: "1001/messages".into(), body: frame.to_string().into() }).await;
         assert!(matches!(&answer, CallResult::Answered { status: 400, .. }), "{what}: {answer:?}");
         assert!(matches!(WhatsApp.classify(&answer), Verdict::Refused { .. }), "{what}");
+    }
+    let captioned = |caption: Value| json!({"messaging_product": "whatsapp", "to": "346", "type": "image", "image": {"link": "https://x/y.png", "caption": caption}});
+    for (caption, wanted) in [(json!("x".repeat(1024)), 200), (json!("x".repeat(1025)), 400), (json!(7), 400)]
+    {
+        let body = captioned(caption).to_string().into();
+        let answer = call(&simulator, Call { path: "1001/messages".into(), body }).await;
+        assert!(matches!(&answer, CallResult::Answered { status, .. } if *status == wanted), "{answer:?}");
     }
 }
 

@@ -14,11 +14,17 @@ use serde_json::{Value, json};
 use super::classify;
 use crate::NotUnderstood;
 
+/// Items of one body; the provider batches up to a thousand. One with more is kept whole.
+const BODY_ITEMS_MAX: usize = 10_000;
+
 /// Account updates after which nothing can be sent until somebody acts.
 const PAUSING_EVENTS: [&str; 3] = ["DISABLED_UPDATE", "ACCOUNT_RESTRICTION", "ACCOUNT_DELETED"];
 
 pub(super) fn items(body: &[u8]) -> Result<Vec<Item>, NotUnderstood> {
     let body: Value = serde_json::from_slice(body).map_err(|_| NotUnderstood)?;
+    if count(&body) > BODY_ITEMS_MAX {
+        return Ok(vec![broken(&body, "more items than a body may have")]);
+    }
     let mut items = Vec::new();
     for entry in list(&body["entry"]) {
         for change in list(&entry["changes"]) {
@@ -41,6 +47,20 @@ pub(super) fn items(body: &[u8]) -> Result<Vec<Item>, NotUnderstood> {
         items.push(broken(&body, "a body without entries"));
     }
     Ok(items)
+}
+
+/// How many items a body makes, about.
+fn count(body: &Value) -> usize {
+    let in_change = |change: &Value| {
+        let value = &change["value"];
+        ["messages", "statuses", "message_echoes", "errors"]
+            .iter()
+            .map(|of| list(&value[of]).len())
+            .sum::<usize>()
+            + 1
+    };
+    let in_entry = |entry: &Value| list(&entry["changes"]).iter().map(in_change).sum::<usize>() + 1;
+    list(&body["entry"]).iter().map(in_entry).sum()
 }
 
 /// An item of its own, as it stands in the dead letters, in the envelope that it came in.

@@ -25,6 +25,17 @@ pub enum Peer {
     Plain(String),
 }
 
+impl Peer {
+    /// Its tenant, where its permissions follow from a tenant's documents.
+    pub fn tenant(&self) -> Option<&TenantId> {
+        match self {
+            Self::Agent(agent) => Some(&agent.tenant),
+            Self::Contact(contact) => Some(&contact.tenant),
+            Self::Operator | Self::Plain(_) => None,
+        }
+    }
+}
+
 /// Why a token does not open the door.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Refusal {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use clap::Args;
 use patchbay_storage::embedded::backup::{self as stored, RestoreError};
-use patchbay_storage::embedded::{Embedded, OpenError};
+use patchbay_storage::embedded::{Embedded, OpenError, is_store};
 use serde_json::{Value, json};
 
 use super::{ConfigArgs, Failure, runtime};
@@ -61,6 +61,9 @@ impl Backup {
         let part = self.to.with_extension("part");
         if self.to.exists() {
             return Err(Failure::Other(format!("{} is there already", self.to.display())));
+        }
+        if self.url.is_none() && !is_store(dir) {
+            return Err(Failure::Other(format!("{}: no node has kept anything there", dir.display())));
         }
         let _ = std::fs::remove_file(&part);
         let file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&part)?;

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use clap::Args;
-use patchbay_storage::embedded::{Embedded, OpenError};
+use patchbay_storage::embedded::{Embedded, OpenError, is_store};
 use patchbay_storage::tables::Tables;
 use serde::Serialize;
 use serde_json::json;
@@ -84,8 +84,14 @@ fn examine(config: &Config) -> Result<Vec<Check>, Failure> {
         vec![check("configuration", Verdict::Ok, "every key is known and fits"), secrets(config)];
     checks.extend(disk(dir));
     checks.push(descriptors(config));
-    if !dir.exists() {
+    if !is_store(dir) {
         // A first start makes it; looking does not.
+        let foreign = std::fs::read_dir(dir).is_ok_and(|mut there| there.next().is_some());
+        if foreign {
+            let detail = format!("{}: not empty, and no data directory", dir.display());
+            checks.push(check("data directory", Verdict::Fail, detail));
+            return Ok(checks);
+        }
         checks.push(check("data directory", Verdict::Ok, format!("{}: not there yet", dir.display())));
         return Ok(checks);
     }

@@ -3,7 +3,10 @@
 //! Verified on the raw bytes; every item durable or dead-lettered before 200; 503 with `Retry-After` otherwise. An
 //! unknown tenant, account or connector answers like a bad signature, after the same work.
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::hash::Hash;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use axum::body::Body;
@@ -18,7 +21,7 @@ use patchbay_connectors::{Connector, NAMES, by_name};
 use patchbay_protocol::inbound::{Item, ItemKind};
 use patchbay_protocol::{AccountId, TenantId};
 use serde_json::Value;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore};
 
 use crate::limits::{Limits, Peer, too_many};
 
@@ -30,6 +33,12 @@ pub const BODIES_MAX: usize = 1024;
 pub const BODIES_BYTES_MAX: usize = 256 << 20;
 /// Bodies that are parsed and taken at once; past it they wait.
 pub const TAKEN_AT_ONCE: usize = 64;
+/// What they may hold together: what is parsed takes many times its bytes.
+pub const TAKEN_BYTES_MAX: usize = 32 << 20;
+/// Of them, those of one account.
+pub const ACCOUNT_TAKEN_AT_ONCE: usize = 16;
+/// Of the bodies that are read, those of one address.
+pub const PEER_BODIES_MAX: usize = 512;
 /// How long a body waits for that.
 const TURN_TIMEOUT: Duration = Duration::from_secs(10);
 /// What is over the bound is dropped up to here before the answer.
@@ -44,7 +53,15 @@ pub struct Webhooks {
     bodies: Semaphore,
     /// In KiB.
     bytes: Arc<Semaphore>,
+    /// Bodies whose signature is being checked.
+    checks: Semaphore,
     turns: Semaphore,
+    /// In KiB.
+    taken_bytes: Semaphore,
+    /// Turns of each account that has any.
+    accounts: Shares<(TenantId, AccountId)>,
+    /// Bodies of each address that sends any.
+    peers: Shares<Option<IpAddr>>,
     limits: Arc<Limits>,
 }
 
@@ -56,7 +73,11 @@ impl Webhooks {
             directory,
             bodies: Semaphore::new(BODIES_MAX),
             bytes: Arc::new(Semaphore::new(BODIES_BYTES_MAX / 1024)),
+            checks: Semaphore::new(TAKEN_AT_ONCE),
             turns: Semaphore::new(TAKEN_AT_ONCE),
+            taken_bytes: Semaphore::new(TAKEN_BYTES_MAX / 1024),
+            accounts: Shares::new(|| Semaphore::new(ACCOUNT_TAKEN_AT_ONCE)),
+            peers: Shares::new(|| Semaphore::new(PEER_BODIES_MAX)),
             limits,
         })
     }
@@ -75,16 +96,20 @@ impl Webhooks {
 }
 
 fn connector_of(account: Option<&Account>) -> Option<&'static dyn Connector> {
-    // Without an account the same work is done by some connector, whose answer does not matter.
-    by_name(account.map_or(NAMES[0], |a| &a.connector))
+    // Without an account, or where it has no webhooks, the same work is done by one that has; its answer does not
+    // matter, since nobody's credentials are of its kind.
+    let own = account.and_then(|a| by_name(&a.connector)).filter(|c| !c.channel().direct);
+    own.or_else(|| by_name(NAMES[0]))
 }
 
 /// The provider's handshake.
 pub async fn challenge(
     State(door): State<Arc<Webhooks>>,
     Path((tenant, account)): Path<(String, String)>,
+    peer: Option<Extension<Peer>>,
     request: Request,
 ) -> Response {
+    let from = peer.map(|Extension(Peer(ip))| ip);
     let Ok(found) = door.find(&tenant, &account).await else { return try_again() };
     let query = parse_query(request.uri().query().unwrap_or(""));
     let document = found.as_ref().map(|(_, _, d)| d.as_ref());
@@ -97,7 +122,11 @@ pub async fn challenge(
             let headers = [(header::CONTENT_TYPE, "text/plain"), (header::X_CONTENT_TYPE_OPTIONS, "nosniff")];
             (StatusCode::OK, headers, text).into_response()
         }
-        None => refused(StatusCode::FORBIDDEN),
+        // Nobody guesses a token at full speed.
+        None => match door.limits.stranger(from) {
+            Ok(()) => refused(StatusCode::FORBIDDEN),
+            Err(error) => too_many(&error),
+        },
     }
 }
 
@@ -109,20 +138,21 @@ pub async fn receive(
     headers: HeaderMap,
     body: Body,
 ) -> Response {
-    let Ok(_place) = door.bodies.try_acquire() else { return try_again() };
+    let from = peer.map(|Extension(Peer(ip))| ip);
+    let share = door.peers.of(from);
+    let (Ok(_share), Ok(_place)) = (share.try_acquire(), door.bodies.try_acquire()) else {
+        return try_again();
+    };
     let (body, _held) = match tokio::time::timeout(BODY_TIMEOUT, read(body, &door.bytes)).await {
         Ok(Ok(read)) => read,
         Ok(Err(Unread::TooLarge)) => return StatusCode::PAYLOAD_TOO_LARGE.into_response(),
         Ok(Err(Unread::NoRoom)) => return try_again(),
         Ok(Err(Unread::Broken)) | Err(_) => return StatusCode::REQUEST_TIMEOUT.into_response(),
     };
-    let Ok(Ok(_turn)) = tokio::time::timeout(TURN_TIMEOUT, door.turns.acquire()).await else {
-        return try_again();
-    };
     let started = std::time::Instant::now();
     let response = take(&door, &tenant, &account, &headers, &body).await;
     if response.status() == StatusCode::UNAUTHORIZED
-        && let Err(error) = door.limits.stranger(peer.map(|Extension(Peer(ip))| ip))
+        && let Err(error) = door.limits.stranger(from)
     {
         return too_many(&error);
     }
@@ -173,11 +203,14 @@ async fn read(body: Body, room: &Arc<Semaphore>) -> Result<(Bytes, Option<OwnedS
 }
 
 async fn take(door: &Webhooks, tenant: &str, account: &str, headers: &HeaderMap, body: &Bytes) -> Response {
+    let check = waited(door.checks.acquire()).await;
+    let Some(check) = check else { return try_again() };
     let Ok(found) = door.find(tenant, account).await else { return try_again() };
     let document = found.as_ref().map(|(_, _, d)| d.as_ref());
     let credentials = document.map_or(Value::Null, |d| d.credentials.clone());
     let get = |name: &str| headers.get(name).map(|v| v.as_bytes().to_vec());
     let verified = connector_of(document).is_some_and(|c| c.verify(&credentials, &get, body));
+    drop(check);
     let (true, Some((tenant, account, document))) = (verified, found) else {
         return refused(StatusCode::UNAUTHORIZED);
     };
@@ -186,6 +219,14 @@ async fn take(door: &Webhooks, tenant: &str, account: &str, headers: &HeaderMap,
     if let Err(error) = door.limits.webhook(&tenant, &account) {
         return too_many(&error);
     }
+    // Those of one account wait for one another before they take what is there for all.
+    let share = door.accounts.of((tenant.clone(), account.clone()));
+    let Some(_share) = waited(share.acquire()).await else { return try_again() };
+    let kib = u32::try_from(body.len().div_ceil(1024)).unwrap_or(u32::MAX);
+    let turn = async { (door.turns.acquire().await, door.taken_bytes.acquire_many(kib).await) };
+    let Ok((Ok(_turn), Ok(_bytes))) = tokio::time::timeout(TURN_TIMEOUT, turn).await else {
+        return try_again();
+    };
     let Ok(items) = connector.parse(body) else {
         return match door
             .intake
@@ -203,6 +244,39 @@ async fn take(door: &Webhooks, tenant: &str, account: &str, headers: &HeaderMap,
             tracing::warn!(code = error.code.name(), "a webhook could not be taken now");
             try_again()
         }
+    }
+}
+
+/// A turn, if it comes in time.
+async fn waited<T>(turn: impl Future<Output = Result<T, AcquireError>>) -> Option<T> {
+    tokio::time::timeout(TURN_TIMEOUT, turn).await.ok()?.ok()
+}
+
+/// Semaphores by whoever shares one, for as long as somebody does.
+struct Shares<K> {
+    of: Mutex<HashMap<K, Weak<Semaphore>>>,
+    fresh: fn() -> Semaphore,
+}
+
+/// Past so many those that nobody holds are let go of.
+const SHARES_LOOK: usize = 1024;
+
+impl<K: Eq + Hash> Shares<K> {
+    fn new(fresh: fn() -> Semaphore) -> Self {
+        Self { of: Mutex::default(), fresh }
+    }
+
+    fn of(&self, key: K) -> Arc<Semaphore> {
+        let mut shares = self.of.lock().unwrap_or_else(PoisonError::into_inner);
+        if shares.len() >= SHARES_LOOK {
+            shares.retain(|_, share| share.strong_count() > 0);
+        }
+        let at = shares.entry(key).or_default();
+        at.upgrade().unwrap_or_else(|| {
+            let share = Arc::new((self.fresh)());
+            *at = Arc::downgrade(&share);
+            share
+        })
     }
 }
 

@@ -102,7 +102,7 @@ impl MediaFetcher for Media {
             directory.put_media(&source.tenant, &id, &fresh()).await.map_err(later)?;
         }
         let outcome = match self.bring(account, wanted).await {
-            Ok(taken) => match self.keep(&source.tenant, &id, taken, fresh()).await {
+            Ok(taken) => match self.keep(&source.tenant, &id, taken, fresh(), false).await {
                 Ok(record) => Ok(file_of(id.clone(), &record, wanted)),
                 Err(e) if e.code.is_temporary() => Err(FetchError::Later),
                 Err(e) => Err(FetchError::Final(e.code.meaning().to_owned())),

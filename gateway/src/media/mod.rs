@@ -6,7 +6,8 @@ pub mod link;
 pub mod serve;
 pub mod sniff;
 
-use std::sync::{Arc, OnceLock};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -19,7 +20,7 @@ use patchbay_protocol::{CommandError, ErrorCode, TenantId, Timestamp};
 use patchbay_storage::blobs::{BlobWriter, Blobs};
 use serde_json::json;
 use sha2::{Digest, Sha256};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, SemaphorePermit};
 
 use crate::config;
 use crate::outgoing::Outgoing;
@@ -28,6 +29,12 @@ use sniff::Sort;
 
 /// Files that are taken at once; past it callers are told to come back.
 pub const UPLOADS_MAX: usize = 64;
+/// Of them, those of one tenant.
+const TENANT_UPLOADS_MAX: usize = 16;
+/// Of those, those of its visitors.
+const VISITORS_UPLOADS_MAX: usize = 8;
+/// Between room taken for a file and its record lie a sync and two writes: whatever takes longer was cut off.
+const STORING_MAX: Duration = Duration::from_secs(600);
 /// Files that are fetched from providers at once; past it they wait.
 pub const FETCHES_MAX: usize = 16;
 /// How long the next bytes of an upload may take, and all of them.
@@ -47,6 +54,8 @@ pub struct Media {
     url: Option<String>,
     clock: Clock,
     uploads: Semaphore,
+    /// How many of them are each tenant's.
+    tenants: Mutex<HashMap<TenantId, Uploads>>,
     fetches: Semaphore,
     /// Whether the disk has room for more than the store's reserve.
     has_room: HasRoom,
@@ -92,6 +101,34 @@ struct Taking {
     bytes: u64,
     head: BytesMut,
     claimed: Option<String>,
+}
+
+/// One of the uploads at once.
+struct Place<'a> {
+    _all: SemaphorePermit<'a>,
+    tenants: &'a Mutex<HashMap<TenantId, Uploads>>,
+    tenant: TenantId,
+    visitor: bool,
+}
+
+/// The uploads of a tenant that are under way.
+#[derive(Default)]
+struct Uploads {
+    all: usize,
+    visitors: usize,
+}
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        let mut tenants = self.tenants.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(held) = tenants.get_mut(&self.tenant) {
+            held.all -= 1;
+            held.visitors -= usize::from(self.visitor);
+            if held.all == 0 {
+                tenants.remove(&self.tenant);
+            }
+        }
+    }
 }
 
 /// A file that is written and not yet in its place.
@@ -181,6 +218,7 @@ impl Media {
             clock,
             has_room,
             uploads: Semaphore::new(UPLOADS_MAX),
+            tenants: Mutex::default(),
             fetches: Semaphore::new(FETCHES_MAX),
             node: OnceLock::new(),
         })
@@ -213,10 +251,12 @@ impl Media {
         id: &str,
         taken: Taken,
         record: MediaRecord,
+        visitors: bool,
     ) -> Result<MediaRecord, CommandError> {
         let directory = &self.known()?.directory;
-        let size = i64::try_from(taken.bytes).unwrap_or(i64::MAX);
-        if !directory.use_media(tenant, size, self.limits.quota.0).await? {
+        self.settle_forgotten(tenant).await?;
+        let (now, quota) = (self.clock.now(), self.limits.quota.0);
+        if !directory.reserve_media(tenant, id, taken.bytes, now, quota, visitors).await? {
             let detail = json!({"detail": "the tenant's files would be more than its quota"});
             return Err(CommandError::with(ErrorCode::TooLarge, detail));
         }
@@ -228,21 +268,47 @@ impl Media {
             reason: None,
             ..record
         };
-        let kept = match taken.writer.finish(tenant, id).await {
-            Ok(()) => directory.put_media(tenant, id, &record).await.map(|_| ()),
-            Err(error) => {
-                tracing::error!(%error, "a file could not be written");
-                Err(CommandError::overloaded(1000))
-            }
-        };
-        if let Err(error) = kept {
-            // Nobody can ask for it: without its row it is not there.
+        if let Err(error) = taken.writer.finish(tenant, id).await {
+            tracing::error!(%error, "a file could not be written");
+            // It may be in its place all the same, where only the last sync has failed.
             let _ = self.blobs.delete(tenant, id).await;
-            directory.use_media(tenant, -size, self.limits.quota.0).await?;
-            return Err(error);
+            directory.settle_media(tenant, id, false).await?;
+            return Err(CommandError::overloaded(1000));
         }
+        // Where this fails nobody knows whether its row stands: what was reserved is settled by what is found later.
+        directory.put_media(tenant, id, &record).await?;
         metrics::counter!("patchbay_media_stored_bytes_total").increment(taken.bytes);
+        if let Err(error) = directory.settle_media(tenant, id, true).await {
+            tracing::warn!(%error, "a file is counted later");
+        }
         Ok(record)
+    }
+
+    /// What a crash or a full disk left between room taken and file stored: its row tells whether it is there.
+    async fn settle_forgotten(&self, tenant: &TenantId) -> Result<(), CommandError> {
+        let directory = &self.known()?.directory;
+        for id in directory.forgotten_media(tenant, self.clock.now().minus(STORING_MAX)).await? {
+            let record = directory.media(tenant, &id).await?;
+            let stored = record.is_some_and(|r| r.state == MediaState::Ready);
+            if !stored && self.blobs.delete(tenant, &id).await.is_err() {
+                continue;
+            }
+            directory.settle_media(tenant, &id, stored).await?;
+        }
+        Ok(())
+    }
+
+    /// A place among the uploads of all, of its tenant, and of the tenant's visitors.
+    fn place(&self, tenant: &TenantId, visitor: bool) -> Result<Place<'_>, CommandError> {
+        let all = self.uploads.try_acquire().map_err(|_| CommandError::overloaded(1000))?;
+        let mut tenants = self.tenants.lock().unwrap_or_else(PoisonError::into_inner);
+        let held = tenants.entry(tenant.clone()).or_default();
+        if held.all >= TENANT_UPLOADS_MAX || visitor && held.visitors >= VISITORS_UPLOADS_MAX {
+            return Err(CommandError::overloaded(1000));
+        }
+        held.all += 1;
+        held.visitors += usize::from(visitor);
+        Ok(Place { _all: all, tenants: &self.tenants, tenant: tenant.clone(), visitor })
     }
 
     async fn take_body(&self, mut body: FileBody, claimed: Option<&str>) -> Result<Taken, CommandError> {
@@ -283,12 +349,12 @@ impl Files for Media {
         name: Option<&str>,
         body: FileBody,
     ) -> Result<StoredFile, CommandError> {
-        let Ok(_place) = self.uploads.try_acquire() else { return Err(CommandError::overloaded(1000)) };
+        let _place = self.place(tenant, conversation.is_some())?;
         let taken = tokio::time::timeout(UPLOAD_MAX, self.take_body(body, claimed)).await;
         let taken = taken.map_err(|_| CommandError::invalid("the body took too long"))??;
         let id = format!("{:032x}", rand::random::<u128>());
         let fresh = record(self.clock.now(), name.and_then(plain_name), conversation);
-        let record = self.keep(tenant, &id, taken, fresh).await?;
+        let record = self.keep(tenant, &id, taken, fresh, conversation.is_some()).await?;
         Ok(StoredFile { id, record })
     }
 
@@ -318,7 +384,52 @@ impl Files for Media {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicI64, Ordering};
+
+    use patchbay_storage::blobs::DiskBlobs;
+    use patchbay_storage::embedded::Embedded;
+
     use super::*;
+    use crate::config::Config;
+    use crate::outgoing::Guard;
+
+    /// A node ended between room taken and file stored, once before and once after the file's row.
+    #[tokio::test]
+    async fn what_was_cut_off_is_counted_by_what_is_found_of_it() {
+        static LATER: AtomicI64 = AtomicI64::new(0);
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let dir = tempfile::tempdir().unwrap();
+        let engine = Arc::new(Embedded::open(&dir.path().join("data")).unwrap());
+        let directory = Arc::new(Directory::new(engine));
+        let blobs = Arc::new(DiskBlobs::open(&dir.path().join("media")).unwrap());
+        let guard = Guard { allowed_hosts: vec![], media_hosts: vec![], loopback: false };
+        let outgoing = Arc::new(Outgoing::new(guard, Duration::from_secs(1)).unwrap());
+        let clock = Clock::settable(Timestamp::from_seconds(1_763_715_600), &LATER);
+        let mut limits = Config::default().media;
+        limits.quota.0 = 3072;
+        let media = Media::new(blobs.clone(), outgoing, limits, None, clock, Box::new(|| true));
+        media.ready(directory.clone()).await.unwrap();
+        let tenant: TenantId = "acme".parse().unwrap();
+        let put = async |bytes: usize| {
+            let body = futures_util::stream::iter([Ok(Bytes::from(vec![b'x'; bytes]))]);
+            media.put(&tenant, None, Some("text/plain"), None, Box::pin(body)).await.map(|f| f.id)
+        };
+        for id in ["00000000lost", "00000000kept"] {
+            assert!(directory.reserve_media(&tenant, id, 1024, clock.now(), 3072, false).await.unwrap());
+            let mut writer = blobs.create().await.unwrap();
+            writer.write(b"bytes").await.unwrap();
+            writer.finish(&tenant, id).await.unwrap();
+        }
+        let stands = MediaRecord { state: MediaState::Ready, ..record(clock.now(), None, None) };
+        directory.put_media(&tenant, "00000000kept", &stands).await.unwrap();
+        assert_eq!(put(2000).await.unwrap_err().code, ErrorCode::TooLarge, "both may still come");
+        LATER.store(700_000, Ordering::Relaxed);
+        put(2000).await.unwrap();
+        assert!(blobs.open(&tenant, "00000000lost").await.unwrap().is_none());
+        assert!(blobs.open(&tenant, "00000000kept").await.unwrap().is_some());
+        assert_eq!(put(100).await.unwrap_err().code, ErrorCode::TooLarge, "what stands is counted");
+        put(48).await.unwrap();
+    }
 
     #[test]
     fn names_are_made_plain() {

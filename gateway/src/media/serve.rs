@@ -20,11 +20,16 @@ pub async fn get(
     Path(signed): Path<String>,
     headers: HeaderMap,
 ) -> Response {
-    match serve(&media, &signed, &headers).await {
+    let mut response = match serve(&media, &signed, &headers).await {
         Ok(response) => response,
         // One that has expired and one that was never ours look alike.
-        Err(status) => (status, [(header::CACHE_CONTROL, "no-store")]).into_response(),
-    }
+        Err(status) => (status, [(header::CACHE_CONTROL, "private, no-store")]).into_response(),
+    };
+    let out = response.headers_mut();
+    out.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    out.insert(header::CONTENT_SECURITY_POLICY, HeaderValue::from_static("sandbox"));
+    out.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("private"));
+    response
 }
 
 async fn serve(media: &Media, signed: &str, headers: &HeaderMap) -> Result<Response, StatusCode> {
@@ -52,9 +57,6 @@ async fn serve(media: &Media, signed: &str, headers: &HeaderMap) -> Result<Respo
     set(header::CONTENT_TYPE, &record.mime);
     set(header::CONTENT_LENGTH, &(to - from).to_string());
     set(header::CONTENT_DISPOSITION, &disposition(&record, link.disposition));
-    set(header::X_CONTENT_TYPE_OPTIONS, "nosniff");
-    set(header::CONTENT_SECURITY_POLICY, "sandbox");
-    set(header::CACHE_CONTROL, "private");
     set(header::ACCEPT_RANGES, "bytes");
     if status == StatusCode::PARTIAL_CONTENT {
         set(header::CONTENT_RANGE, &format!("bytes {from}-{}/{}", to - 1, blob.bytes));

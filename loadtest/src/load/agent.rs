@@ -138,6 +138,7 @@ struct Watched {
 /// A running agent.
 pub(super) struct Agent {
     task: JoinHandle<()>,
+    shared: Shared,
 }
 
 impl Agent {
@@ -159,6 +160,7 @@ impl Agent {
             let last = client.subscribe(id).await?;
             watched.insert(format!("conversation:{id}"), Watched { last });
         }
+        let after = shared.clone();
         let mut running = Running {
             client,
             watched,
@@ -171,16 +173,24 @@ impl Agent {
             own: format!("{}-{n}", world.tenant),
         };
         let task = tokio::spawn(async move {
-            if running.run(over).await.is_err() {
-                running.shared.counts.failed.fetch_add(running.waiting.len() as u64, Ordering::Relaxed);
+            if let Err(error) = running.run(over).await {
+                // What it would have seen nobody has checked: that is never clean.
+                let unanswered = running.waiting.len().max(1) as u64;
+                running.shared.counts.failed.fetch_add(unanswered, Ordering::Relaxed);
+                tracing::warn!(%error, agent = n, "an agent's socket ended");
             }
         });
-        Ok(Self { task })
+        Ok(Self { task, shared: after })
     }
 
     pub(super) async fn finish(mut self, patience: Duration) {
-        if tokio::time::timeout(patience, &mut self.task).await.is_err() {
-            self.task.abort();
+        match tokio::time::timeout(patience, &mut self.task).await {
+            Ok(Ok(())) => {}
+            Ok(Err(_)) => count(&self.shared.counts.failed),
+            Err(_) => {
+                self.task.abort();
+                count(&self.shared.counts.failed);
+            }
         }
     }
 }
@@ -300,7 +310,10 @@ impl Running {
             let mut tip = None;
             while tip.is_none() {
                 let replies = self.client.read().await?;
-                tip = replies.iter().find(|r| r.id == id).map(|r| r.history.as_ref().map_or(0, |h| h.offset));
+                if let Some(reply) = replies.iter().find(|r| r.id == id) {
+                    let known = reply.history.as_ref().map(|h| h.offset);
+                    tip = Some(known.ok_or_else(|| Error::Refused(format!("no history of {channel}")))?);
+                }
                 self.see(replies, false).await?;
             }
             let tip = tip.unwrap_or(0);

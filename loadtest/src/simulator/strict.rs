@@ -35,7 +35,14 @@ fn fits(at: &str, value: &Value, shape: Shape) -> Result<(), String> {
     }
 }
 
+/// The longest caption, in characters.
+const CAPTION_MAX: usize = 1024;
+
 fn media(kind: &str, value: &Value) -> Result<(), String> {
+    let caption = &value["caption"];
+    if !caption.is_null() && caption.as_str().is_none_or(|c| c.chars().count() > CAPTION_MAX) {
+        return Err(format!("{kind}.caption must be a string of at most {CAPTION_MAX} characters"));
+    }
     match (value["id"].as_str(), value["link"].as_str()) {
         (Some(id), None) if !id.is_empty() => Ok(()),
         (None, Some(link)) if link.starts_with("https://") => Ok(()),
@@ -90,6 +97,19 @@ fn check(frame: &Value) -> Result<(), String> {
     }
     if !matches!(frame["recipient_type"].as_str(), None | Some("individual" | "group")) {
         return Err("recipient_type".into());
+    }
+    let number = |to: &str| {
+        let digits = to.strip_prefix('+').unwrap_or(to);
+        // A business-scoped id is taken here as well, and goes nowhere.
+        let scoped = to.contains('.') && to.len() <= 128;
+        scoped || (1..=20).contains(&digits.len()) && digits.bytes().all(|b| b.is_ascii_digit())
+    };
+    match (frame["recipient_type"].as_str(), &frame["to"], &frame["recipient"]) {
+        (Some("group"), Value::String(to), Value::Null) if !to.is_empty() => {}
+        (_, Value::String(to), Value::Null) if number(to) => {}
+        (_, Value::Null, Value::String(user)) if !user.is_empty() => {}
+        (_, Value::String(to), Value::String(user)) if number(to) && !user.is_empty() => {}
+        _ => return Err("to".into()),
     }
     let callback = &frame["biz_opaque_callback_data"];
     if !callback.is_null() && callback.as_str().is_none_or(|c| c.len() > 512) {

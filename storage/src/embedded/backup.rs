@@ -193,27 +193,33 @@ pub fn restore(
     if dir.exists() && fs::read_dir(dir)?.next().is_some() {
         return Err(RestoreError::Open(OpenError::Foreign));
     }
-    let mut making = dir.as_os_str().to_owned();
+    // Beside it, however it was written: `data`, `data/` and `./data` are one place.
+    let plain: PathBuf = dir.components().collect();
+    let mut making = plain.as_os_str().to_owned();
     making.push(".restoring");
     let making = PathBuf::from(making);
     if making.exists() {
         // What an earlier try left behind.
         fs::remove_dir_all(&making)?;
     }
-    let outcome = restore_into(&making, from).and_then(|contents| finish(&making).map(|()| contents));
-    match &outcome {
-        Ok(_) => {
-            if dir.exists() {
-                fs::remove_dir(dir)?;
-            }
-            fs::rename(&making, dir)?;
-            if let Some(parent) = dir.parent().filter(|p| p.is_dir()) {
-                fs::File::open(parent)?.sync_all()?;
-            }
-        }
-        Err(_) => drop(fs::remove_dir_all(&making)),
+    let outcome = restore_into(&making, from)
+        .and_then(|contents| finish(&making).map(|()| contents))
+        .and_then(|contents| put_in_place(&making, &plain).map(|()| contents).map_err(RestoreError::from));
+    if outcome.is_err() {
+        let _ = fs::remove_dir_all(&making);
     }
     outcome
+}
+
+fn put_in_place(making: &Path, dir: &Path) -> io::Result<()> {
+    if dir.exists() {
+        fs::remove_dir(dir)?;
+    }
+    fs::rename(making, dir)?;
+    match dir.parent().filter(|p| p.is_dir()) {
+        Some(parent) => fs::File::open(parent)?.sync_all(),
+        None => Ok(()),
+    }
 }
 
 fn restore_into(dir: &Path, from: impl Read) -> Result<Contents, RestoreError> {

@@ -38,6 +38,11 @@ pub enum OpenError {
 /// Held while the directory is open; the operating system lets go of it when the process ends.
 pub(super) struct Lock(#[allow(dead_code)] File);
 
+/// Whether a store was ever made there.
+pub fn is_store(path: &Path) -> bool {
+    path.join(FORMAT_FILE).exists()
+}
+
 /// Makes the directory if it is missing, locks it and checks its format.
 pub(super) fn prepare(path: &Path) -> Result<Lock, OpenError> {
     if !path.exists() {

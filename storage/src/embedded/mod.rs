@@ -23,7 +23,7 @@ use bytes::Bytes;
 use fjall::{Database, Keyspace, KeyspaceCreateOptions, PersistMode};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
-pub use directory::OpenError;
+pub use directory::{OpenError, is_store};
 
 use crate::engine::{
     Batch, CasOutcome, Document, DocumentKey, Engine, ReadError, Row, Scan, Table, WriteError,

@@ -154,11 +154,14 @@ pub async fn run(sockets: Arc<Sockets>, mut socket: Socket, encoding: Encoding) 
     };
     metrics::gauge!("patchbay_edge_connections").increment(1.0);
     let mut draining = sockets.draining.clone();
-    let mut changes = sockets.desk.node().directory().changes();
+    let mut changes = None;
     let mut connection = Connection::new(sockets, encoding);
     loop {
-        if let Session::Live(_) = connection.session {
+        if let Session::Live(live) = &mut connection.session
+            && unconnected.is_some()
+        {
             unconnected = None;
+            changes = live.changes.take();
         }
         let event = connection.next(&mut socket, &mut draining, &mut changes).await;
         match connection.on(event) {
@@ -240,10 +243,14 @@ impl Connection {
         &mut self,
         socket: &mut Socket,
         draining: &mut watch::Receiver<bool>,
-        changes: &mut watch::Receiver<u64>,
+        changes: &mut Option<watch::Receiver<u64>>,
     ) -> Event {
         let mut drain = std::pin::pin!(draining.changed());
-        let mut change = std::pin::pin!(changes.changed());
+        let mut change = std::pin::pin!(async {
+            // Nobody is there yet whose permissions could change.
+            let Some(changes) = changes else { return std::future::pending().await };
+            changes.changed().await
+        });
         poll_fn(move |cx| {
             loop {
                 if let Poll::Ready(why) = self.outbound.poll_slow(cx.waker()) {

@@ -7,8 +7,9 @@ pub mod connection;
 pub mod lanes;
 pub mod session;
 
-use std::sync::Arc;
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use axum::body::Body;
@@ -19,6 +20,8 @@ use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
 use patchbay_actors::desk::Desk;
 use patchbay_protocol::client::{Encoding, FRAME_BYTES_MAX};
+use patchbay_protocol::principal::ContactPrincipal;
+use patchbay_protocol::{AccountId, CommandError, TenantId};
 use tokio::sync::watch;
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::handshake::server::create_response_with_body;
@@ -78,10 +81,49 @@ pub struct Sockets {
     pub unconnected: AtomicUsize,
     /// Those that are being turned away.
     pub closing: AtomicUsize,
+    /// Sockets of each visitor that has any.
+    pub visitors: Mutex<HashMap<Visitor, usize>>,
     /// Waited for when the node drains.
     pub tasks: TaskTracker,
     /// Origins that a browser may come from; `None`: every one.
     pub origins: Option<Vec<String>>,
+}
+
+/// Sockets of one visitor at once.
+const VISITOR_SOCKETS_MAX: usize = 16;
+
+type Visitor = (TenantId, AccountId, String);
+
+/// One of a visitor's sockets.
+pub struct VisitorPlace {
+    sockets: Arc<Sockets>,
+    visitor: Visitor,
+}
+
+impl Drop for VisitorPlace {
+    fn drop(&mut self) {
+        let mut visitors = self.sockets.visitors.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(open) = visitors.get_mut(&self.visitor) {
+            *open -= 1;
+            if *open == 0 {
+                visitors.remove(&self.visitor);
+            }
+        }
+    }
+}
+
+impl Sockets {
+    /// A place among a visitor's sockets.
+    fn visitor(self: &Arc<Self>, contact: &ContactPrincipal) -> Result<VisitorPlace, CommandError> {
+        let visitor = (contact.tenant.clone(), contact.account.clone(), contact.visitor.clone());
+        let mut visitors = self.visitors.lock().unwrap_or_else(PoisonError::into_inner);
+        let open = visitors.entry(visitor.clone()).or_default();
+        if *open >= VISITOR_SOCKETS_MAX {
+            return Err(CommandError::overloaded(1000));
+        }
+        *open += 1;
+        Ok(VisitorPlace { sockets: self.clone(), visitor })
+    }
 }
 
 /// One among those that are counted.

@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use patchbay_protocol::Timestamp;
 use patchbay_protocol::client::reply::ClientInfo;
+use tokio::sync::watch;
 
+use super::VisitorPlace;
 use crate::auth::{Claims, Peer};
 use crate::hub::Topic;
 
@@ -29,6 +31,10 @@ pub struct Live {
     pub claims: Arc<Claims>,
     /// What others see of it.
     pub info: Arc<ClientInfo>,
+    /// Rises with its tenant's documents; whoever serves the connection takes it.
+    pub changes: Option<watch::Receiver<u64>>,
+    /// A visitor's place among its sockets.
+    pub place: Option<VisitorPlace>,
     /// Subscriptions by channel.
     pub subscriptions: HashMap<String, Subscription>,
 }

@@ -64,6 +64,14 @@ async fn connect(
 ) -> Result<(ConnectResult, Live), Refused> {
     let now = sockets.desk.node().shards().clock.now();
     let (peer, claims) = sockets.auth.admit(&request.token, now).await?;
+    let tenant = peer.tenant();
+    let changes = tenant.map(|tenant| sockets.desk.node().directory().changes(tenant));
+    // What has changed since it was asked, and before anybody watched, is seen now.
+    let peer = if changes.is_some() { sockets.auth.peer(&claims).await? } else { peer };
+    let place = match &peer {
+        Peer::Contact(contact) => Some(sockets.visitor(contact).map_err(Refused::Error)?),
+        Peer::Agent(_) | Peer::Operator | Peer::Plain(_) => None,
+    };
     let mut result = ConnectResult {
         client: client.to_string(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -96,7 +104,7 @@ async fn connect(
             .insert(topic.channel(), SubscribeResult { was_recovering, epoch, ..SubscribeResult::default() });
         subscriptions.insert(topic.channel(), Subscription { topic, announced: false });
     }
-    Ok((result, Live { peer, claims: Arc::new(claims), info, subscriptions }))
+    Ok((result, Live { peer, claims: Arc::new(claims), info, changes, place, subscriptions }))
 }
 
 /// Whether the connection expires, and in how many whole seconds, rounded up.
