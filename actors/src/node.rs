@@ -236,6 +236,11 @@ impl Node {
         hash.to_hex().chars().take(8).collect()
     }
 
+    /// Whether a conversation is in memory.
+    pub fn is_active(&self, id: ConversationId) -> bool {
+        self.conversations.is_active(id.as_bytes())
+    }
+
     /// Entities in memory.
     pub fn active_count(&self) -> usize {
         self.conversations.active_count() + self.accounts.active_count()

@@ -270,3 +270,36 @@ async fn run(api: &Api, place: &Place, body_hash: [u8; 32], next: Next, request:
     );
     Response::from_parts(parts, Body::from(reply))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn place(tenant: &str, n: usize) -> Place {
+        Place { owner: Some(tenant.parse().unwrap()), key: digest(&[&n.to_be_bytes()]) }
+    }
+
+    fn answered() -> Known {
+        Known::Answered { body: [0; 32], status: StatusCode::OK, content_type: None, reply: Bytes::new() }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_oldest_are_forgotten_but_nobody_elses_and_none_under_way() {
+        let replies = Replies::default();
+        assert!(replies.begin(&place("other", 0), [0; 32]).is_none());
+        replies.end(&place("other", 0), Some(answered()));
+        assert!(replies.begin(&place("acme", 0), [0; 32]).is_none(), "under way all along");
+        for n in 1..=KEPT_MAX + 100 {
+            assert!(replies.begin(&place("acme", n), [0; 32]).is_none());
+            replies.end(&place("acme", n), Some(answered()));
+        }
+        assert!(matches!(replies.begin(&place("acme", 0), [0; 32]), Some(Known::Running { .. })));
+        assert!(replies.begin(&place("acme", 1), [0; 32]).is_none(), "forgotten");
+        assert!(replies.begin(&place("acme", KEPT_MAX), [0; 32]).is_some());
+        assert!(replies.begin(&place("other", 0), [0; 32]).is_some(), "another tenant's stands");
+        let held = replies.0.lock().unwrap().values().map(|i| i.order.len()).max();
+        assert!(held.unwrap() <= KEPT_MAX + 2, "{held:?}");
+        tokio::time::advance(KEPT_FOR + Duration::from_secs(1)).await;
+        assert!(replies.begin(&place("other", 0), [0; 32]).is_none(), "a day later it is forgotten");
+    }
+}

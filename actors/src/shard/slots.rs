@@ -237,6 +237,11 @@ impl<E: LogEntity> Slots<E> {
         ids.collect()
     }
 
+    /// Whether this one is.
+    pub fn is_active(&self, key: &[u8; 16]) -> bool {
+        matches!(self.lock().slots.get(key), Some(Slot::Active(_)))
+    }
+
     /// How many are active.
     pub fn active_count(&self) -> usize {
         self.lock().slots.values().filter(|s| matches!(s, Slot::Active(_))).count()

@@ -63,7 +63,7 @@ async fn store(time: Duration) -> (f64, Quantiles) {
 pub async fn run(results: &mut Results) {
     let time = Duration::from_secs(if results.quick { 4 } else { 15 });
     // The machine is not the same from one minute to the next: the baseline is run before and after.
-    let before = store(time / 2).await;
+    let before = store(time).await;
     let dir = tempfile::tempdir().unwrap();
     let node = Node::start(dir.path(), &[]).await;
     let plan = Plan {
@@ -78,7 +78,7 @@ pub async fn run(results: &mut Results) {
     let report = load::run(&node.target, &plan, |_, _| {}).await.unwrap();
     assert!(report.is_clean(), "{report}");
     node.stop().await;
-    let after = store(time / 2).await;
+    let after = store(time).await;
     let store_rate = f64::midpoint(before.0, after.0);
     let store_p99 = f64::midpoint(before.1.p99_ms, after.1.p99_ms);
     let conditions = format!(

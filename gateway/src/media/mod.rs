@@ -429,6 +429,15 @@ mod tests {
         assert!(blobs.open(&tenant, "00000000kept").await.unwrap().is_some());
         assert_eq!(put(100).await.unwrap_err().code, ErrorCode::TooLarge, "what stands is counted");
         put(48).await.unwrap();
+        // Visitors leave half of what there is to everybody else.
+        let tenant: TenantId = "visited".parse().unwrap();
+        let reserve = async |id: &str, bytes, visitors| {
+            directory.reserve_media(&tenant, id, bytes, clock.now(), 3072, visitors).await.unwrap()
+        };
+        assert!(reserve("0000000a", 1000, true).await);
+        directory.settle_media(&tenant, "0000000a", true).await.unwrap();
+        assert!(!reserve("0000000b", 600, true).await);
+        assert!(reserve("0000000b", 2000, false).await);
     }
 
     #[test]

@@ -105,13 +105,18 @@ impl Room {
     }
 }
 
+/// Journals that a start reads again; past it tables are written out.
+const JOURNALS_BYTES_MAX: u64 = 128 << 20;
+
 /// Opens the store below a data directory. A torn tail is cut and reported; damage before it is not.
 fn open_store(path: &Path) -> Result<Database, OpenError> {
     let store = path.join("store");
     let journals = Journals::look(path, &store)?;
     // What it finds in a damaged journal can make the engine panic.
-    let opened =
-        std::panic::catch_unwind(|| Database::builder(&store).cache_size(64 << 20).worker_threads(2).open());
+    let opened = std::panic::catch_unwind(|| {
+        let builder = Database::builder(&store).cache_size(64 << 20).worker_threads(2);
+        builder.max_journaling_size(JOURNALS_BYTES_MAX).open()
+    });
     match opened.unwrap_or(Err(fjall::Error::Unrecoverable)) {
         Ok(database) => {
             journals.check()?;
