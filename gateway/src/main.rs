@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-/// A node makes and drops small things on every core; docs/src/benchmarks.md has what this is worth.
+/// A node makes and drops small things on every core.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 

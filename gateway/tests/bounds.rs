@@ -497,6 +497,13 @@ const SECTIONS: &[(&str, &[Row])] = &[
                 "the next group",
                 "patchbay_storage_commit_seconds",
             ),
+            Row(
+                "what a table holds in memory; journals that a start reads again",
+                "MEMTABLE_BYTES_MAX, JOURNALS_BYTES_MAX",
+                "",
+                "they are written out",
+                "",
+            ),
             Row("reads at once", "READS_MAX", "", "readers wait", ""),
             Row(
                 "free disk",

@@ -5,7 +5,7 @@ use std::fs;
 use std::io::{self, Read, Write};
 use std::path::{Component, Path, PathBuf};
 
-use fjall::{KeyspaceCreateOptions, PersistMode, Readable as _};
+use fjall::{PersistMode, Readable as _};
 
 use super::{Embedded, OpenError, directory};
 use crate::engine::Table;
@@ -233,9 +233,9 @@ fn restore_into(dir: &Path, from: impl Read) -> Result<Contents, RestoreError> {
     let database = fjall::Database::builder(dir.join("store")).open()?;
     let mut tables = Vec::with_capacity(Table::ALL.len());
     for table in Table::ALL {
-        tables.push(database.keyspace(table.name(), KeyspaceCreateOptions::default)?);
+        tables.push(database.keyspace(table.name(), super::options)?);
     }
-    let documents = database.keyspace("documents", KeyspaceCreateOptions::default)?;
+    let documents = database.keyspace("documents", super::options)?;
     let mut contents = Contents { bytes: MAGIC.len() as u64, ..Contents::default() };
     let mut batch = database.batch();
     let mut waiting = 0;

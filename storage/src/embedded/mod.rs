@@ -108,6 +108,13 @@ impl Room {
 /// Journals that a start reads again; past it tables are written out.
 const JOURNALS_BYTES_MAX: u64 = 128 << 20;
 
+/// What a table holds in memory before it is written out.
+const MEMTABLE_BYTES_MAX: u64 = 16 << 20;
+
+pub(crate) fn options() -> KeyspaceCreateOptions {
+    KeyspaceCreateOptions::default().max_memtable_size(MEMTABLE_BYTES_MAX)
+}
+
 /// Opens the store below a data directory. A torn tail is cut and reported; damage before it is not.
 fn open_store(path: &Path) -> Result<Database, OpenError> {
     let store = path.join("store");
@@ -167,9 +174,9 @@ impl Embedded {
         let database = open_store(path)?;
         let mut tables = Vec::with_capacity(Table::ALL.len());
         for table in Table::ALL {
-            tables.push(database.keyspace(table.name(), KeyspaceCreateOptions::default)?);
+            tables.push(database.keyspace(table.name(), options)?);
         }
-        let documents = database.keyspace("documents", KeyspaceCreateOptions::default)?;
+        let documents = database.keyspace("documents", options)?;
         let keyspaces = Arc::new(Keyspaces { database, tables, documents });
         let (jobs, queue) = mpsc::channel(QUEUE_MAX);
         let room = Arc::new(Room::of(path));
