@@ -54,8 +54,17 @@ async fn a_receipt_that_overtakes_the_answer_finds_its_message_when_that_is_know
     early["biz_opaque_callback_data"] = json!(format!("{}-{seq}", id(LUZ)));
     w.receipt(early).await;
     assert_eq!(w.statuses(LUZ, seq).await, ["unknown", "read"]);
+    // Callback data of nobody's message: it waits like any other that is not known yet.
+    for seq in [0, u64::MAX - 1, u64::MAX] {
+        let mut nobodys = receipt(&format!("wamid.far.{seq}"), "read");
+        nobodys["biz_opaque_callback_data"] = json!(format!("{}-{seq}", id(LUZ)));
+        w.receipt(nobodys).await;
+    }
+    assert_eq!(w.statuses(LUZ, seq).await, ["unknown", "read"]);
     tokio::time::sleep(25 * HOUR).await;
-    assert!(letters(&w).await.is_empty(), "whoever found its message is not buried");
+    let letters = letters(&w).await;
+    let far = letters.iter().filter(|l| l.item.to_string().contains("wamid.far"));
+    assert_eq!((far.count(), letters.len()), (3, 3), "whoever found its message is not buried");
 }
 
 #[tokio::test(start_paused = true)]

@@ -33,6 +33,7 @@ use crate::auth::Auth;
 use crate::auth::keys::ApiAuth;
 use crate::backup::{MEDIA, NodeBackups};
 use crate::config::Config;
+use crate::edge::unread;
 use crate::edge::webhook::{self, Webhooks};
 use crate::edge::websocket::{self, SocketLimits, Sockets};
 use crate::hub::Hub;
@@ -321,7 +322,12 @@ impl Doors<'_> {
         let sockets =
             Router::new().route("/connection/websocket", get(websocket::upgrade)).with_state(sockets);
         let files = Router::new().route("/m/{signed}", get(serve::get)).with_state(self.media.clone());
-        let router = Router::new().merge(sockets).merge(webhooks).merge(files).merge(admin);
+        let router = Router::new()
+            .merge(webhooks)
+            .merge(files)
+            .merge(admin)
+            .layer(axum::middleware::from_fn(unread::layer))
+            .merge(sockets);
         match self.mode {
             Mode::Dev => router.layer(axum::middleware::from_fn(limits::local_host_only)),
             Mode::Run => router,

@@ -177,9 +177,15 @@ async fn what_is_wrong_is_named() {
         w.node.http.put(w.node.url("/api/v1/inboxes/side")).bearer_auth(&w.key).body("{").send().await;
     assert_eq!(not_json.unwrap().status(), 422);
     let huge = json!({"name": "x".repeat(2 << 20)});
-    let (status, problem) = w.call("PUT", "/inboxes/side", huge).await;
+    let (status, problem) = w.call("PUT", "/inboxes/side", huge.clone()).await;
     assert_eq!(status, 413);
     is_problem(&problem, 413, "too_large");
+    // Whoever is answered before everything was read is told that the connection ends.
+    let put = w.node.http.put(w.node.url("/api/v1/inboxes/side")).bearer_auth(&w.key).json(&huge);
+    assert_eq!(put.send().await.unwrap().headers()["connection"], "close");
+    let put = w.node.http.put(w.node.url("/api/v1/inboxes/side")).bearer_auth(&w.key);
+    let put = put.json(&json!({"name": "Side"})).send().await.unwrap();
+    assert!(put.status().is_success() && !put.headers().contains_key("connection"));
     let (status, problem) = w.call("GET", "/nowhere", Value::Null).await;
     assert_eq!(status, 404);
     is_problem(&problem, 404, "not_found");

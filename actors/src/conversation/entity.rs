@@ -243,7 +243,8 @@ async fn provider_id_of(me: &Handle<Conversation>, seq: u64) -> Option<Option<St
         return Some(sent.provider_id);
     }
     // The first word on what we carry ourselves stands right behind it.
-    let status = tables.reference(me.key(), ids::status(seq, None)).await.ok()?.unwrap_or(seq + 1);
+    let status =
+        tables.reference(me.key(), ids::status(seq, None)).await.ok()?.unwrap_or(seq.saturating_add(1));
     let Some(row) = logs.row(me.key(), status).await.ok()? else { return Some(None) };
     Some(match Conversation::decode(&row.payload).map(|e| e.body) {
         Some(Body::Status(s)) if s.message_seq == seq => s.provider_id,

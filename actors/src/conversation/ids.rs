@@ -45,7 +45,7 @@ fn is_own(provider_id: &str, seq: u64) -> bool {
 
 /// Whether the entry at `seq` is the first word on a message that we carry ourselves.
 fn is_carried(seq: u64, status: &StatusChanged) -> bool {
-    seq == status.message_seq + 1
+    seq.checked_sub(1) == Some(status.message_seq)
         && status.participant.is_none()
         && status.provider_id.as_deref().is_some_and(|id| is_own(id, status.message_seq))
 }

@@ -32,11 +32,11 @@ pub const BODIES_MAX: usize = 1024;
 /// What they may hold together; past it the provider is told to come back.
 pub const BODIES_BYTES_MAX: usize = 256 << 20;
 /// Bodies that are parsed and taken at once; past it they wait.
-pub const TAKEN_AT_ONCE: usize = 64;
+pub const TAKEN_AT_ONCE: usize = 128;
 /// What they may hold together: what is parsed takes many times its bytes.
 pub const TAKEN_BYTES_MAX: usize = 32 << 20;
 /// Of them, those of one account.
-pub const ACCOUNT_TAKEN_AT_ONCE: usize = 16;
+pub const ACCOUNT_TAKEN_AT_ONCE: usize = 32;
 /// Of the bodies that are read, those of one address.
 pub const PEER_BODIES_MAX: usize = 512;
 /// How long a body waits for that.

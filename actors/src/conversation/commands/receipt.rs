@@ -21,7 +21,7 @@ pub(super) fn lookups(
     if let Some(seq) = message_seq(state, found, named, update) {
         wanted.push(Lookup::Seq(seq));
         if state.status_of(seq).is_none() {
-            wanted.extend([Lookup::Id(ids::status(seq, None)), Lookup::Seq(seq + 1)]);
+            wanted.extend([Lookup::Id(ids::status(seq, None)), Lookup::Seq(seq.saturating_add(1))]);
         }
         if let Some(p) = &update.participant {
             wanted.push(Lookup::Id(ids::status(seq, Some(p))));
@@ -46,7 +46,7 @@ fn went_out(found: &Known, seq: u64) -> bool {
 /// The last word on a message's status: by its id, or the first one, which stands right behind what we carry ourselves.
 pub(super) fn last_word(found: &Known, seq: u64) -> Option<(u64, &Entry)> {
     found.id(ids::status(seq, None)).or_else(|| {
-        let (at, entry) = found.get(Lookup::Seq(seq + 1))?;
+        let (at, entry) = found.get(Lookup::Seq(seq.saturating_add(1)))?;
         matches!(&entry.body, Body::Status(s) if s.message_seq == seq && s.participant.is_none())
             .then_some((at, entry))
     })
