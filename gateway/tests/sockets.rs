@@ -180,14 +180,15 @@ async fn a_reader_that_stops_and_returns_sees_every_entry_on_the_same_socket() {
     let mut slow = Reader::subscribe(w.node.socket(&w.token).await, id).await;
     let mut quick = Reader::subscribe(w.node.socket(&w.token).await, id).await;
     // Far more than the socket's buffers and the queue hold, while one of them reads nothing at all.
-    let mut tip = 0;
-    for n in 0..30 {
+    let (mut tip, mut n, stopped) = (0, 0, std::time::Instant::now());
+    while n < 30 || stopped.elapsed() < Duration::from_secs(10) {
         (_, tip) = w.messages(1 + n * 100, 100, 4000).await;
         quick.up_to(tip).await.unwrap();
+        n += 1;
     }
     assert_eq!(quick.resubscribed, 0, "a slow neighbour costs nothing");
     slow.up_to(tip).await.expect("the same socket goes on");
-    let (_, tip) = w.messages(3001, 1, 10).await;
+    let (_, tip) = w.messages(1 + n * 100, 1, 10).await;
     slow.up_to(tip).await.unwrap();
 }
 

@@ -105,12 +105,11 @@ fn go(args: &Args) -> Result<bool, Box<dyn std::error::Error>> {
         })
         .await?;
         bar.finish_and_clear();
-        if plan.customer_rate > 0.0 {
-            let floor =
-                floor::measure(plan.customer_rate, plan.time.min(Duration::from_secs(5)), |_| async {})
-                    .await?;
-            report.floor = Some(Quantiles::of(&floor));
-        }
+        // The bare echo at the same rate; a closed loop has none of its own, so it is what was reached, within reason.
+        let rates = [plan.customer_rate, plan.agent_rate, report.acked_per_second.clamp(1.0, 1000.0)];
+        let rate = rates.into_iter().find(|rate| *rate > 0.0).unwrap_or(1.0);
+        let floor = floor::measure(rate, plan.time.min(Duration::from_secs(5)), |_| async {}).await?;
+        report.floor = Some(Quantiles::of(&floor));
         if !args.json {
             println!("{report}");
         }

@@ -38,12 +38,13 @@ pub(super) async fn post(target: &Target, tenant: &str, body: Vec<u8>) -> Result
     let url = format!("http://{}/webhooks/{tenant}/wa", target.public);
     let request = target.http.post(url).header("x-hub-signature-256", signature(&body)).body(body);
     let answer = request.send().await?;
-    if answer.status().is_success() {
-        // The connection is used again only when its answer was read.
-        answer.bytes().await?;
-        Ok(())
-    } else {
-        Err(Error::Refused(format!("a webhook was answered {}", answer.status())))
+    let status = answer.status();
+    // The connection is used again only when its answer was read.
+    answer.bytes().await?;
+    match status.as_u16() {
+        200..300 => Ok(()),
+        429 | 503 => Err(Error::Again),
+        _ => Err(Error::Refused(format!("a webhook was answered {status}"))),
     }
 }
 
@@ -67,6 +68,7 @@ pub(super) async fn write(
         tokio::spawn(async move {
             match post(&target, &tenant, body).await {
                 Ok(()) => count(&shared.counts.acked),
+                Err(Error::Again) => count(&shared.counts.refused),
                 Err(_) => count(&shared.counts.failed),
             }
             drop(place);

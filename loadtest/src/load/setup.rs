@@ -33,6 +33,9 @@ pub enum Error {
     /// A socket.
     #[error("{0}")]
     Socket(#[from] Box<tokio_tungstenite::tungstenite::Error>),
+    /// It was told to come again.
+    #[error("told to come again")]
+    Again,
     /// An answer that was not expected.
     #[error("{0}")]
     Refused(String),
