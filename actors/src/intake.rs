@@ -2,7 +2,7 @@
 //! provider is told 200. One bad item never costs its neighbours.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use patchbay_protocol::command::{Command, Opening, Reply, Request, Scope};
@@ -21,6 +21,7 @@ use crate::account::{AccountCommand, AccountReply, KeptReceipt, ThreadReply};
 use crate::directory::Account;
 use crate::node::Node;
 use crate::router::{Answer, Router, command_id};
+use crate::shares::Shares;
 
 /// Items of a body that are under way at once.
 const CHUNK_ITEMS: usize = 128;
@@ -28,8 +29,6 @@ const CHUNK_ITEMS: usize = 128;
 pub const ACCOUNT_ITEMS_MAX: usize = 384;
 /// How long a body waits for that, before the provider is told to send it again.
 const PATIENCE: Duration = Duration::from_secs(8);
-/// Accounts whose items are counted at once; past it those with nothing under way are forgotten.
-const ROOMS_LOOK: usize = 1024;
 /// Address-to-thread hits that are remembered: they are final.
 const ALIASES_MAX: usize = 200_000;
 
@@ -37,7 +36,8 @@ const ALIASES_MAX: usize = 200_000;
 pub struct Intake {
     node: Arc<Node>,
     aliases: Mutex<HashMap<(TenantId, AccountId, Address), String>>,
-    rooms: Mutex<HashMap<(TenantId, AccountId), Weak<Semaphore>>>,
+    /// The places of each account's items.
+    rooms: Shares<(TenantId, AccountId)>,
 }
 
 /// What becomes of an item that cannot be taken for good.
@@ -74,23 +74,10 @@ enum Under<'a> {
 impl Intake {
     /// The intake of `node`.
     pub fn new(node: Arc<Node>) -> Arc<Self> {
-        let intake = Arc::new(Self { node, aliases: Mutex::default(), rooms: Mutex::default() });
+        let rooms = Shares::new(|| Semaphore::new(ACCOUNT_ITEMS_MAX));
+        let intake = Arc::new(Self { node, aliases: Mutex::default(), rooms });
         intake.node.caches().add(&intake);
         intake
-    }
-
-    /// The places of an account's items.
-    fn room(&self, tenant: &TenantId, account: &AccountId) -> Arc<Semaphore> {
-        let mut rooms = self.rooms.lock().unwrap_or_else(PoisonError::into_inner);
-        if rooms.len() >= ROOMS_LOOK {
-            rooms.retain(|_, room| room.strong_count() > 0);
-        }
-        let at = rooms.entry((tenant.clone(), account.clone())).or_default();
-        at.upgrade().unwrap_or_else(|| {
-            let room = Arc::new(Semaphore::new(ACCOUNT_ITEMS_MAX));
-            *at = Arc::downgrade(&room);
-            room
-        })
     }
 
     /// Takes every item of a body that came to `account`. `Ok`: all are durable or dead-lettered; an error is
@@ -115,7 +102,7 @@ impl Intake {
     ) -> Result<(), CommandError> {
         let items: Vec<Item> = items.into_iter().map(Item::bounded).collect();
         // As many at once as one entity is sure to admit.
-        let room = self.room(tenant, account);
+        let room = self.rooms.of((tenant.clone(), account.clone()));
         for chunk in items.chunks(CHUNK_ITEMS) {
             let places = u32::try_from(chunk.len()).unwrap_or(u32::MAX);
             // Many bodies at once for one account wait for one another, so that it is not asked for more than it admits.

@@ -26,3 +26,4 @@ pub mod node;
 pub mod ports;
 pub mod router;
 pub mod shard;
+pub mod shares;

@@ -2,8 +2,8 @@
 
 use std::net::SocketAddr;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use axum::Router;
@@ -292,7 +292,7 @@ impl Doors<'_> {
             open: AtomicUsize::new(0),
             unconnected: AtomicUsize::new(0),
             closing: AtomicUsize::new(0),
-            visitors: Mutex::default(),
+            visitors: websocket::visitors(),
             origins,
         });
         let api_auth = Arc::new(ApiAuth::new(

@@ -48,7 +48,7 @@ const SECTIONS: &[(&str, &[Row])] = &[
             Row(
                 "webhook bodies that are read or taken; those of one address",
                 "BODIES_MAX, BODIES_BYTES_MAX, PEER_BODIES_MAX, SHARES_LOOK",
-                "webhook.rs/of",
+                "shares.rs/shares",
                 "503, `Retry-After: 1`",
                 "patchbay_webhook_answer_seconds",
             ),
@@ -69,7 +69,7 @@ const SECTIONS: &[(&str, &[Row])] = &[
             Row(
                 "items of one body, and of all bodies for one account, under way",
                 "CHUNK_ITEMS, ACCOUNT_ITEMS_MAX, intake.rs/PATIENCE",
-                "intake.rs/rooms",
+                "",
                 "the rest waits; then 503",
                 "patchbay_webhook_items_total",
             ),
@@ -136,13 +136,7 @@ const SECTIONS: &[(&str, &[Row])] = &[
                 "disconnect 3013; dropped without a word",
                 "patchbay_edge_connections",
             ),
-            Row(
-                "sockets of one visitor",
-                "VISITOR_SOCKETS_MAX",
-                "websocket/mod.rs/visitors",
-                "error 430 `overloaded`, temporary",
-                "",
-            ),
+            Row("sockets of one visitor", "VISITOR_SOCKETS_MAX", "", "error 430 `overloaded`, temporary", ""),
             Row(
                 "sockets without `connect`",
                 "limits.unconnected",
@@ -436,7 +430,7 @@ const SECTIONS: &[(&str, &[Row])] = &[
             Row(
                 "uploads at once; those of one tenant; those of its visitors",
                 "media/mod.rs/UPLOADS_MAX, TENANT_UPLOADS_MAX, VISITORS_UPLOADS_MAX",
-                "media/mod.rs/tenants",
+                "",
                 "`overloaded`",
                 "",
             ),

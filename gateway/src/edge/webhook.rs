@@ -3,10 +3,8 @@
 //! Verified on the raw bytes; every item durable or dead-lettered before 200; 503 with `Retry-After` otherwise. An
 //! unknown tenant, account or connector answers like a bad signature, after the same work.
 
-use std::collections::HashMap;
-use std::hash::Hash;
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
@@ -17,6 +15,7 @@ use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt as _;
 use patchbay_actors::directory::{Account, Directory};
 use patchbay_actors::intake::Intake;
+use patchbay_actors::shares::Shares;
 use patchbay_connectors::{Connector, NAMES, by_name};
 use patchbay_protocol::inbound::{Item, ItemKind};
 use patchbay_protocol::{AccountId, TenantId};
@@ -139,8 +138,7 @@ pub async fn receive(
     body: Body,
 ) -> Response {
     let from = peer.map(|Extension(Peer(ip))| ip);
-    let share = door.peers.of(from);
-    let (Ok(_share), Ok(_place)) = (share.try_acquire(), door.bodies.try_acquire()) else {
+    let (Some(_share), Ok(_place)) = (door.peers.take(from), door.bodies.try_acquire()) else {
         return try_again();
     };
     let (body, _held) = match tokio::time::timeout(BODY_TIMEOUT, read(body, &door.bytes)).await {
@@ -250,34 +248,6 @@ async fn take(door: &Webhooks, tenant: &str, account: &str, headers: &HeaderMap,
 /// A turn, if it comes in time.
 async fn waited<T>(turn: impl Future<Output = Result<T, AcquireError>>) -> Option<T> {
     tokio::time::timeout(TURN_TIMEOUT, turn).await.ok()?.ok()
-}
-
-/// Semaphores by whoever shares one, for as long as somebody does.
-struct Shares<K> {
-    of: Mutex<HashMap<K, Weak<Semaphore>>>,
-    fresh: fn() -> Semaphore,
-}
-
-/// Past so many those that nobody holds are let go of.
-const SHARES_LOOK: usize = 1024;
-
-impl<K: Eq + Hash> Shares<K> {
-    fn new(fresh: fn() -> Semaphore) -> Self {
-        Self { of: Mutex::default(), fresh }
-    }
-
-    fn of(&self, key: K) -> Arc<Semaphore> {
-        let mut shares = self.of.lock().unwrap_or_else(PoisonError::into_inner);
-        if shares.len() >= SHARES_LOOK {
-            shares.retain(|_, share| share.strong_count() > 0);
-        }
-        let at = shares.entry(key).or_default();
-        at.upgrade().unwrap_or_else(|| {
-            let share = Arc::new((self.fresh)());
-            *at = Arc::downgrade(&share);
-            share
-        })
-    }
 }
 
 /// A body as one item for the dead letters.

@@ -6,21 +6,21 @@ pub mod link;
 pub mod serve;
 pub mod sniff;
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt as _;
 use patchbay_actors::clock::Clock;
 use patchbay_actors::directory::{Directory, MediaRecord, MediaState};
+use patchbay_actors::shares::Shares;
 use patchbay_admin_api::{FileBody, Files, StoredFile};
 use patchbay_protocol::ids::ConversationId;
 use patchbay_protocol::{CommandError, ErrorCode, TenantId, Timestamp};
 use patchbay_storage::blobs::{BlobWriter, Blobs};
 use serde_json::json;
 use sha2::{Digest, Sha256};
-use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit};
 
 use crate::config;
 use crate::outgoing::Outgoing;
@@ -55,7 +55,8 @@ pub struct Media {
     clock: Clock,
     uploads: Semaphore,
     /// How many of them are each tenant's.
-    tenants: Mutex<HashMap<TenantId, Uploads>>,
+    tenants: Shares<TenantId>,
+    visitors: Shares<TenantId>,
     fetches: Semaphore,
     /// Whether the disk has room for more than the store's reserve.
     has_room: HasRoom,
@@ -103,32 +104,11 @@ struct Taking {
     claimed: Option<String>,
 }
 
-/// One of the uploads at once.
+/// One of the uploads at once: of all, of its tenant, and of the tenant's visitors when one of them sends it.
 struct Place<'a> {
     _all: SemaphorePermit<'a>,
-    tenants: &'a Mutex<HashMap<TenantId, Uploads>>,
-    tenant: TenantId,
-    visitor: bool,
-}
-
-/// The uploads of a tenant that are under way.
-#[derive(Default)]
-struct Uploads {
-    all: usize,
-    visitors: usize,
-}
-
-impl Drop for Place<'_> {
-    fn drop(&mut self) {
-        let mut tenants = self.tenants.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(held) = tenants.get_mut(&self.tenant) {
-            held.all -= 1;
-            held.visitors -= usize::from(self.visitor);
-            if held.all == 0 {
-                tenants.remove(&self.tenant);
-            }
-        }
-    }
+    _tenant: OwnedSemaphorePermit,
+    _visitors: Option<OwnedSemaphorePermit>,
 }
 
 /// A file that is written and not yet in its place.
@@ -218,7 +198,8 @@ impl Media {
             clock,
             has_room,
             uploads: Semaphore::new(UPLOADS_MAX),
-            tenants: Mutex::default(),
+            tenants: Shares::new(|| Semaphore::new(TENANT_UPLOADS_MAX)),
+            visitors: Shares::new(|| Semaphore::new(VISITORS_UPLOADS_MAX)),
             fetches: Semaphore::new(FETCHES_MAX),
             node: OnceLock::new(),
         })
@@ -298,17 +279,16 @@ impl Media {
         Ok(())
     }
 
-    /// A place among the uploads of all, of its tenant, and of the tenant's visitors.
     fn place(&self, tenant: &TenantId, visitor: bool) -> Result<Place<'_>, CommandError> {
-        let all = self.uploads.try_acquire().map_err(|_| CommandError::overloaded(1000))?;
-        let mut tenants = self.tenants.lock().unwrap_or_else(PoisonError::into_inner);
-        let held = tenants.entry(tenant.clone()).or_default();
-        if held.all >= TENANT_UPLOADS_MAX || visitor && held.visitors >= VISITORS_UPLOADS_MAX {
-            return Err(CommandError::overloaded(1000));
-        }
-        held.all += 1;
-        held.visitors += usize::from(visitor);
-        Ok(Place { _all: all, tenants: &self.tenants, tenant: tenant.clone(), visitor })
+        let full = || CommandError::overloaded(1000);
+        Ok(Place {
+            _all: self.uploads.try_acquire().map_err(|_| full())?,
+            _tenant: self.tenants.take(tenant.clone()).ok_or_else(full)?,
+            _visitors: match visitor {
+                true => Some(self.visitors.take(tenant.clone()).ok_or_else(full)?),
+                false => None,
+            },
+        })
     }
 
     async fn take_body(&self, mut body: FileBody, claimed: Option<&str>) -> Result<Taken, CommandError> {

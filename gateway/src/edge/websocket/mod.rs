@@ -7,9 +7,8 @@ pub mod connection;
 pub mod lanes;
 pub mod session;
 
-use std::collections::HashMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use axum::body::Body;
@@ -19,10 +18,10 @@ use axum::response::{IntoResponse, Response};
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
 use patchbay_actors::desk::Desk;
+use patchbay_actors::shares::Shares;
 use patchbay_protocol::client::{Encoding, FRAME_BYTES_MAX};
-use patchbay_protocol::principal::ContactPrincipal;
-use patchbay_protocol::{AccountId, CommandError, TenantId};
-use tokio::sync::watch;
+use patchbay_protocol::{AccountId, TenantId};
+use tokio::sync::{Semaphore, watch};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::handshake::server::create_response_with_body;
 use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
@@ -82,7 +81,7 @@ pub struct Sockets {
     /// Those that are being turned away.
     pub closing: AtomicUsize,
     /// Sockets of each visitor that has any.
-    pub visitors: Mutex<HashMap<Visitor, usize>>,
+    pub visitors: Shares<Visitor>,
     /// Waited for when the node drains.
     pub tasks: TaskTracker,
     /// Origins that a browser may come from; `None`: every one.
@@ -92,38 +91,12 @@ pub struct Sockets {
 /// Sockets of one visitor at once.
 const VISITOR_SOCKETS_MAX: usize = 16;
 
-type Visitor = (TenantId, AccountId, String);
+/// A visitor: tenant, account and its id there.
+pub type Visitor = (TenantId, AccountId, String);
 
-/// One of a visitor's sockets.
-pub struct VisitorPlace {
-    sockets: Arc<Sockets>,
-    visitor: Visitor,
-}
-
-impl Drop for VisitorPlace {
-    fn drop(&mut self) {
-        let mut visitors = self.sockets.visitors.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(open) = visitors.get_mut(&self.visitor) {
-            *open -= 1;
-            if *open == 0 {
-                visitors.remove(&self.visitor);
-            }
-        }
-    }
-}
-
-impl Sockets {
-    /// A place among a visitor's sockets.
-    fn visitor(self: &Arc<Self>, contact: &ContactPrincipal) -> Result<VisitorPlace, CommandError> {
-        let visitor = (contact.tenant.clone(), contact.account.clone(), contact.visitor.clone());
-        let mut visitors = self.visitors.lock().unwrap_or_else(PoisonError::into_inner);
-        let open = visitors.entry(visitor.clone()).or_default();
-        if *open >= VISITOR_SOCKETS_MAX {
-            return Err(CommandError::overloaded(1000));
-        }
-        *open += 1;
-        Ok(VisitorPlace { sockets: self.clone(), visitor })
-    }
+/// The sockets of each visitor that has any.
+pub fn visitors() -> Shares<Visitor> {
+    Shares::new(|| Semaphore::new(VISITOR_SOCKETS_MAX))
 }
 
 /// One among those that are counted.

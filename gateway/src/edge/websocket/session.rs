@@ -5,9 +5,8 @@ use std::sync::Arc;
 
 use patchbay_protocol::Timestamp;
 use patchbay_protocol::client::reply::ClientInfo;
-use tokio::sync::watch;
+use tokio::sync::{OwnedSemaphorePermit, watch};
 
-use super::VisitorPlace;
 use crate::auth::{Claims, Peer};
 use crate::hub::Topic;
 
@@ -34,7 +33,7 @@ pub struct Live {
     /// Rises with its tenant's documents; whoever serves the connection takes it.
     pub changes: Option<watch::Receiver<u64>>,
     /// A visitor's place among its sockets.
-    pub place: Option<VisitorPlace>,
+    pub place: Option<OwnedSemaphorePermit>,
     /// Subscriptions by channel.
     pub subscriptions: HashMap<String, Subscription>,
 }

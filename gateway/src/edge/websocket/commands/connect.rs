@@ -69,7 +69,11 @@ async fn connect(
     // What has changed since it was asked, and before anybody watched, is seen now.
     let peer = if changes.is_some() { sockets.auth.peer(&claims).await? } else { peer };
     let place = match &peer {
-        Peer::Contact(contact) => Some(sockets.visitor(contact).map_err(Refused::Error)?),
+        Peer::Contact(contact) => {
+            let visitor = (contact.tenant.clone(), contact.account.clone(), contact.visitor.clone());
+            let place = sockets.visitors.take(visitor);
+            Some(place.ok_or_else(|| Refused::Error(CommandError::overloaded(1000)))?)
+        }
         Peer::Agent(_) | Peer::Operator | Peer::Plain(_) => None,
     };
     let mut result = ConnectResult {
