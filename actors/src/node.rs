@@ -296,7 +296,7 @@ impl Node {
         if self.shards.logs.write_if_room(Tables::mark_write(shard, stamp, mark)).await.is_ok() {
             for bucket in from..mark.bucket {
                 // What a lost drop leaves is read and found settled by the next sweep.
-                let _ = self.shards.tables.drop_activity(shard, Mark { bucket, ..mark }).await;
+                let _ = self.shards.tables.drop_activity(shard, Mark { bucket, ..mark }, stamp).await;
             }
         }
     }
@@ -524,7 +524,7 @@ async fn move_marks(node: &Node, present: i64) {
         timers.marked(shard, to);
         for hour in from..to {
             // What a lost drop leaves is never read again.
-            let _ = tables.drop_timers(shard, hour).await;
+            let _ = tables.drop_timers(shard, hour, stamp).await;
         }
     }
 }

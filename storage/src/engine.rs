@@ -222,8 +222,8 @@ pub trait Engine: Send + Sync + 'static {
     /// Rows of a partition in order.
     async fn scan(&self, scan: Scan) -> Result<Vec<Row>, ReadError>;
 
-    /// Drops a partition that nobody will write again. A crash may leave some of it.
-    async fn drop_partition(&self, table: Table, partition: Bytes) -> Result<(), WriteError>;
+    /// Drops a partition that nobody will write again: everything in it up to `stamp`. A crash may leave some of it.
+    async fn drop_partition(&self, table: Table, partition: Bytes, stamp: Stamp) -> Result<(), WriteError>;
 
     /// One document.
     async fn document(&self, key: &DocumentKey) -> Result<Option<Document>, ReadError>;

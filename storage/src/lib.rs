@@ -1,7 +1,7 @@
 //! What survives.
 //!
 //! **Lives here:** the [`Engine`] trait in its two halves, stamped rows and documents; the engines behind it
-//! ([`embedded`] on fjall, [`model`] in memory with seeded faults); and, written once above them, the entity
+//! ([`embedded`] on fjall, [`scylla`] on ScyllaDB or Cassandra, [`model`] in memory with seeded faults); and, written once above them, the entity
 //! [`log`] (append, adopt, read, snapshot) and the [`tables`] beside it (references, inbox rows, activity and marks,
 //! sessions, timers, dead letters, documents). Files are [`blobs`]. An alias of a contact is a reference of its account's log.
 //!
@@ -17,6 +17,7 @@ pub mod embedded;
 pub mod engine;
 pub mod log;
 pub mod model;
+pub mod scylla;
 pub mod stamp;
 pub mod tables;
 mod value;

@@ -268,8 +268,8 @@ impl Engine for Model {
         Ok(rows)
     }
 
-    async fn drop_partition(&self, table: Table, partition: Bytes) -> Result<(), WriteError> {
-        self.lock().store.rows.retain(|(t, p, _), _| *t != table || *p != partition);
+    async fn drop_partition(&self, table: Table, partition: Bytes, stamp: Stamp) -> Result<(), WriteError> {
+        self.lock().store.rows.retain(|(t, p, _), (at, _)| *t != table || *p != partition || *at > stamp);
         Ok(())
     }
 

@@ -271,8 +271,8 @@ impl Tables {
     }
 
     /// Drops a settled bucket.
-    pub async fn drop_activity(&self, shard: u32, bucket: Mark) -> Result<(), WriteError> {
-        self.engine.drop_partition(Table::Activity, activity_partition(shard, bucket)).await
+    pub async fn drop_activity(&self, shard: u32, bucket: Mark, stamp: Stamp) -> Result<(), WriteError> {
+        self.engine.drop_partition(Table::Activity, activity_partition(shard, bucket), stamp).await
     }
 
     /// The write that moves the shard's mark.
@@ -371,8 +371,8 @@ impl Tables {
     }
 
     /// Drops an hour whose timers have all fired.
-    pub async fn drop_timers(&self, shard: u32, hour: i64) -> Result<(), WriteError> {
-        self.engine.drop_partition(Table::Timers, hour_partition(shard, hour)).await
+    pub async fn drop_timers(&self, shard: u32, hour: i64, stamp: Stamp) -> Result<(), WriteError> {
+        self.engine.drop_partition(Table::Timers, hour_partition(shard, hour), stamp).await
     }
 
     /// The writes that show a conversation in its account's sets.

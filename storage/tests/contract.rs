@@ -1,6 +1,8 @@
 //! One contract suite, written against the traits, run on every engine alike.
 #![allow(missing_docs, clippy::unwrap_used)]
 
+mod servers;
+
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -10,6 +12,7 @@ use patchbay_protocol::timestamp::Timestamp;
 use patchbay_storage::embedded::Embedded;
 use patchbay_storage::log::{AdoptError, Append, BUCKET_ROWS, LogKey, Logs, Snapshot, Tail, entry_hash};
 use patchbay_storage::model::Model;
+use patchbay_storage::scylla::{Scylla, ScyllaConfig};
 use patchbay_storage::tables::{Activity, DeadLetter, IdKey, Mark, Session, Set, Tables, Timer, hour_of};
 use patchbay_storage::{
     Batch, CasOutcome, Cell, DocumentKey, Engine, ReadError, RowWrite, Scan, Stamp, Table,
@@ -56,7 +59,7 @@ async fn rows_and_scans(engine: Arc<dyn Engine>) {
     engine.write(write(vec![row("a", Stamp::new(2, 1), Some("new"))])).await.unwrap();
     engine.write(write(vec![row("a", Stamp::new(1, 99), Some("zombie"))])).await.unwrap();
     assert_eq!(engine.get(Table::Sessions, &partition, &bytes("a")).await.unwrap().unwrap().value, "new");
-    engine.drop_partition(Table::Sessions, partition.clone()).await.unwrap();
+    engine.drop_partition(Table::Sessions, partition.clone(), Stamp::new(2, 2)).await.unwrap();
     assert!(engine.scan(Scan::all(Table::Sessions, partition, 10)).await.unwrap().is_empty());
 }
 
@@ -196,7 +199,7 @@ async fn activity_marks_and_timers(engine: Arc<dyn Engine>) {
     assert_eq!(tables.mark(9).await.unwrap(), Some(Mark { epoch: 1, bucket: 3 }));
     engine.write(Tables::park_write(9, stamp, &entity, "why")).await.unwrap();
     assert_eq!(tables.parked(9).await.unwrap(), [(entity.clone(), "why".to_owned())]);
-    tables.drop_activity(9, bucket).await.unwrap();
+    tables.drop_activity(9, bucket, Stamp::new(1, 2)).await.unwrap();
     assert!(tables.activity(9, bucket).await.unwrap().is_empty());
     let due = Timestamp::parse("2026-11-21T10:30:00Z").unwrap();
     let timer = Timer { entity, due };
@@ -302,21 +305,36 @@ macro_rules! suite {
         mod $engine {
             $(#[tokio::test(flavor = "multi_thread")]
             async fn $test() {
-                let (engine, _dir) = $make();
+                let Some((engine, _dir)) = $make().await else { return };
                 super::$test(engine).await;
             })*
         }
     };
 }
 
-fn model() -> (Arc<dyn Engine>, Option<tempfile::TempDir>) {
-    (Arc::new(Model::new()), None)
+/// An engine, with what it lies in. None: this run has no servers.
+type Made = Option<(Arc<dyn Engine>, Option<tempfile::TempDir>)>;
+
+async fn model() -> Made {
+    Some((Arc::new(Model::new()), None))
 }
 
-fn embedded() -> (Arc<dyn Engine>, Option<tempfile::TempDir>) {
+async fn embedded() -> Made {
     let dir = tempfile::tempdir().unwrap();
-    (Arc::new(Embedded::open(&dir.path().join("data")).unwrap()), Some(dir))
+    Some((Arc::new(Embedded::open(&dir.path().join("data")).unwrap()), Some(dir)))
+}
+
+async fn cassandra() -> Made {
+    if servers::quick() {
+        return None;
+    }
+    let config = ScyllaConfig {
+        replication: 1,
+        ..ScyllaConfig::new(servers::cassandra(), "datacenter1", &servers::fresh("contract"))
+    };
+    Some((Arc::new(Scylla::connect(&config).await.unwrap()), None))
 }
 
 suite!(on_model, super::model);
 suite!(on_embedded, super::embedded);
+suite!(on_cassandra, super::cassandra);

@@ -28,6 +28,7 @@ pub use directory::{OpenError, is_store};
 use crate::engine::{
     Batch, CasOutcome, Document, DocumentKey, Engine, ReadError, Row, Scan, Table, WriteError,
 };
+use crate::stamp::Stamp;
 use journals::Journals;
 use writer::{Job, Writer};
 
@@ -265,7 +266,7 @@ impl Engine for Embedded {
         found.into_iter().map(|(k, v)| keys::decode(Bytes::copy_from_slice(&k[prefix..]), &v)).collect()
     }
 
-    async fn drop_partition(&self, table: Table, partition: Bytes) -> Result<(), WriteError> {
+    async fn drop_partition(&self, table: Table, partition: Bytes, _: Stamp) -> Result<(), WriteError> {
         self.ask(|reply| Job::Drop(table, partition, reply)).await
     }
 

@@ -90,7 +90,7 @@ impl<E: LogEntity> LogActor<E> {
                 shards.logs.write_until_answered(Tables::mark_write(shard, stamp, mark)).await;
                 for bucket in from..mark.bucket {
                     // What a lost drop leaves is read and found settled by the next sweep.
-                    let _ = shards.tables.drop_activity(shard, Mark { bucket, ..mark }).await;
+                    let _ = shards.tables.drop_activity(shard, Mark { bucket, ..mark }, stamp).await;
                 }
             });
         }

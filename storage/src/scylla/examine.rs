@@ -1,0 +1,1 @@
+//! What `patchbay doctor` asks of the store.
