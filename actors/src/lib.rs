@@ -23,6 +23,7 @@ pub mod inbox;
 pub mod intake;
 pub mod memory;
 pub mod node;
+pub mod outbox;
 pub mod ports;
 pub mod router;
 pub mod shard;

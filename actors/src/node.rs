@@ -9,8 +9,9 @@ use futures_util::StreamExt as _;
 use patchbay_protocol::CommandError;
 use patchbay_protocol::command::{Command, Reply, Request};
 use patchbay_protocol::ids::{AccountId, AgentId, ConversationId, EntityId, InboxId, TenantId};
+use patchbay_storage::events::{Delivered, Sink};
 use patchbay_storage::tables::{Mark, Tables, Timer, hour_of};
-use patchbay_storage::{CLUSTER, CasOutcome, DocumentKey, Engine, ReadError};
+use patchbay_storage::{CLUSTER, CasOutcome, DocumentKey, Engine, ReadError, WriteError};
 
 use crate::account::{Account, AccountCommand, AccountReply, OutboundConfig};
 use crate::agent::{Agent, AgentCommand, AgentReply};
@@ -19,12 +20,19 @@ use crate::conversation::Conversation;
 use crate::directory::Directory;
 use crate::inbox::{Inbox, InboxCommand, InboxReply};
 use crate::memory::{self, Caches, Memory};
+use crate::outbox::{LANES_MAX, Outbox};
 use crate::ports::{MediaFetcher, NoMedia, Provider, Publisher};
 use crate::router::{Answer, Router, system_command};
 use crate::shard::Shards;
 use crate::shard::slots::Slots;
 use crate::shard::soft::SoftSlots;
 
+/// Shards read at once by a start.
+const READ_AT_ONCE: usize = 64;
+/// Between two looks at what is settled.
+const SETTLE_LOOK: Duration = Duration::from_millis(500);
+/// Between two looks whether publishing may begin.
+const BEGIN_PAUSE: Duration = Duration::from_secs(1);
 /// Entities woken at once by a sweep or by timers.
 const WAKE_AT_ONCE: usize = 64;
 
@@ -43,6 +51,23 @@ const CROWD_MIN: usize = 1_000;
 /// Timers are looked at least this often.
 const TIMER_LOOK: Duration = Duration::from_secs(60);
 
+/// Where events go.
+pub struct Events {
+    /// What takes them.
+    pub sink: Arc<dyn Sink>,
+    /// Where that tells what was delivered.
+    pub delivered: Delivered,
+    /// Conversations with something unpublished that are told apart.
+    pub lanes_max: usize,
+}
+
+impl Events {
+    /// To `sink`, which tells `delivered`.
+    pub fn new(sink: Arc<dyn Sink>, delivered: Delivered) -> Self {
+        Self { sink, delivered, lanes_max: LANES_MAX }
+    }
+}
+
 /// What a node is made of.
 pub struct NodeConfig {
     /// The store.
@@ -57,6 +82,8 @@ pub struct NodeConfig {
     pub provider: Arc<dyn Provider>,
     /// Who fetches customers' files.
     pub media: Arc<dyn MediaFetcher>,
+    /// Where events go; none: nowhere.
+    pub events: Option<Events>,
     /// Bounds of what goes out.
     pub outbound: OutboundConfig,
     /// After how long an entity that nobody asks is forgotten.
@@ -80,6 +107,7 @@ impl NodeConfig {
             publisher,
             provider,
             media: Arc::new(NoMedia),
+            events: None,
             outbound: OutboundConfig::default(),
             idle_after: Duration::from_secs(120),
             memory: Box::new(|| Memory::Enough),
@@ -115,6 +143,7 @@ pub struct Node {
     accounts: Arc<Slots<Account>>,
     agents: Arc<SoftSlots<Agent>>,
     inboxes: Arc<SoftSlots<Inbox>>,
+    outbox: Option<Arc<Outbox>>,
     idle_after: Duration,
     memory: memory::Gauge,
     caches: Caches,
@@ -155,6 +184,12 @@ pub async fn new_identity(engine: Arc<dyn Engine>) -> Result<(), StartError> {
     }
 }
 
+/// Whether nobody has written anything yet.
+async fn is_fresh(tables: &Tables) -> Result<bool, StartError> {
+    let found = tables.document::<u32>(&cluster_document("incarnation")).await;
+    Ok(found.map_err(|_| StartError::Store)?.is_none())
+}
+
 async fn next_incarnation(tables: &Tables) -> Result<u32, StartError> {
     loop {
         let found =
@@ -181,17 +216,23 @@ impl Node {
         if stored != config.shards {
             return Err(StartError::Shards { stored, configured: config.shards });
         }
+        if config.events.is_some() && is_fresh(&tables).await? {
+            note_events_begun(&tables).await.map_err(|_| StartError::Store)?;
+        }
         let epoch = next_incarnation(&tables).await?;
         let shards = Shards::new(config.shards, epoch, tables, config.clock);
         let directory = Arc::new(Directory::new(config.engine));
-        let conversation =
-            Conversation::new(config.publisher.clone(), directory.clone(), config.media.clone());
+        let (outbox, delivered) =
+            config.events.map(|e| (Outbox::new(shards.clone(), e.sink, e.lanes_max), e.delivered)).unzip();
+        let (publisher, media) = (config.publisher.clone(), config.media.clone());
+        let conversation = Conversation::new(publisher, directory.clone(), media, outbox.clone());
         let account = Account::new(config.outbound, directory.clone(), config.provider);
         let node = Arc::new(Self {
             conversations: Slots::start(conversation, shards.clone()).await?,
             accounts: Slots::start(account, shards.clone()).await?,
             agents: SoftSlots::new(Agent::new(config.publisher.clone(), shards.clone())),
             inboxes: SoftSlots::new(Inbox::new(config.publisher, directory.clone(), config.clock)),
+            outbox,
             idle_after: config.idle_after,
             memory: config.memory,
             caches: Caches::default(),
@@ -202,9 +243,13 @@ impl Node {
         node.caches.add(&node.directory);
         let router: Weak<dyn Router> = Arc::downgrade(&(node.clone() as Arc<dyn Router>));
         node.conversations.entity().set_router(router.clone());
-        node.accounts.entity().set_router(router);
+        node.accounts.entity().set_router(router.clone());
         let hour = load_timers(&node).await.map_err(|_| StartError::Store)?;
         tokio::spawn(sweep(Arc::downgrade(&node)));
+        tokio::spawn(move_settled(Arc::downgrade(&node)));
+        if let Some(delivered) = delivered {
+            tokio::spawn(begin_outbox(Arc::downgrade(&node), router, delivered));
+        }
         tokio::spawn(run_timers(Arc::downgrade(&node), hour));
         tokio::spawn(passivate(Arc::downgrade(&node)));
         Ok(node)
@@ -213,6 +258,11 @@ impl Node {
     /// The documents of tenants.
     pub fn directory(&self) -> &Arc<Directory> {
         &self.directory
+    }
+
+    /// What is not published yet; none: nothing is published.
+    pub fn outbox(&self) -> Option<&Arc<Outbox>> {
+        self.outbox.as_ref()
     }
 
     /// What is forgotten when memory is short.
@@ -278,6 +328,9 @@ impl Node {
             self.passivate_idle(Duration::ZERO);
             tokio::time::sleep(SNAPSHOT_LOOK).await;
             still = if self.active_count() == before { still + 1 } else { 0 };
+        }
+        if let Some(outbox) = &self.outbox {
+            outbox.flush().await;
         }
         if self.shards.swept.load(Ordering::Relaxed) {
             // Whoever starts next has nobody to wake where nothing is left to do.
@@ -387,23 +440,82 @@ async fn sweep(node: Weak<Node>) {
         }
         if let Some(entities) = left.take() {
             let remaining: HashSet<EntityId> = strong.wake_all(entities).await.into_iter().collect();
-            if remaining.is_empty() && swept(&strong).await.is_some() {
+            let published = strong.outbox.as_ref().is_none_or(|outbox| outbox.has_caught_up());
+            if remaining.is_empty() && published && swept(&strong).await.is_some() {
                 strong.shards.swept.store(true, Ordering::Relaxed);
                 return;
             }
+            let only_events = remaining.is_empty();
             left = Some(remaining);
+            if only_events {
+                drop(strong);
+                tokio::time::sleep(SETTLE_LOOK).await;
+                continue;
+            }
         }
         drop(strong);
         tokio::time::sleep(RETRY_PAUSE).await;
     }
 }
 
+/// The incarnation up to which nothing is left to do.
+async fn swept_up_to(tables: &Tables) -> Result<u32, ReadError> {
+    Ok(tables.document::<u32>(&cluster_document("swept")).await?.map_or(0, |(_, n)| n))
+}
+
+/// Begins to publish; in a store that was written before there were events not before those are published by
+/// `events replay`, which says so.
+async fn begin_outbox(node: Weak<Node>, router: Weak<dyn Router>, delivered: Delivered) {
+    loop {
+        let Some(strong) = node.upgrade() else { return };
+        let Some(outbox) = strong.outbox.clone() else { return };
+        let tables = &strong.shards.tables;
+        if let (Ok(true), Ok(swept)) = (events_begun(tables).await, swept_up_to(tables).await) {
+            outbox.begin(router, swept, delivered);
+            return;
+        }
+        outbox.say("entries of before are not published: run `patchbay events replay` once");
+        drop((strong, outbox));
+        tokio::time::sleep(BEGIN_PAUSE).await;
+    }
+}
+
+/// Whether whatever the store holds is published, or was begun to be.
+async fn events_begun(tables: &Tables) -> Result<bool, ReadError> {
+    Ok(tables.document::<bool>(&cluster_document("events")).await?.is_some())
+}
+
+/// Notes that every entry of before is published: from here on the outbox does it.
+pub async fn note_events_begun(tables: &Tables) -> Result<(), WriteError> {
+    tables.put_document(cluster_document("events"), None, &true).await.map(drop)
+}
+
+/// Moves the marks of shards whose buckets are settled, once everything of earlier incarnations is in hand.
+async fn move_settled(node: Weak<Node>) {
+    loop {
+        tokio::time::sleep(SETTLE_LOOK).await;
+        let Some(strong) = node.upgrade() else { return };
+        if !strong.shards.swept.load(Ordering::Relaxed) {
+            continue;
+        }
+        let moved: Vec<_> = (0..strong.shards.count)
+            .filter_map(|shard| Some((shard, strong.shards.activity.newly_settled(shard)?)))
+            .collect();
+        futures_util::stream::iter(moved)
+            .for_each_concurrent(WAKE_AT_ONCE, |(shard, (from, mark))| strong.settle(shard, from, mark))
+            .await;
+    }
+}
+
 /// Every entity with activity of earlier incarnations that is not settled.
 async fn unfinished(node: &Node) -> Result<HashSet<EntityId>, ReadError> {
     let (tables, epoch) = (&node.shards.tables, node.shards.epoch);
-    let done = tables.document::<u32>(&cluster_document("swept")).await?.map_or(0, |(_, n)| n);
-    let mut found = HashSet::new();
-    for shard in 0..node.shards.count {
+    let done = swept_up_to(tables).await?;
+    let of_shard = |shard: u32| async move {
+        let mut found = HashSet::new();
+        if done + 1 == epoch {
+            return Ok(found);
+        }
         let mark = tables.mark(shard).await?;
         for past in done + 1..epoch {
             let first = mark.filter(|m| m.epoch == past).map_or(0, |m| m.bucket);
@@ -415,6 +527,13 @@ async fn unfinished(node: &Node) -> Result<HashSet<EntityId>, ReadError> {
                 found.extend(activity.into_iter().map(|a| a.entity));
             }
         }
+        Ok(found)
+    };
+    let mut found = HashSet::new();
+    let mut shards =
+        futures_util::stream::iter(0..node.shards.count).map(of_shard).buffer_unordered(READ_AT_ONCE);
+    while let Some(of_shard) = shards.next().await {
+        found.extend(of_shard?);
     }
     if !found.is_empty() {
         tracing::info!(entities = found.len(), "waking what an earlier incarnation left");
@@ -489,15 +608,22 @@ async fn load_timers(node: &Node) -> Result<i64, ReadError> {
     let (tables, timers) = (&node.shards.tables, &node.shards.timers);
     let present = hour_of(node.shards.clock.now());
     timers.reads_up_to(present + 1);
-    for shard in 0..node.shards.count {
-        let Some(from) = tables.fired_until(shard).await? else { continue };
+    let of_shard = |shard: u32| async move {
+        let Some(from) = tables.fired_until(shard).await? else { return Ok(()) };
         timers.marked(shard, from);
         for hour in from..=present + 1 {
             for timer in tables.timers(shard, hour).await? {
                 timers.arm(timer);
             }
         }
+        Ok(())
+    };
+    let mut shards =
+        futures_util::stream::iter(0..node.shards.count).map(of_shard).buffer_unordered(READ_AT_ONCE);
+    while let Some(read) = shards.next().await {
+        read?;
     }
+    drop(shards);
     Ok(present)
 }
 

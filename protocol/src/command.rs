@@ -9,6 +9,7 @@ use utoipa::ToSchema;
 use crate::codes::CommandError;
 use crate::content::{Content, Media};
 use crate::entry::{Actor, CausedBy};
+use crate::event::Origin;
 use crate::ids::{AccountId, AgentId, CommandId, ConversationId, InboxId, TenantId};
 use crate::inbound::{StatusUpdate, ThreadEvent};
 use crate::outbound::Lane;
@@ -263,6 +264,8 @@ pub enum Request {
     Get,
     /// The confirmed tip. Writes nothing.
     Tip,
+    /// Where it is at home, for the node itself. Writes nothing.
+    Home,
 }
 
 impl Request {
@@ -291,6 +294,7 @@ impl Request {
             Self::TimerDue => "timer.due",
             Self::Get => "conversation.get",
             Self::Tip => "conversation.tip",
+            Self::Home => "conversation.home",
         }
     }
 }
@@ -310,6 +314,8 @@ pub enum Reply {
     Summary(Box<Summary>),
     /// To [`Request::Tip`].
     Tip(Tip),
+    /// To [`Request::Home`]: where it is at home, its inbox and its confirmed tip; none when it does not exist.
+    Home(Option<(Origin, InboxId, u64)>),
 }
 
 /// Where a log ends, by its owner's word.

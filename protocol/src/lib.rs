@@ -2,7 +2,7 @@
 //!
 //! **Lives here:** identities and how they are derived ([`ids`]), entries and contents of a conversation
 //! ([`entry`], [`content`]), commands with one request and one reply type each ([`command`]), error and disconnect
-//! codes in one table ([`codes`]), the Centrifuge client protocol in JSON and Protobuf ([`client`]), who is asking
+//! codes in one table ([`codes`]), entries as they are published ([`event`]), the Centrifuge client protocol in JSON and Protobuf ([`client`]), who is asking
 //! ([`principal`]).
 //!
 //! **Does not live here:** I/O, async code, actors, clocks, random numbers, provider formats (see `connectors/`).
@@ -16,6 +16,7 @@ pub mod codes;
 pub mod command;
 pub mod content;
 pub mod entry;
+pub mod event;
 pub mod ids;
 pub mod inbound;
 pub mod outbound;

@@ -15,6 +15,8 @@
 pub mod blobs;
 pub mod embedded;
 pub mod engine;
+pub mod events;
+pub mod kafka;
 pub mod log;
 pub mod model;
 pub mod scylla;

@@ -344,6 +344,31 @@ impl Tables {
         rows.iter().map(|r| parse::<(EntityName, String)>(r).map(|(e, why)| (e.into(), why))).collect()
     }
 
+    /// The write that parks a conversation's outbox: its event from `seq` on is never taken.
+    pub fn park_outbox_write(shard: u32, stamp: Stamp, id: ConversationId, seq: u64, why: &str) -> Batch {
+        let clustering = [&b"unpublished"[..], id.as_bytes()].concat().into();
+        let value = json(&(id, seq, why));
+        Batch::put(shard, Table::Marks, shard_partition(shard), clustering, stamp, value)
+    }
+
+    /// The write that says that it goes on.
+    pub fn unpark_outbox_write(shard: u32, stamp: Stamp, id: ConversationId) -> Batch {
+        let clustering = [&b"unpublished"[..], id.as_bytes()].concat().into();
+        Batch::delete(shard, Table::Marks, shard_partition(shard), clustering, stamp)
+    }
+
+    /// Conversations of a shard whose outbox is parked, and from which seq on.
+    pub async fn parked_outboxes(&self, shard: u32) -> Result<Vec<(ConversationId, u64)>, ReadError> {
+        let scan = Scan {
+            from: Bound::Included(Bytes::from_static(b"unpublished")),
+            to: Bound::Excluded(Bytes::from_static(b"unpublishee")),
+            ..Scan::all(Table::Marks, shard_partition(shard), usize::MAX)
+        };
+        let rows = self.engine.scan(scan).await?;
+        let read = |row: &Row| parse::<(ConversationId, u64, String)>(row).map(|(id, seq, _)| (id, seq));
+        rows.iter().map(read).collect()
+    }
+
     /// The write that arms a timer. One due before `fired_hour` goes into that hour.
     pub fn timer_write(shard: u32, stamp: Stamp, timer: &Timer, fired_hour: i64) -> Batch {
         let hour = hour_of(timer.due).max(fired_hour);

@@ -8,6 +8,7 @@ use bytes::Bytes;
 use patchbay_protocol::command::{Command, Reply, Request};
 use patchbay_protocol::content::Media;
 use patchbay_protocol::entry::{Body, Entry};
+use patchbay_protocol::event::Origin;
 use patchbay_protocol::ids::{AgentId, CommandId, ConversationId, EntityId, EntryId};
 use patchbay_protocol::outbound::{Lane, Outbound, Payload, Recipient, Signal};
 use patchbay_protocol::receipt::MessageStatus;
@@ -21,6 +22,7 @@ use super::{commands, ids, state::State};
 use crate::account::AccountCommand;
 use crate::directory::Directory;
 use crate::inbox::InboxCommand;
+use crate::outbox::Outbox;
 use crate::ports::{FetchError, MediaFetcher, MediaSource, Publisher};
 use crate::router::Router;
 use crate::shard::entity::{Decision, Derived, Found, LogEntity, Lookup, Now, Then};
@@ -96,16 +98,18 @@ pub struct Conversation {
     /// Files that are being fetched.
     fetching: Mutex<HashSet<EntryId>>,
     router: OnceLock<Weak<dyn Router>>,
+    outbox: Option<Arc<Outbox>>,
 }
 
 impl Conversation {
-    /// Conversations that are shown by `publisher` and whose files come by `media`.
+    /// Conversations that are shown by `publisher`, whose files come by `media` and whose events go to `outbox`.
     pub fn new(
         publisher: Arc<dyn Publisher>,
         directory: Arc<Directory>,
         media: Arc<dyn MediaFetcher>,
+        outbox: Option<Arc<Outbox>>,
     ) -> Self {
-        Self { publisher, directory, media, fetching: Mutex::default(), router: OnceLock::new() }
+        Self { publisher, directory, media, fetching: Mutex::default(), router: OnceLock::new(), outbox }
     }
 
     /// Says how to reach other entities; once.
@@ -323,6 +327,18 @@ impl LogEntity for Conversation {
             // The row that is derived later tells an inbox that was not there to hear it.
             let _ = router.inbox(&home.tenant, &inbox, InboxCommand::Changed(Box::new(summary)));
         }
+    }
+
+    fn publishes(&self) -> bool {
+        self.outbox.is_some()
+    }
+
+    fn events(&self, state: &State, key: LogKey, bucket: u64, rows: &[(u64, Bytes)]) {
+        let (Some(outbox), Some(home)) = (&self.outbox, &state.home) else { return };
+        let (inbox, _) = self.directory.presentation(home);
+        let (tenant, account) = (home.tenant.clone(), home.account.clone());
+        let origin = Arc::new(Origin { tenant, account, conversation: state.id });
+        outbox.offer(&origin, &inbox, key.shard, bucket, rows);
     }
 
     fn derived(&self, state: &State, key: LogKey, stamp: Stamp) -> Derived {

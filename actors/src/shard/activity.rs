@@ -31,6 +31,17 @@ struct Shard {
     settled: u64,
 }
 
+impl Shard {
+    fn settle(&mut self, bucket: u64, n: usize) {
+        if let Some(open) = self.open.get_mut(&bucket) {
+            *open = open.saturating_sub(n);
+            if *open == 0 {
+                self.open.remove(&bucket);
+            }
+        }
+    }
+}
+
 /// The activity of every shard of this reign.
 pub struct ActivityLog {
     epoch: u32,
@@ -87,6 +98,21 @@ impl ActivityLog {
         Ticket { shard: cell, bucket: Mark { epoch: self.epoch, bucket }, needs_row, entity }
     }
 
+    /// Another reason for a bucket not to be settled, until [`Self::settle`].
+    pub fn hold(&self, shard: u32, bucket: u64) {
+        *lock(&self.shards[shard as usize]).open.entry(bucket).or_default() += 1;
+    }
+
+    /// `n` reasons less.
+    pub fn settle(&self, shard: u32, bucket: u64, n: u32) {
+        lock(&self.shards[shard as usize]).settle(bucket, n as usize);
+    }
+
+    /// The bucket that appends are begun in now.
+    pub fn present(&self, shard: u32) -> u64 {
+        lock(&self.shards[shard as usize]).bucket
+    }
+
     /// Ends the present bucket when everything in the shard is settled: nobody will write any more.
     pub fn close(&self, shard: u32) -> Option<(u64, Mark)> {
         {
@@ -125,14 +151,7 @@ impl Ticket {
     /// Everything that follows from the append is durable and handed on. A ticket that is dropped without this (its
     /// actor died) keeps the mark where it is.
     pub fn settle(self) {
-        let mut s = lock(&self.shard);
-        let bucket = self.bucket.bucket;
-        if let Some(n) = s.open.get_mut(&bucket) {
-            *n -= 1;
-            if *n == 0 {
-                s.open.remove(&bucket);
-            }
-        }
+        lock(&self.shard).settle(self.bucket.bucket, 1);
     }
 }
 

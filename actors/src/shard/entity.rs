@@ -170,6 +170,14 @@ pub trait LogEntity: Sized + Send + Sync + 'static {
     /// Confirmed entries, to be shown.
     fn publish(&self, id: &EntityId, state: &Self::State, entries: &[(u64, Bytes)]);
 
+    /// Whether its entries are events.
+    fn publishes(&self) -> bool {
+        false
+    }
+
+    /// Confirmed entries of one append in a bucket of its shard, to be published as events.
+    fn events(&self, _: &Self::State, _: LogKey, _bucket: u64, _: &[(u64, Bytes)]) {}
+
     /// Rows derived from the state, rewritten after entries at leisure.
     fn derived(&self, state: &Self::State, key: LogKey, stamp: Stamp) -> Derived;
 

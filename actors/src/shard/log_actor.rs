@@ -368,6 +368,9 @@ impl<E: LogEntity> LogActor<E> {
             let first = live.confirmed + 1;
             append = Some(Append::new(at.key, stamp, first, live.confirmed, &payloads));
             let ticket = self.shards.activity.begin(at.key.shard, at.key.entity);
+            if self.entity.publishes() {
+                self.shards.activity.hold(at.key.shard, ticket.bucket.bucket);
+            }
             if ticket.needs_row {
                 let activity = Activity { entity: at.id.clone(), lowest: first };
                 rows.push(Tables::activity_write(at.key.shard, ticket.bucket, beside, &activity));
@@ -425,6 +428,9 @@ impl<E: LogEntity> LogActor<E> {
             };
             batch.answers.drain(..).for_each(|(queued, _)| answer(queued, Err(error.clone())));
             if let Some(ticket) = batch.ticket {
+                if self.entity.publishes() {
+                    self.shards.activity.settle(at.key.shard, ticket.bucket.bucket, 1);
+                }
                 ticket.settle();
             }
             at.chill();
@@ -440,9 +446,13 @@ impl<E: LogEntity> LogActor<E> {
             }
             self.shards.timers.arm(Timer { entity: at.id.clone(), due });
         }
+        let bucket = batch.ticket.as_ref().map(|t| t.bucket.bucket);
         at.tickets.extend(batch.ticket.take().map(|t| (batch.last, t)));
         if !batch.rows.is_empty() {
             self.entity.publish(&at.id, &live.state, &batch.rows);
+            if let Some(bucket) = bucket {
+                self.entity.events(&live.state, at.key, bucket, &batch.rows);
+            }
             if at.derive == Derive::Clean {
                 at.derive_later(me);
             } else if let Derive::Writing { again } = &mut at.derive {

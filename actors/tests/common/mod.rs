@@ -13,7 +13,7 @@ use patchbay_actors::clock::Clock;
 use patchbay_actors::desk::{Desk, Page, Who};
 use patchbay_actors::directory::{Account, Inbox, Settings};
 use patchbay_actors::intake::Intake;
-use patchbay_actors::node::{Node, NodeConfig};
+use patchbay_actors::node::{Events, Node, NodeConfig};
 use patchbay_actors::ports::{Provider, Publisher};
 use patchbay_actors::router::Router as _;
 use patchbay_connectors::Connector as _;
@@ -135,9 +135,15 @@ impl World {
     }
 
     pub async fn on(model: Model, clock: Clock) -> Self {
+        Self::with_events(model, clock, None).await
+    }
+
+    /// The same on a store that is there, with events.
+    pub async fn with_events(model: Model, clock: Clock, events: Option<Events>) -> Self {
         let (graph, shown) = (Arc::new(Graph::default()), Arc::new(Shown::default()));
         let config = NodeConfig {
             shards: 4,
+            events,
             ..NodeConfig::new(Arc::new(model.clone()), clock, shown.clone(), graph.clone())
         };
         let node = Node::start(config).await.unwrap();

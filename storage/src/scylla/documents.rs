@@ -123,7 +123,11 @@ impl Documents<'_> {
         Ok(self.read(&self.statements.get, key).await?.and_then(Stored::document))
     }
 
-    async fn read(&self, statement: &PreparedStatement, key: &DocumentKey) -> Result<Option<Stored>, ReadError> {
+    async fn read(
+        &self,
+        statement: &PreparedStatement,
+        key: &DocumentKey,
+    ) -> Result<Option<Stored>, ReadError> {
         let values = (key.scope.as_str(), key.kind, part(key), key.id.as_str());
         let answer = self.tries.read(statement, values).await?;
         let answer = answer.into_rows_result().map_err(|_| ReadError::Damaged)?;

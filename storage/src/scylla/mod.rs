@@ -324,7 +324,10 @@ fn check_datacenter(session: &Session, config: &ScyllaConfig) -> Result<(), Conn
     if found == [config.datacenter.as_str()] {
         return Ok(());
     }
-    Err(ConnectError::Datacenters { wanted: config.datacenter.clone(), found: format!("`{}`", found.join("`, `")) })
+    Err(ConnectError::Datacenters {
+        wanted: config.datacenter.clone(),
+        found: format!("`{}`", found.join("`, `")),
+    })
 }
 
 impl Scylla {
@@ -390,7 +393,8 @@ impl Engine for Scylla {
             for row in &batch.rows {
                 together.append_statement(self.statement(batch.table, row));
             }
-            let values: Vec<WriteValues<'_>> = batch.rows.iter().map(|r| values(&batch.partition, r)).collect();
+            let values: Vec<WriteValues<'_>> =
+                batch.rows.iter().map(|r| values(&batch.partition, r)).collect();
             self.tries.session.batch(&together, values).await
         };
         let answer = Tries::judge(&self.tries.writes, answer);
@@ -408,7 +412,8 @@ impl Engine for Scylla {
     }
 
     async fn scan(&self, scan: Scan) -> Result<Vec<Row>, ReadError> {
-        let statement = self.rows.scan(&self.tries.session, &scan).await.map_err(|_| ReadError::Unavailable)?;
+        let statement =
+            self.rows.scan(&self.tries.session, &scan).await.map_err(|_| ReadError::Unavailable)?;
         let mut found = Vec::new();
         let mut pages = self.tries.pages(&statement, ScanValues(&scan));
         while let Some(page) = pages.next().await? {
@@ -423,7 +428,8 @@ impl Engine for Scylla {
         let mut statement = self.rows.drop(table);
         statement.set_history_listener(attempts.clone());
         let values = (rows::timestamp(stamp), &partition[..]);
-        let answer = Tries::judge(&self.tries.writes, self.tries.session.execute_unpaged(&statement, values).await);
+        let answer =
+            Tries::judge(&self.tries.writes, self.tries.session.execute_unpaged(&statement, values).await);
         answer.map(drop).map_err(|e| outcome::of_write(&e, attempts.count()))
     }
 

@@ -105,7 +105,11 @@ mod tests {
     fn a_refusal_proves_something_only_of_a_lone_attempt() {
         assert_eq!(of_write(&answered(unavailable()), 1), WriteError::Refused);
         assert_eq!(of_write(&answered(unavailable()), 2), WriteError::Unknown, "its twin may be applied");
-        assert_eq!(of_write(&answered(DbError::Overloaded), 1), WriteError::Unknown, "some replica may have it");
+        assert_eq!(
+            of_write(&answered(DbError::Overloaded), 1),
+            WriteError::Unknown,
+            "some replica may have it"
+        );
         assert_eq!(of_write(&answered(DbError::ServerError), 1), WriteError::Unknown);
         let late = ExecutionError::RequestTimeout(std::time::Duration::from_secs(1));
         assert_eq!((of_write(&late, 0), of_write(&late, 1)), (WriteError::Unknown, WriteError::Unknown));

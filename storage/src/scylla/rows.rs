@@ -168,8 +168,10 @@ impl Statements {
                     "INSERT INTO {name} (partition, place, value) VALUES (?, ?, ?) USING TIMESTAMP ?"
                 ))
                 .await?,
-                delete: ready(format!("DELETE FROM {name} USING TIMESTAMP ? WHERE partition = ? AND place = ?"))
-                    .await?,
+                delete: ready(format!(
+                    "DELETE FROM {name} USING TIMESTAMP ? WHERE partition = ? AND place = ?"
+                ))
+                .await?,
                 drop: ready(format!("DELETE FROM {name} USING TIMESTAMP ? WHERE partition = ?")).await?,
                 get,
             });
@@ -193,7 +195,11 @@ impl Statements {
         &self.tables[table as usize].get
     }
 
-    pub(super) async fn scan(&self, session: &Session, scan: &Scan) -> Result<PreparedStatement, PrepareError> {
+    pub(super) async fn scan(
+        &self,
+        session: &Session,
+        scan: &Scan,
+    ) -> Result<PreparedStatement, PrepareError> {
         let shape = Shape::of(scan);
         let known = self.scans.lock().unwrap_or_else(PoisonError::into_inner).get(&shape).cloned();
         if let Some(known) = known {

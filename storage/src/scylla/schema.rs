@@ -108,7 +108,9 @@ pub(super) async fn migrate(session: &Session, config: &ScyllaConfig) -> Result<
         return Ok(());
     }
     if !config.migrate {
-        return Err(ConnectError::Schema(format!("keyspace {keyspace} lacks version {newest} of the schema")));
+        return Err(ConnectError::Schema(format!(
+            "keyspace {keyspace} lacks version {newest} of the schema"
+        )));
     }
     let replicas = config.replication;
     let datacenter = &config.datacenter;
@@ -170,9 +172,9 @@ async fn apply(session: &Session, keyspace: &str) -> Result<(), ConnectError> {
 
 /// The schema's version; none: nobody has made it.
 pub(super) async fn applied(session: &Session, keyspace: &str) -> Result<Option<i32>, ConnectError> {
-    let there = "SELECT table_name FROM system_schema.tables WHERE keyspace_name = ? AND table_name = 'migrations'";
-    let answer =
-        session.query_unpaged(there, (keyspace,)).await.map_err(|e| ConnectError::of(&e))?;
+    let there =
+        "SELECT table_name FROM system_schema.tables WHERE keyspace_name = ? AND table_name = 'migrations'";
+    let answer = session.query_unpaged(there, (keyspace,)).await.map_err(|e| ConnectError::of(&e))?;
     let damaged = |_| ConnectError::Schema("the store's own tables cannot be read".into());
     if answer.into_rows_result().map_err(|e| damaged(e.to_string()))?.rows_num() == 0 {
         return Ok(None);

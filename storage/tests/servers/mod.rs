@@ -93,7 +93,8 @@ impl Drop for Server {
 }
 
 fn shared(name: &'static str, variable: &str, own: &'static OnceLock<Server>) -> String {
-    std::env::var(variable).unwrap_or_else(|_| own.get_or_init(|| Server::start(name, 1, &[])).addresses.clone())
+    std::env::var(variable)
+        .unwrap_or_else(|_| own.get_or_init(|| Server::start(name, 1, &[])).addresses.clone())
 }
 
 /// A Cassandra node that many tests use, each with a keyspace of its own.

@@ -92,7 +92,8 @@ pub(crate) fn lookups(state: &State, found: &Known, command: &Command) -> Vec<Lo
         | Request::Typing
         | Request::TimerDue
         | Request::Get
-        | Request::Tip => vec![],
+        | Request::Tip
+        | Request::Home => vec![],
     }
 }
 
@@ -132,6 +133,7 @@ pub(crate) fn decide(state: &State, found: &Known, command: &Command, now: &Now)
         Request::TimerDue => snooze::due(state, command, now).map(|d| media::due(state, d)),
         Request::Get => query::get(state, command, now),
         Request::Tip => query::tip(state, command),
+        Request::Home => query::home(state),
     }
 }
 
@@ -149,6 +151,7 @@ fn outside(state: &State, command: &Command) -> Option<Outcome> {
     Some(match &command.request {
         Request::Tip => Ok(query::nothing()),
         Request::TimerDue => Ok(Decision::reply(Reply::Taken)),
+        Request::Home => query::home(state),
         Request::Receipt { .. } => Ok(Decision::reply(Reply::Unmatched)),
         _ => Err(ErrorCode::NotFound.into()),
     })
@@ -158,7 +161,7 @@ fn outside(state: &State, command: &Command) -> Option<Outcome> {
 fn is_home(home: &super::state::Home, command: &Command) -> bool {
     let Scope { tenant, account, .. } = &command.scope;
     match &command.request {
-        Request::TimerDue | Request::MediaFetched { .. } => true,
+        Request::TimerDue | Request::MediaFetched { .. } | Request::Home => true,
         Request::Tip => home.tenant == *tenant,
         _ => home.tenant == *tenant && home.account == *account,
     }

@@ -2,6 +2,7 @@
 
 use patchbay_protocol::ErrorCode;
 use patchbay_protocol::command::{Command, Reply, Tip};
+use patchbay_protocol::event::Origin;
 
 use super::Outcome;
 use crate::conversation::state::State;
@@ -18,6 +19,15 @@ pub(super) fn get(state: &State, command: &Command, now: &Now) -> Outcome {
 pub(super) fn tip(state: &State, _: &Command) -> Outcome {
     let account = state.home.as_ref().map(|h| h.account.clone());
     Ok(Decision::reply(Reply::Tip(Tip { seq: state.last_seq, account })))
+}
+
+/// Where it is at home, as the node itself asks.
+pub(super) fn home(state: &State) -> Outcome {
+    let home = state.home.as_ref().map(|h| {
+        let (tenant, account) = (h.tenant.clone(), h.account.clone());
+        (Origin { tenant, account, conversation: state.id }, h.inbox.clone(), state.last_seq)
+    });
+    Ok(Decision::reply(Reply::Home(home)))
 }
 
 /// `typing.set`: shown to the customer, where they have written.

@@ -1,13 +1,11 @@
-//! What follows from the log, batched behind the ack: references, rows of other tables, snapshots, the mark up to
-//! which everything is settled.
+//! What follows from the log, batched behind the ack: references, rows of other tables, snapshots.
 
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use futures_util::future::join_all;
 use patchbay_storage::Batch;
 use patchbay_storage::log::{Logs, Snapshot};
-use patchbay_storage::tables::{IdKey, Mark, Tables};
+use patchbay_storage::tables::{IdKey, Tables};
 use ractor::ActorRef;
 
 use super::live::Live;
@@ -81,19 +79,6 @@ impl<E: LogEntity> LogActor<E> {
             at.derive_later(me);
         }
         settle(at);
-        if self.shards.swept.load(Ordering::Relaxed)
-            && let Some((from, mark)) = self.shards.activity.newly_settled(at.key.shard)
-            && let Ok(stamp) = self.shards.stamps[at.key.shard as usize].next()
-        {
-            let (shards, shard) = (self.shards.clone(), at.key.shard);
-            tokio::spawn(async move {
-                shards.logs.write_until_answered(Tables::mark_write(shard, stamp, mark)).await;
-                for bucket in from..mark.bucket {
-                    // What a lost drop leaves is read and found settled by the next sweep.
-                    let _ = shards.tables.drop_activity(shard, Mark { bucket, ..mark }, stamp).await;
-                }
-            });
-        }
     }
 
     /// The snapshot of a confirmed state, when one is due.

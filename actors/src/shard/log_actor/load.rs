@@ -93,6 +93,20 @@ impl<E: LogEntity> LogActor<E> {
         }
         self.entity.prepare(&state).await;
         live.state = state;
+        if let (Some(ticket), true) = (&ticket, self.entity.publishes()) {
+            // What nobody had confirmed nobody has published.
+            let rows: Vec<_> = tail
+                .rows
+                .iter()
+                .filter(|r| r.seq > tail.confirmed)
+                .map(|r| (r.seq, r.payload.clone()))
+                .collect();
+            if !rows.is_empty() {
+                let bucket = ticket.bucket.bucket;
+                self.shards.activity.hold(at.key.shard, bucket);
+                self.entity.events(&live.state, at.key, bucket, &rows);
+            }
+        }
         at.tickets.extend(ticket.map(|t| (adopted, t)));
         self.resume(me, at, &live);
         Ok(live)
