@@ -11,6 +11,8 @@ use futures_util::StreamExt as _;
 use serde::Serialize;
 use utoipa::ToSchema;
 
+use patchbay_protocol::{CommandError, ErrorCode};
+
 use crate::Api;
 use crate::extract::Operator;
 use crate::problem::Failure;
@@ -76,6 +78,10 @@ pub(crate) async fn shards(State(api): State<Arc<Api>>, _: Operator) -> Result<J
 /// A backup of this moment: every row and every file, with a digest at its end.
 #[utoipa::path(get, path = "/api/v1/cluster/backup", responses((status = 200, content_type = "application/octet-stream")), security(("key" = [])))]
 pub(crate) async fn backup(State(api): State<Arc<Api>>, _: Operator) -> Response {
-    let parts = api.backups.backup().map(|part| part.map_err(|()| std::io::Error::other("it broke off")));
+    let Some(parts) = api.backups.backup() else {
+        let detail = serde_json::json!({"detail": "this node's store is backed up by its own means"});
+        return Failure::from(CommandError::with(ErrorCode::NotSupported, detail)).into_response();
+    };
+    let parts = parts.map(|part| part.map_err(|()| std::io::Error::other("it broke off")));
     ([(header::CONTENT_TYPE, "application/octet-stream")], Body::from_stream(parts)).into_response()
 }

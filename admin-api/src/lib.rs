@@ -101,8 +101,8 @@ pub struct StoredFile {
 
 /// Takes backups.
 pub trait Backups: Send + Sync + 'static {
-    /// A backup of this moment, as it is made.
-    fn backup(&self) -> FileBody;
+    /// A backup of this moment, as it is made; none: the store has its own way.
+    fn backup(&self) -> Option<FileBody>;
 }
 
 /// Keeps files.

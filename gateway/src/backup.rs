@@ -2,12 +2,12 @@
 
 use std::io::{self, Write};
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 use patchbay_admin_api::{Backups, FileBody};
-use patchbay_storage::embedded::Embedded;
 use tokio::sync::mpsc;
+
+use crate::engines::Store;
 
 /// Secrets that `dev` keeps beside the store.
 pub const SECRETS: [&str; 4] = ["operator_key", "hmac_secret", "demo_key", "demo_app_secret"];
@@ -20,7 +20,7 @@ const PART_BYTES: usize = 256 * 1024;
 /// The backups of a node.
 pub struct NodeBackups {
     /// Its store.
-    pub engine: Arc<Embedded>,
+    pub store: Store,
     /// Its data directory.
     pub dir: PathBuf,
 }
@@ -50,9 +50,10 @@ impl Write for Parts {
 }
 
 impl Backups for NodeBackups {
-    fn backup(&self) -> FileBody {
+    fn backup(&self) -> Option<FileBody> {
+        let engine = self.store.embedded()?.clone();
         let (to, mut parts) = mpsc::channel(PARTS_MAX);
-        let (engine, dir) = (self.engine.clone(), self.dir.clone());
+        let dir = self.dir.clone();
         tokio::task::spawn_blocking(move || {
             let failed = to.clone();
             let dumped = engine.dump(&dir, &SECRETS, MEDIA, Parts { part: BytesMut::new(), to });
@@ -67,6 +68,6 @@ impl Backups for NodeBackups {
                 }
             }
         });
-        Box::pin(futures_util::stream::poll_fn(move |cx| parts.poll_recv(cx)))
+        Some(Box::pin(futures_util::stream::poll_fn(move |cx| parts.poll_recv(cx))))
     }
 }

@@ -16,6 +16,8 @@ pub mod backup;
 pub mod cli;
 pub mod config;
 pub mod edge;
+pub mod engines;
+pub mod health;
 pub mod hub;
 pub mod limits;
 pub mod media;

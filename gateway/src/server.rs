@@ -3,26 +3,22 @@
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::AtomicUsize;
 use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
-use axum::extract::State;
-use axum::http::{Request, StatusCode};
-use axum::response::{IntoResponse, Response};
+use axum::http::Request;
 use axum::routing::get;
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use metrics_exporter_prometheus::PrometheusHandle;
 use patchbay_actors::account::OutboundConfig;
 use patchbay_actors::clock::Clock;
 use patchbay_actors::desk::Desk;
 use patchbay_actors::intake::Intake;
 use patchbay_actors::node::{Node, NodeConfig, StartError};
 use patchbay_storage::blobs::DiskBlobs;
-use patchbay_storage::embedded::Embedded;
 use serde::Serialize;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
@@ -36,6 +32,8 @@ use crate::config::Config;
 use crate::edge::unread;
 use crate::edge::webhook::{self, Webhooks};
 use crate::edge::websocket::{self, SocketLimits, Sockets};
+use crate::engines::{self, Store};
+use crate::health::Ops;
 use crate::hub::Hub;
 use crate::limits::{self, Limits, Peer};
 use crate::media::exchange::Exchange;
@@ -64,6 +62,9 @@ pub enum RunError {
     /// The data directory.
     #[error("{0}")]
     Storage(#[from] patchbay_storage::embedded::OpenError),
+    /// The store.
+    #[error("storage: {0}")]
+    Store(patchbay_storage::scylla::ConnectError),
     /// The actors.
     #[error("{0}")]
     Start(#[from] patchbay_actors::node::StartError),
@@ -145,7 +146,7 @@ impl Ready {
     }
 }
 
-fn io(what: &str) -> impl FnOnce(std::io::Error) -> RunError + '_ {
+pub(crate) fn io(what: &str) -> impl FnOnce(std::io::Error) -> RunError + '_ {
     move |error| RunError::Io { what: what.to_owned(), error }
 }
 
@@ -154,18 +155,13 @@ fn loopback(listen: &str) -> bool {
 }
 
 impl Server {
-    /// Opens the store, starts the entities and binds the doors.
-    pub async fn start(
-        config: &Config,
-        mode: Mode,
-        engine: Arc<Embedded>,
-        metrics: PrometheusHandle,
-    ) -> Result<Self, RunError> {
+    /// Starts the entities on a store and binds the public door.
+    pub async fn start(config: &Config, mode: Mode, store: Store, ops: Ops) -> Result<Self, RunError> {
         if mode == Mode::Dev && !(loopback(&config.public.listen) && loopback(&config.ops.listen)) {
             return Err(RunError::Config("dev listens on loopback only".into()));
         }
         let hub = Arc::new(Hub::default());
-        if let Some(min_free) = config.storage.min_free {
+        if let (Some(engine), Some(min_free)) = (store.embedded(), config.storage.min_free) {
             engine.set_min_free(min_free.0);
         }
         let guard = Guard {
@@ -182,13 +178,14 @@ impl Server {
             config.public.url.clone(),
             Clock::System,
             Box::new({
-                let engine = engine.clone();
-                move || engine.refuses().is_none()
+                let store = store.clone();
+                move || store.refuses().is_none()
             }),
         );
         let provider = Arc::new(Exchange { outgoing, media: media.clone() });
         let node = Node::start(NodeConfig {
             media: media.clone(),
+            events: Some(engines::events(config)?),
             shards: config.cluster.shards,
             outbound: OutboundConfig {
                 queue_max: config.outbound.queue_max,
@@ -196,22 +193,20 @@ impl Server {
             },
             idle_after: config.limits.idle_after,
             memory: memory::gauge(config.limits.memory.map(|m| m.0)),
-            ..NodeConfig::new(engine.clone(), Clock::System, hub.clone(), provider)
+            ..NodeConfig::new(store.engine(), Clock::System, hub.clone(), provider)
         })
         .await?;
         let directory = node.directory().clone();
         media.ready(directory.clone()).await.map_err(|_| StartError::Store)?;
         hub.set_names(Box::new(move |tenant, agent| directory.agent_name(tenant, agent)));
         let public_listener = TcpListener::bind(&config.public.listen).await.map_err(io("public.listen"))?;
-        let ops_listener = TcpListener::bind(&config.ops.listen).await.map_err(io("ops.listen"))?;
         let public = public_listener.local_addr().map_err(io("public.listen"))?;
-        let ops = ops_listener.local_addr().map_err(io("ops.listen"))?;
-        let (draining, watching) = watch::channel(false);
+        let Ops { address, health, draining, tasks } = ops;
+        let watching = draining.subscribe();
         let desk = Desk::new(node.clone());
         let auth =
             Arc::new(Auth::new(config.token_keys().map_err(RunError::Config)?, node.directory().clone()));
         let operator_key = config.operator_key().map_err(RunError::Config)?;
-        let tasks = TaskTracker::new();
         let doors = Doors {
             config,
             mode,
@@ -220,19 +215,19 @@ impl Server {
             hub: &hub,
             guard,
             media,
-            backups: Arc::new(NodeBackups { engine: engine.clone(), dir: config.storage.data_dir.clone() }),
+            backups: Arc::new(NodeBackups { store: store.clone(), dir: config.storage.data_dir.clone() }),
             draining: watching.clone(),
             operator_key,
             tasks: tasks.clone(),
         };
-        tasks.spawn(serve(public_listener, doors.public(), watching.clone(), tasks.clone()));
-        let ops_router = match mode {
-            Mode::Dev => ops_router(metrics, watching.clone(), engine.clone(), &hub)
-                .layer(axum::middleware::from_fn(limits::local_host_only)),
-            Mode::Run => ops_router(metrics, watching.clone(), engine.clone(), &hub),
-        };
-        tasks.spawn(serve(ops_listener, ops_router, watching, tasks.clone()));
-        Ok(Self { node, desk, auth, hub, public, ops, draining, tasks })
+        tasks.spawn(serve(public_listener, doors.public(), watching, tasks.clone()));
+        health.count_queued(hub.queued().clone());
+        health.needs("storage", move || store.refuses().map(str::to_owned));
+        if let Some(outbox) = node.outbox().cloned() {
+            health.likes("events", move || outbox.trouble());
+        }
+        health.started();
+        Ok(Self { node, desk, auth, hub, public, ops: address, draining, tasks })
     }
 
     /// Stops admitting, lets sockets and requests end, at most for `deadline`.
@@ -335,53 +330,8 @@ impl Doors<'_> {
     }
 }
 
-#[derive(Clone)]
-struct OpsState {
-    engine: Arc<Embedded>,
-    metrics: PrometheusHandle,
-    draining: watch::Receiver<bool>,
-    queued: Arc<AtomicUsize>,
-}
-
-fn ops_router(
-    metrics: PrometheusHandle,
-    draining: watch::Receiver<bool>,
-    engine: Arc<Embedded>,
-    hub: &Hub,
-) -> Router {
-    let (upkeep, queued) = (metrics.clone(), hub.queued().clone());
-    tokio::spawn(async move {
-        loop {
-            tokio::time::sleep(Duration::from_secs(5)).await;
-            upkeep.run_upkeep();
-        }
-    });
-    Router::new()
-        .route(
-            "/metrics",
-            get(|State(s): State<OpsState>| async move {
-                let queued = s.queued.load(Ordering::Relaxed);
-                metrics::gauge!("patchbay_edge_queued_bytes").set(queued as f64);
-                s.metrics.render()
-            }),
-        )
-        .route("/healthz", get(|| async { "ok" }))
-        .route("/readyz", get(ready))
-        .with_state(OpsState { engine, metrics, draining, queued })
-}
-
-async fn ready(State(state): State<OpsState>) -> Response {
-    if *state.draining.borrow() {
-        return (StatusCode::SERVICE_UNAVAILABLE, "draining").into_response();
-    }
-    match state.engine.refuses() {
-        Some(why) => (StatusCode::SERVICE_UNAVAILABLE, why).into_response(),
-        None => "ready".into_response(),
-    }
-}
-
 /// Accepts connections until the node drains.
-async fn serve(
+pub(crate) async fn serve(
     listener: TcpListener,
     router: Router,
     mut draining: watch::Receiver<bool>,

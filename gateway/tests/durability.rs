@@ -10,6 +10,7 @@ use common::{Ws, conversation, sign, text_item, webhook_body};
 use metrics_exporter_prometheus::PrometheusBuilder;
 use patchbay_actors::directory::{Account, Agent, Inbox, Settings, Tenant};
 use patchbay_gateway::config::{Config, Secret};
+use patchbay_gateway::health::Ops;
 use patchbay_gateway::server::{Mode, Server};
 use patchbay_loadtest::simulator::{Faults, Simulator};
 use patchbay_protocol::principal::Role;
@@ -56,8 +57,10 @@ async fn nothing_leaves_before_the_sync_returns() {
     config.ops.listen = "127.0.0.1:0".into();
     config.storage.data_dir = dir.path().join("data");
     config.auth.hmac_secret_key = Some(Secret::Text("secret".into()));
+    let metrics = PrometheusBuilder::new().build_recorder().handle();
+    let ops = Ops::start(&config, Mode::Dev, metrics).await.unwrap();
     let server =
-        Server::start(&config, Mode::Dev, engine, PrometheusBuilder::new().build_recorder().handle())
+        Server::start(&config, Mode::Dev, engine.into(), ops)
             .await
             .unwrap();
     let simulator =

@@ -11,13 +11,14 @@ use patchbay_actors::directory::{Account, Agent, Directory, Inbox, Settings, Ten
 use patchbay_loadtest::simulator::{Faults, Number, Simulator};
 use patchbay_protocol::principal::Role;
 use patchbay_protocol::{AccountId, AgentId, CommandError, ErrorCode, InboxId, TenantId};
-use patchbay_storage::embedded::Embedded;
 use serde_json::json;
 
 use super::run::{Stop, announce, ready, withdraw};
 use super::{ConfigArgs, Failure, demo, runtime, start_logs};
 use crate::auth::keys;
 use crate::config::{Config, Secret};
+use crate::engines::Store;
+use crate::health::Ops;
 use crate::server::{Mode, Server};
 
 /// The demo account's phone number id at the provider.
@@ -55,12 +56,12 @@ impl Dev {
         start_logs(&config.log);
         runtime()?.block_on(async move {
             let mut stop = Stop::new()?;
-            let engine = Arc::new(Embedded::open(&config.storage.data_dir)?);
+            let ops = Ops::start(&config, Mode::Dev, crate::metrics_table::install()?).await.map_err(Failure::of_start)?;
+            let store = Store::open(&config, &ops.health).await.map_err(Failure::of_start)?;
             let secrets = Secrets::of(&config.storage.data_dir)?;
             secrets.fill(&mut config);
-            let metrics = crate::metrics_table::install()?;
             let server =
-                Server::start(&config, Mode::Dev, engine, metrics).await.map_err(Failure::of_start)?;
+                Server::start(&config, Mode::Dev, store, ops).await.map_err(Failure::of_start)?;
             let loopback = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
             let simulator = Arc::new(Simulator::start(loopback, self.seed, Faults::default()).await?);
             let demo = seed(&server, &simulator, &secrets).await.map_err(|e| Failure::Other(e.message()))?;

@@ -157,7 +157,9 @@ fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
 
 /// Logs on stderr: a JSON line each, text on a terminal.
 fn start_logs(log: &crate::config::Log) {
-    let filter = EnvFilter::try_new(&log.level).unwrap_or_else(|_| EnvFilter::new("info"));
+    // Drivers say more of themselves than of what is wrong.
+    let quiet = format!("scylla=error,librdkafka=error,rdkafka=error,fred=error,{}", log.level);
+    let filter = EnvFilter::try_new(quiet).unwrap_or_else(|_| EnvFilter::new("info"));
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     let text = match log.format.as_str() {
         "json" => false,

@@ -1,15 +1,15 @@
 //! `patchbay run`: a node as configured.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Args;
-use patchbay_storage::embedded::Embedded;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::{ConfigArgs, Failure, runtime, start_logs};
 use crate::config::Config;
+use crate::engines::Store;
+use crate::health::Ops;
 use crate::server::{Mode, NODE_FILE, Ready, Server};
 
 /// A node as configured.
@@ -28,9 +28,17 @@ impl Run {
         start_logs(&config.log);
         runtime()?.block_on(async {
             let mut stop = Stop::new()?;
-            let engine = Arc::new(Embedded::open(&config.storage.data_dir)?);
             let metrics = crate::metrics_table::install()?;
-            let server = Server::start(&config, Mode::Run, engine, metrics).await.map_err(Failure::of_start)?;
+            let starts = async {
+                let ops = Ops::start(&config, Mode::Run, metrics).await?;
+                tracing::info!(ops = %ops.address, "starting");
+                let store = Store::open(&config, &ops.health).await?;
+                Server::start(&config, Mode::Run, store, ops).await
+            };
+            let server = tokio::select! {
+                started = starts => started.map_err(Failure::of_start)?,
+                () = stop.first() => return Ok(()),
+            };
             let ready = ready(&server, &config);
             tracing::info!(public = %server.public, ops = %server.ops, incarnation = ready.incarnation, "ready");
             announce(&ready, &config, self.ready_file.as_deref())?;

@@ -7,6 +7,8 @@ mod text;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use patchbay_storage::kafka::KafkaConfig;
+use patchbay_storage::scylla::{Level, ScyllaConfig};
 use serde::{Deserialize, Serialize};
 
 pub use load::{ConfigError, load};
@@ -33,9 +35,9 @@ pub struct Config {
     pub cluster: Cluster,
     /// What survives.
     pub storage: Storage,
-    /// Events (a later version).
+    /// Events.
     pub events: Events,
-    /// Redis (a later version).
+    /// Redis.
     pub redis: Redis,
     /// Keys.
     pub auth: AuthConfig,
@@ -131,14 +133,36 @@ section! {
     }
 }
 
+/// What survives, and where.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum StorageEngine {
+    /// In the data directory.
+    #[default]
+    Embedded,
+    /// On ScyllaDB or Apache Cassandra.
+    Scylla,
+}
+
+/// Where events go.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EventsEngine {
+    /// Into log files of the node's own.
+    #[default]
+    Embedded,
+    /// To Kafka.
+    Kafka,
+}
+
 section! {
     /// `[storage]`
     Storage {
-        /// `embedded` (or, in a later version, `scylla`).
-        engine: String = "embedded".into(),
-        /// Where the embedded engine keeps its files.
+        /// `embedded`, or `scylla` (ScyllaDB and Apache Cassandra).
+        engine: StorageEngine = StorageEngine::Embedded,
+        /// Where the embedded engine keeps its files, and every engine the media.
         data_dir: PathBuf = PathBuf::from("./patchbay-data"),
-        /// Settings of ScyllaDB; not used in this version.
+        /// Settings of ScyllaDB or Cassandra.
         scylla: Scylla = Scylla::default(),
         /// Free space on the disk under which writes are refused; none: a twentieth of it, 8 to 256 MiB.
         min_free: Option<Size> = None,
@@ -148,43 +172,138 @@ section! {
 section! {
     /// `[storage.scylla]`
     Scylla {
-        /// Addresses; not used in this version.
+        /// Addresses (`host:port`) of some nodes of the store; the others are learnt from them.
         nodes: Vec<String> = Vec::new(),
-        /// Data centre; not used in this version.
+        /// The store's one data centre, by its name there.
         datacenter: Option<String> = None,
-        /// Keyspace; not used in this version.
+        /// Keyspace: `[a-z][a-z0-9_]{0,47}`.
         keyspace: String = "patchbay".into(),
-        /// Replicas; not used in this version.
+        /// Copies of each row, for a keyspace that the node makes.
         replication: u32 = 3,
-        /// User; not used in this version.
+        /// `local_quorum`, or `quorum`; nothing less is offered, since one replica alone can lose what it has.
+        consistency: Level = Level::LocalQuorum,
+        /// Whether the node makes what is missing of the schema.
+        migrate: bool = true,
+        /// User; none: the store asks nobody.
         username: Option<String> = None,
-        /// Password; not used in this version.
+        /// Password.
         password: Option<Secret> = None,
-        /// Whether to use TLS; not used in this version.
+        /// Whether to use TLS.
         tls: bool = false,
+        /// File of the authorities (PEM) that the store's certificates are checked with.
+        ca: Option<PathBuf> = None,
+        /// File of this node's certificate (PEM), where the store asks for one.
+        cert: Option<PathBuf> = None,
+        /// File of its key (PEM).
+        key: Option<PathBuf> = None,
+        /// Writes under way for each node of the store; past it they wait.
+        writes_max: usize = 256,
+        /// Reads under way for each node of the store; past it they wait.
+        reads_max: usize = 128,
     }
 }
 
 section! {
     /// `[events]`
     Events {
-        /// `embedded` (or, in a later version, `kafka`).
-        engine: String = "embedded".into(),
-        /// Settings of Kafka; not used in this version.
+        /// `embedded`, or `kafka`.
+        engine: EventsEngine = EventsEngine::Embedded,
+        /// Settings of Kafka.
         kafka: Kafka = Kafka::default(),
+        /// What the embedded log files may hold together; past it the oldest go.
+        retention: Size = Size(1 << 30),
     }
 }
 
 section! {
     /// `[events.kafka]`
     Kafka {
-        /// Addresses; not used in this version.
+        /// Addresses (`host:port`) of some brokers; the others are learnt from them.
         brokers: Vec<String> = Vec::new(),
-        /// Topic; not used in this version.
+        /// Topic; made if it is not there.
         topic: String = "patchbay.events".into(),
-        /// How long to gather; not used in this version.
+        /// Partitions of the topic, for ever: the order of a conversation is kept by its key.
+        partitions: u32 = 12,
+        /// Copies of each partition, of a topic that the node makes; none: the brokers' default.
+        replication: Option<u32> = None,
+        /// How long to gather before sending.
         #[serde(with = "text::duration")]
         linger: Duration = Duration::from_millis(5),
+        /// More settings of the client by librdkafka's names, such as `security.protocol` and `sasl.username`.
+        settings: Option<toml::Table> = None,
+    }
+}
+
+impl Scylla {
+    /// How the store is reached.
+    pub fn connection(&self) -> Result<ScyllaConfig, String> {
+        let password = secret(self.password.as_ref()).map_err(|e| format!("storage.scylla.password: {e}"))?;
+        let credentials = match (&self.username, password) {
+            (Some(user), Some(password)) => Some((user.clone(), password)),
+            (None, None) => None,
+            _ => return Err("storage.scylla.username: user and password go together".into()),
+        };
+        let datacenter = self.datacenter.as_deref().unwrap_or_default();
+        Ok(ScyllaConfig {
+            replication: self.replication,
+            credentials,
+            consistency: self.consistency,
+            migrate: self.migrate,
+            writes_max: self.writes_max,
+            reads_max: self.reads_max,
+            ..ScyllaConfig::new(self.nodes.clone(), datacenter, &self.keyspace)
+        })
+    }
+
+    fn faults(&self, faults: &mut Vec<String>) {
+        if self.nodes.is_empty() {
+            faults.push("storage.scylla.nodes: at least one address is needed".into());
+        }
+        if self.datacenter.as_deref().unwrap_or_default().is_empty() {
+            faults.push("storage.scylla.datacenter: the store's data centre must be named".into());
+        }
+        let letters = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_';
+        let name = self.keyspace.as_bytes();
+        if !(name.first().is_some_and(u8::is_ascii_lowercase) && name.len() <= 48 && name.iter().all(|b| letters(*b))) {
+            faults.push("storage.scylla.keyspace: must match [a-z][a-z0-9_]{0,47}".into());
+        }
+        for (key, n) in [("writes_max", self.writes_max), ("reads_max", self.reads_max), ("replication", self.replication as usize)] {
+            if n == 0 {
+                faults.push(format!("storage.scylla.{key}: must be at least 1"));
+            }
+        }
+        faults.extend(self.connection().err());
+    }
+}
+
+impl Kafka {
+    /// How brokers are reached.
+    pub fn connection(&self) -> Result<KafkaConfig, String> {
+        let text = |value: &toml::Value| match value {
+            toml::Value::String(text) => text.clone(),
+            other => other.to_string(),
+        };
+        let settings = self.settings.iter().flatten().map(|(name, value)| (name.clone(), text(value)));
+        let number = |key: &str, n: u32| {
+            i32::try_from(n).ok().filter(|n| *n > 0).ok_or(format!("events.kafka.{key}: must be at least 1"))
+        };
+        Ok(KafkaConfig {
+            partitions: number("partitions", self.partitions)?,
+            replication: self.replication.map(|n| number("replication", n)).transpose()?,
+            linger: self.linger,
+            settings: settings.collect(),
+            ..KafkaConfig::new(&self.brokers.join(","), &self.topic)
+        })
+    }
+
+    fn faults(&self, faults: &mut Vec<String>) {
+        if self.brokers.is_empty() {
+            faults.push("events.kafka.brokers: at least one address is needed".into());
+        }
+        match self.connection() {
+            Ok(connection) => faults.extend(connection.fault().map(|e| format!("events.kafka.settings: {e}"))),
+            Err(fault) => faults.push(fault),
+        }
     }
 }
 
@@ -394,17 +513,11 @@ impl Config {
         if !self.cluster.shards.is_power_of_two() || self.cluster.shards > 1 << 16 {
             faults.push("cluster.shards: must be a power of two, at most 65536".into());
         }
-        if self.storage.engine != "embedded" {
-            faults.push(format!(
-                "storage.engine: `{}` is not available in this version; use `embedded`",
-                self.storage.engine
-            ));
+        if self.storage.engine == StorageEngine::Scylla {
+            self.storage.scylla.faults(&mut faults);
         }
-        if self.events.engine != "embedded" {
-            faults.push(format!(
-                "events.engine: `{}` is not available in this version; use `embedded`",
-                self.events.engine
-            ));
+        if self.events.engine == EventsEngine::Kafka {
+            self.events.kafka.faults(&mut faults);
         }
         if !matches!(self.log.format.as_str(), "json" | "text" | "auto") {
             faults.push("log.format: must be json, text or auto".into());

@@ -1,6 +1,9 @@
 //! What end-to-end tests share: the real binary, HTTP, signed webhooks, a small socket client, waiting for conditions.
 #![allow(dead_code, missing_docs, unreachable_pub, clippy::unwrap_used)]
 
+#[path = "../../../storage/tests/servers/mod.rs"]
+pub mod servers;
+
 use std::collections::{BTreeSet, VecDeque};
 use std::future::Future;
 use std::path::{Path, PathBuf};
@@ -83,6 +86,36 @@ pub fn install_crypto() {
     let _ = rustls::crypto::ring::default_provider().install_default();
 }
 
+/// Whether this suite runs on the real engines: it says so by its name.
+pub fn on_real_engines() -> bool {
+    let exe = std::env::current_exe().unwrap();
+    exe.file_stem().unwrap().to_str().unwrap().starts_with("real_")
+}
+
+/// A keyspace, a topic and keys that belong to the node of this directory, on the servers that all tests share.
+pub fn real_engines(dir: &Path) -> Vec<(String, String)> {
+    let file = dir.join("name");
+    let name = std::fs::read_to_string(&file).unwrap_or_else(|_| {
+        let name = servers::fresh("e2e");
+        std::fs::write(&file, &name).unwrap();
+        name
+    });
+    let list = |addresses: String| format!("[\"{}\"]", addresses.replace(',', "\",\""));
+    let named = [
+        ("STORAGE__ENGINE", "scylla".to_owned()),
+        ("STORAGE__SCYLLA__NODES", list(servers::cassandra().join(","))),
+        ("STORAGE__SCYLLA__DATACENTER", "datacenter1".to_owned()),
+        ("STORAGE__SCYLLA__KEYSPACE", name.clone()),
+        ("STORAGE__SCYLLA__REPLICATION", "1".to_owned()),
+        ("CLUSTER__SHARDS", "64".to_owned()),
+        ("EVENTS__ENGINE", "kafka".to_owned()),
+        ("EVENTS__KAFKA__BROKERS", list(servers::kafka())),
+        ("EVENTS__KAFKA__TOPIC", name),
+        ("EVENTS__KAFKA__PARTITIONS", "4".to_owned()),
+    ];
+    named.into_iter().map(|(key, value)| (format!("PATCHBAY__{key}"), value)).collect()
+}
+
 /// The real binary with a data directory of its own.
 pub struct Node {
     pub dir: PathBuf,
@@ -122,6 +155,9 @@ impl Node {
             .stdout(Stdio::null())
             .stderr(log)
             .kill_on_drop(true);
+        if on_real_engines() {
+            command.envs(real_engines(dir));
+        }
         for (name, value) in env {
             command.env(name, value);
         }

@@ -36,7 +36,7 @@ pub enum OpenError {
 }
 
 /// Held while the directory is open; the operating system lets go of it when the process ends.
-pub(super) struct Lock(#[allow(dead_code)] File);
+pub struct Lock(#[allow(dead_code)] File);
 
 /// Whether a store was ever made there.
 pub fn is_store(path: &Path) -> bool {
@@ -45,12 +45,19 @@ pub fn is_store(path: &Path) -> bool {
 
 /// Makes the directory if it is missing, locks it and checks its format.
 pub(super) fn prepare(path: &Path) -> Result<Lock, OpenError> {
+    let known = path.join(FORMAT_FILE).exists() || path.join(LOCK_FILE).exists();
+    if !known && path.exists() && fs::read_dir(path)?.next().is_some() {
+        return Err(OpenError::Foreign);
+    }
+    let lock = lock(path)?;
+    check_format(path)?;
+    Ok(lock)
+}
+
+/// Makes the directory if it is missing and locks it, whatever lies in it.
+pub fn lock(path: &Path) -> Result<Lock, OpenError> {
     if !path.exists() {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(path)?;
-    }
-    let known = path.join(FORMAT_FILE).exists() || path.join(LOCK_FILE).exists();
-    if !known && fs::read_dir(path)?.next().is_some() {
-        return Err(OpenError::Foreign);
     }
     let lock = OpenOptions::new().create(true).truncate(false).write(true).open(path.join(LOCK_FILE))?;
     match lock.try_lock() {
@@ -58,7 +65,6 @@ pub(super) fn prepare(path: &Path) -> Result<Lock, OpenError> {
         Err(TryLockError::WouldBlock) => return Err(OpenError::InUse),
         Err(TryLockError::Error(e)) => return Err(e.into()),
     }
-    check_format(path)?;
     fs::set_permissions(path, fs::Permissions::from_mode(0o700))?;
     Ok(Lock(lock))
 }

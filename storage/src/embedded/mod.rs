@@ -23,7 +23,7 @@ use bytes::Bytes;
 use fjall::{Database, Keyspace, KeyspaceCreateOptions, PersistMode};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
-pub use directory::{OpenError, is_store};
+pub use directory::{Lock, OpenError, is_store, lock as lock_directory};
 
 use crate::engine::{
     Batch, CasOutcome, Document, DocumentKey, Engine, ReadError, Row, Scan, Table, WriteError,

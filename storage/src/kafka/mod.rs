@@ -58,6 +58,11 @@ impl KafkaConfig {
         }
     }
 
+    /// What is wrong with the settings, if anything.
+    pub fn fault(&self) -> Option<String> {
+        self.producer().create_native_config().err().map(|e| e.to_string())
+    }
+
     fn client(&self) -> ClientConfig {
         let mut client = ClientConfig::new();
         client

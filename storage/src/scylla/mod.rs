@@ -55,8 +55,8 @@ pub const REQUEST_TIMEOUT: Duration = Duration::from_millis(2500);
 /// A try of a conditional write; the next one goes to another node.
 pub const CONDITIONAL_TIMEOUT: Duration = Duration::from_millis(2500);
 /// A node that answers nothing for this long is asked no more until it does.
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(1);
-const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(2);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_millis(1500);
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_millis(1500);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// What a quorum is taken of. Nothing less is offered: what one replica has it can lose.

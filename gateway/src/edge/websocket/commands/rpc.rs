@@ -109,7 +109,7 @@ fn answered(reply: &Answered) -> Vec<u8> {
         Answered::Sent(r) => written(r),
         Answered::State(r) => written(r),
         Answered::Summary(s) => written(s),
-        Answered::Taken | Answered::Unmatched | Answered::Tip(_) => b"{}".to_vec(),
+        Answered::Taken | Answered::Unmatched | Answered::Tip(_) | Answered::Home(_) => b"{}".to_vec(),
     }
 }
 

@@ -1,0 +1,106 @@
+//! The engines that a configuration names, opened: what survives, and where events go. One that is not there yet is
+//! waited for.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use patchbay_actors::node::Events;
+use patchbay_storage::Engine;
+use patchbay_storage::embedded::{Embedded, lock_directory};
+use patchbay_storage::events::embedded::EmbeddedSink;
+use patchbay_storage::events::{Deliveries, Sink};
+use patchbay_storage::kafka::KafkaSink;
+use patchbay_storage::scylla::Scylla;
+use tokio::sync::mpsc;
+
+use crate::config::{Config, EventsEngine, StorageEngine};
+use crate::health::Health;
+use crate::server::RunError;
+
+/// Between two tries of a store that does not answer.
+const CONNECT_PAUSE: Duration = Duration::from_millis(500);
+const CONNECT_PAUSE_MAX: Duration = Duration::from_secs(5);
+/// Where events of a node's own are.
+pub const EVENTS: &str = "events";
+
+/// What survives.
+#[derive(Clone)]
+pub enum Store {
+    /// In the data directory.
+    Embedded(Arc<Embedded>),
+    /// On ScyllaDB or Cassandra. The data directory holds files alone, and nobody else has it open.
+    Scylla(Arc<Scylla>, Arc<patchbay_storage::embedded::Lock>),
+}
+
+impl From<Arc<Embedded>> for Store {
+    fn from(engine: Arc<Embedded>) -> Self {
+        Self::Embedded(engine)
+    }
+}
+
+impl Store {
+    /// Opens what the configuration names; waits for one that does not answer.
+    pub async fn open(config: &Config, health: &Health) -> Result<Self, RunError> {
+        match config.storage.engine {
+            StorageEngine::Embedded => Ok(Self::Embedded(Arc::new(Embedded::open(&config.storage.data_dir)?))),
+            StorageEngine::Scylla => {
+                let lock = Arc::new(lock_directory(&config.storage.data_dir)?);
+                let wanted = config.storage.scylla.connection().map_err(RunError::Config)?;
+                let mut pause = CONNECT_PAUSE;
+                loop {
+                    match Scylla::connect(&wanted).await {
+                        Ok(engine) => return Ok(Self::Scylla(Arc::new(engine), lock)),
+                        Err(e) if e.is_passing() => health.waits("storage", &e.to_string()),
+                        Err(e) => return Err(RunError::Store(e)),
+                    }
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(CONNECT_PAUSE_MAX);
+                }
+            }
+        }
+    }
+
+    /// The engine.
+    pub fn engine(&self) -> Arc<dyn Engine> {
+        match self {
+            Self::Embedded(engine) => engine.clone(),
+            Self::Scylla(engine, _) => engine.clone(),
+        }
+    }
+
+    /// Why nothing can be written, if so.
+    pub fn refuses(&self) -> Option<&'static str> {
+        match self {
+            Self::Embedded(engine) => engine.refuses(),
+            Self::Scylla(engine, _) => engine.refuses(),
+        }
+    }
+
+    /// The data directory's own store, if that is where things are.
+    pub fn embedded(&self) -> Option<&Arc<Embedded>> {
+        match self {
+            Self::Embedded(engine) => Some(engine),
+            Self::Scylla(..) => None,
+        }
+    }
+}
+
+/// Where events go; the outbox opens it.
+pub fn events(config: &Config) -> Result<Events, RunError> {
+    let (deliveries, delivered) = mpsc::unbounded_channel();
+    Ok(Events::new(sink(config, deliveries)?, delivered))
+}
+
+/// The sink that the configuration names.
+pub(crate) fn sink(config: &Config, deliveries: Deliveries) -> Result<Arc<dyn Sink>, RunError> {
+    Ok(match config.events.engine {
+        EventsEngine::Embedded => {
+            let dir = config.storage.data_dir.join(EVENTS);
+            let sink = EmbeddedSink::new(&dir, config.events.retention.0, deliveries);
+            Arc::new(sink.map_err(|error| RunError::Io { what: EVENTS.into(), error })?)
+        }
+        EventsEngine::Kafka => {
+            Arc::new(KafkaSink::new(config.events.kafka.connection().map_err(RunError::Config)?, deliveries))
+        }
+    })
+}
