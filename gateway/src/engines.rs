@@ -7,9 +7,9 @@ use std::time::Duration;
 use patchbay_actors::node::Events;
 use patchbay_storage::Engine;
 use patchbay_storage::embedded::{Embedded, lock_directory};
-use patchbay_storage::events::embedded::EmbeddedSink;
-use patchbay_storage::events::{Deliveries, Sink};
-use patchbay_storage::kafka::KafkaSink;
+use patchbay_storage::events::embedded::{EmbeddedSink, EmbeddedSource};
+use patchbay_storage::events::{Deliveries, Sink, Source, SourceError};
+use patchbay_storage::kafka::{KafkaSink, KafkaSource};
 use patchbay_storage::scylla::Scylla;
 use tokio::sync::mpsc;
 
@@ -89,6 +89,33 @@ impl Store {
 pub fn events(config: &Config) -> Result<Events, RunError> {
     let (deliveries, delivered) = mpsc::unbounded_channel();
     Ok(Events::new(sink(config, deliveries)?, delivered))
+}
+
+/// A member of a group of readers of the events that the configuration names. One without a place begins at the first
+/// event, or (`latest`) behind the last.
+pub(crate) fn source(config: &Config, group: &str, latest: bool) -> Result<Box<dyn Source>, RunError> {
+    let broken = |e: SourceError| RunError::Events(e.to_string());
+    Ok(match config.events.engine {
+        EventsEngine::Embedded => {
+            let mut source =
+                EmbeddedSource::join(&config.storage.data_dir.join(EVENTS), group).map_err(broken)?;
+            if latest {
+                source.skip_all().map_err(broken)?;
+            }
+            Box::new(source)
+        }
+        EventsEngine::Kafka => {
+            let kafka = config.events.kafka.connection().map_err(RunError::Config)?;
+            Box::new(KafkaSource::join(&kafka, group, latest).map_err(broken)?)
+        }
+    })
+}
+
+/// Lets go of what a group that will not come back has left. Brokers do so by themselves.
+pub(crate) fn forget_group(config: &Config, group: &str) {
+    if config.events.engine == EventsEngine::Embedded {
+        patchbay_storage::events::embedded::forget_group(&config.storage.data_dir.join(EVENTS), group);
+    }
 }
 
 /// The sink that the configuration names.

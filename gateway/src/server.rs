@@ -68,6 +68,9 @@ pub enum RunError {
     /// The actors.
     #[error("{0}")]
     Start(#[from] patchbay_actors::node::StartError),
+    /// Events.
+    #[error("events: {0}")]
+    Events(String),
     /// A listener or file.
     #[error("{what}: {error}")]
     Io {

@@ -5,12 +5,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::process::Command;
 
 /// What each crate may use of ours.
-const ALLOWED: [(&str, &[&str]); 7] = [
+const ALLOWED: [(&str, &[&str]); 8] = [
     ("patchbay-protocol", &[]),
     ("patchbay-connectors", &["patchbay-protocol"]),
     ("patchbay-storage", &["patchbay-protocol"]),
     ("patchbay-loadtest", &["patchbay-protocol"]),
     ("patchbay-actors", &["patchbay-protocol", "patchbay-connectors", "patchbay-storage"]),
+    ("patchbay-consumers", &["patchbay-protocol", "patchbay-storage"]),
     (
         "patchbay-admin-api",
         &["patchbay-protocol", "patchbay-connectors", "patchbay-storage", "patchbay-actors"],
@@ -23,6 +24,7 @@ const ALLOWED: [(&str, &[&str]); 7] = [
             "patchbay-storage",
             "patchbay-actors",
             "patchbay-admin-api",
+            "patchbay-consumers",
             "patchbay-loadtest",
         ],
     ),
@@ -30,7 +32,13 @@ const ALLOWED: [(&str, &[&str]); 7] = [
 
 /// What must not be in the tree at all, and what only one crate may use.
 const BANNED: [&str; 3] = ["aws-lc-sys", "openssl-sys", "native-tls"];
-const ONLY_IN: [(&str, &str); 2] = [("ractor", "patchbay-actors"), ("fjall", "patchbay-storage")];
+const ONLY_IN: [(&str, &str); 5] = [
+    ("ractor", "patchbay-actors"),
+    ("fjall", "patchbay-storage"),
+    ("scylla", "patchbay-storage"),
+    ("rdkafka", "patchbay-storage"),
+    ("fred", "patchbay-storage"),
+];
 
 #[test]
 fn dependencies_point_down_only() {

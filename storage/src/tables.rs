@@ -434,6 +434,21 @@ impl Tables {
         Ok(found)
     }
 
+    /// Summaries of one part of an account's conversations, by id, after `after`.
+    pub async fn summaries_page(
+        &self,
+        tenant: &TenantId,
+        account: &AccountId,
+        part: u8,
+        after: Option<ConversationId>,
+        limit: usize,
+    ) -> Result<Vec<Summary>, ReadError> {
+        let partition = inbox_partition(tenant, account, Set::All, part);
+        let from = after.map_or(Bound::Unbounded, |id| Bound::Excluded(entity_partition(id.as_bytes())));
+        let rows = self.engine.scan(Scan { from, ..Scan::all(Table::Inbox, partition, limit) }).await?;
+        rows.iter().map(parse).collect()
+    }
+
     /// The stored summary of one conversation.
     pub async fn summary(
         &self,

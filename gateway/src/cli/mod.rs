@@ -3,9 +3,11 @@
 mod backup;
 mod chat;
 mod config;
+mod consume;
 mod demo;
 mod dev;
 mod doctor;
+mod events;
 mod run;
 mod simulate;
 mod token;
@@ -66,6 +68,14 @@ enum Command {
     ///
     /// Example: patchbay restore --from patchbay.backup --data-dir ./restored
     Restore(backup::Restore),
+    /// Shows events as they come, or publishes what the store holds again.
+    ///
+    /// Example: patchbay events tail --from-start
+    Events(events::EventsCommand),
+    /// Runs a consumer of events.
+    ///
+    /// Example: patchbay consume print --group audit
+    Consume(consume::ConsumeCommand),
     /// A terminal client for an agent.
     ///
     /// Example: patchbay chat --token "$TOKEN" --conversation 117hm6cewq8ptd8sg97y11y4xd
@@ -135,6 +145,8 @@ pub fn main() -> ExitCode {
         Command::Doctor(c) => c.run(),
         Command::Backup(c) => c.run(),
         Command::Restore(c) => c.run(),
+        Command::Events(c) => c.run(),
+        Command::Consume(c) => c.run(),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

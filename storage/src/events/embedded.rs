@@ -338,6 +338,13 @@ impl Sink for EmbeddedSink {
     }
 }
 
+/// Removes what a group that will not come back has left.
+pub fn forget_group(dir: &Path, group: &str) {
+    let file = dir.join("groups").join(group);
+    let _ = fs::remove_file(file.with_extension("lock"));
+    let _ = fs::remove_file(file);
+}
+
 /// A member of a group of readers. There is one partition, so one member reads; the others wait to take over.
 pub struct EmbeddedSource {
     dir: PathBuf,
@@ -399,6 +406,15 @@ impl EmbeddedSource {
         (self.next, self.written.0) = (self.done, self.done);
         self.lock = Some(lock);
         Ok(true)
+    }
+
+    /// Goes on behind the last event that there is now.
+    pub fn skip_all(&mut self) -> Result<(), SourceError> {
+        let end = synced(&self.dir).map_err(|e| broken(&e))?;
+        if self.take_over().map_err(|e| broken(&e))? {
+            self.go_to(end);
+        }
+        Ok(())
     }
 
     fn go_to(&mut self, offset: u64) {

@@ -30,12 +30,12 @@ fn failed(error: &rdkafka::error::KafkaError) -> SourceError {
 }
 
 impl KafkaSource {
-    /// Joins a group. One that has no place yet begins at the first event.
-    pub fn join(config: &KafkaConfig, group: &str) -> Result<Self, SourceError> {
+    /// Joins a group. One that has no place yet begins at the first event, or (`latest`) behind the last.
+    pub fn join(config: &KafkaConfig, group: &str, latest: bool) -> Result<Self, SourceError> {
         let mut client = config.client();
         client
             .set("group.id", group)
-            .set("auto.offset.reset", "earliest")
+            .set("auto.offset.reset", if latest { "latest" } else { "earliest" })
             // A place is told once its effect was had, and not before.
             .set("enable.auto.offset.store", "false")
             .set("enable.auto.commit", "true")
