@@ -471,10 +471,11 @@ async fn begin_outbox(node: Weak<Node>, router: Weak<dyn Router>, delivered: Del
         let Some(outbox) = strong.outbox.clone() else { return };
         let tables = &strong.shards.tables;
         if let (Ok(true), Ok(swept)) = (events_begun(tables).await, swept_up_to(tables).await) {
+            outbox.wait_for_replay(false);
             outbox.begin(router, swept, delivered);
             return;
         }
-        outbox.say("entries of before are not published: run `patchbay events replay` once");
+        outbox.wait_for_replay(true);
         drop((strong, outbox));
         tokio::time::sleep(BEGIN_PAUSE).await;
     }

@@ -42,6 +42,7 @@ pub struct Health {
     /// What a node that is starting waits for.
     waiting: Mutex<Option<String>>,
     parts: Mutex<Vec<Part>>,
+    notes: Mutex<Vec<Trouble>>,
     queued: OnceLock<Arc<AtomicUsize>>,
 }
 
@@ -83,6 +84,11 @@ impl Health {
         lock(&self.parts).push(Part { name, vital: false, trouble: Box::new(trouble), seen: false });
     }
 
+    /// Something to be said of a node that is ready all the same.
+    pub(crate) fn notes(&self, note: impl Fn() -> Option<String> + Send + Sync + 'static) {
+        lock(&self.notes).push(Box::new(note));
+    }
+
     /// Where the bytes that wait for sockets are counted.
     pub(crate) fn count_queued(&self, queued: Arc<AtomicUsize>) {
         let _ = self.queued.set(queued);
@@ -105,6 +111,7 @@ impl Health {
                 Some(why) => without.push(format!("{} is away: {why}", part.name)),
             }
         }
+        without.extend(lock(&self.notes).iter().filter_map(|note| note()));
         let mut text = "ready".to_owned();
         for away in without {
             text += "; ";

@@ -28,7 +28,7 @@ use tower::ServiceExt as _;
 use crate::auth::Auth;
 use crate::auth::keys::ApiAuth;
 use crate::backup::{MEDIA, NodeBackups};
-use crate::config::Config;
+use crate::config::{Config, EventsEngine};
 use crate::edge::unread;
 use crate::edge::webhook::{self, Webhooks};
 use crate::edge::websocket::{self, SocketLimits, Sockets};
@@ -49,6 +49,10 @@ const STALLED_MS: u32 = 60_000;
 
 /// What a running node says of itself, in its data directory.
 pub const NODE_FILE: &str = "node.json";
+
+/// Looks at the node's own event files before it says that it is ready.
+const OWN_FILES_LOOKS: u32 = 1_000;
+const OWN_FILES_LOOK: Duration = Duration::from_millis(2);
 
 /// HTTP connections of one listener at once, sockets not counted.
 pub const REQUESTS_MAX: usize = 8192;
@@ -227,6 +231,20 @@ impl Server {
         health.count_queued(hub.queued().clone());
         health.needs("storage", move || store.refuses().map(str::to_owned));
         if let Some(outbox) = node.outbox().cloned() {
+            let noted = outbox.clone();
+            health.notes(move || {
+                let unreplayed = "events wait for `patchbay events replay --from start`";
+                noted.waits_for_replay().then(|| unreplayed.to_owned())
+            });
+            if config.events.engine == EventsEngine::Embedded {
+                // Its files are here: nobody is told to wait for them.
+                for _ in 0..OWN_FILES_LOOKS {
+                    if outbox.trouble().is_none() {
+                        break;
+                    }
+                    tokio::time::sleep(OWN_FILES_LOOK).await;
+                }
+            }
             health.likes("events", move || outbox.trouble());
         }
         health.started();

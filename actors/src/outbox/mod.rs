@@ -13,6 +13,7 @@
 mod lanes;
 
 use std::collections::{HashMap, HashSet};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
@@ -49,6 +50,8 @@ const REOPEN_PAUSE_MAX: Duration = Duration::from_secs(5);
 const COMPANY: Duration = Duration::from_millis(50);
 /// A conversation that is parked is tried again after this, in case somebody has seen to it.
 const PARKED_AGAIN: Duration = Duration::from_secs(300);
+/// Events that nobody has taken for this long are trouble.
+const STUCK: Duration = Duration::from_secs(3);
 /// A node that stops waits for deliveries this long after the last one.
 const FLUSH_PATIENCE: Duration = Duration::from_secs(2);
 
@@ -62,7 +65,10 @@ pub struct Outbox {
     /// Everything of earlier incarnations above this epoch is looked at.
     swept: OnceLock<u32>,
     trouble: Mutex<Option<String>>,
-    delivered: Mutex<Instant>,
+    /// Entries of before there were events wait for their replay.
+    unreplayed: AtomicBool,
+    /// When something was last delivered, or sent while nothing was under way.
+    moved: Mutex<Instant>,
 }
 
 impl std::fmt::Debug for Outbox {
@@ -98,8 +104,9 @@ impl Outbox {
             sink,
             router: OnceLock::new(),
             swept: OnceLock::new(),
-            trouble: Mutex::default(),
-            delivered: Mutex::new(Instant::now()),
+            trouble: Mutex::new(Some("it has not answered yet".into())),
+            unreplayed: AtomicBool::new(false),
+            moved: Mutex::new(Instant::now()),
         })
     }
 
@@ -126,7 +133,23 @@ impl Outbox {
 
     /// Why nothing is published, if so.
     pub fn trouble(&self) -> Option<String> {
-        lock(&self.trouble).clone()
+        if self.waits_for_replay() {
+            return None;
+        }
+        let waits = lock(&self.trouble).clone();
+        let stuck = lock(&self.lanes).in_flight() > 0 && lock(&self.moved).elapsed() > STUCK;
+        waits.or_else(|| stuck.then(|| "what was sent is not taken".to_owned()))
+    }
+
+    /// Whether entries of before there were events wait for `patchbay events replay`.
+    pub fn waits_for_replay(&self) -> bool {
+        self.unreplayed.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn wait_for_replay(&self, waits: bool) {
+        if self.unreplayed.swap(waits, Ordering::Relaxed) != waits && waits {
+            tracing::warn!("entries of before are not published: run `patchbay events replay --from start` once");
+        }
     }
 
     /// Conversations with something unpublished that are told apart.
@@ -146,8 +169,8 @@ impl Outbox {
 
     /// Waits until everything is published, as long as something is being delivered.
     pub async fn flush(&self) {
-        *lock(&self.delivered) = Instant::now();
-        while !lock(&self.lanes).is_empty() && lock(&self.delivered).elapsed() < FLUSH_PATIENCE {
+        *lock(&self.moved) = Instant::now();
+        while !lock(&self.lanes).is_empty() && lock(&self.moved).elapsed() < FLUSH_PATIENCE {
             tokio::time::sleep(LOOK / 10).await;
             self.settle();
         }
@@ -214,6 +237,9 @@ impl Outbox {
 
     /// Hands events to the sink, in order. What it does not take goes back.
     fn send(&self, events: Vec<Event>) -> Option<Fault> {
+        if lock(&self.lanes).in_flight() == events.len() {
+            *lock(&self.moved) = Instant::now();
+        }
         let mut events = events.into_iter();
         while let Some(event) = events.next() {
             match self.sink.send(&event) {
@@ -466,7 +492,7 @@ impl Publisher {
                 }
             }
             if published > 0 {
-                *lock(&outbox.delivered) = Instant::now();
+                *lock(&outbox.moved) = Instant::now();
             }
         }
         metrics::counter!("patchbay_outbox_published_total").increment(published);
@@ -527,8 +553,7 @@ impl Publisher {
 }
 
 impl Outbox {
-    /// Says why nothing is published.
-    pub(crate) fn say(&self, why: &str) {
+    fn say(&self, why: &str) {
         let mut trouble = lock(&self.trouble);
         if trouble.as_deref() != Some(why) {
             tracing::warn!(why, "events wait");

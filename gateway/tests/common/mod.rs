@@ -1,6 +1,7 @@
 //! What end-to-end tests share: the real binary, HTTP, signed webhooks, a small socket client, waiting for conditions.
 #![allow(dead_code, missing_docs, unreachable_pub, clippy::unwrap_used)]
 
+pub mod faults;
 #[path = "../../../storage/tests/servers/mod.rs"]
 pub mod servers;
 
