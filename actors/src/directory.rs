@@ -4,7 +4,7 @@
 use std::any::Any;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use patchbay_connectors::Connector;
@@ -221,7 +221,12 @@ pub struct Directory {
     keys_used: Mutex<HashMap<(TenantId, String), Timestamp>>,
     /// Rises with every write: what was read before one is not kept after it.
     writes: AtomicU64,
+    /// Who tells other nodes of a change.
+    announce: OnceLock<Announce>,
 }
+
+/// Tells other nodes that documents of a tenant have changed.
+pub type Announce = Box<dyn Fn(&TenantId) + Send + Sync>;
 
 /// Documents kept at hand; past it all are read again.
 pub const CACHE_MAX: usize = 100_000;
@@ -264,6 +269,33 @@ impl Directory {
             changes: Mutex::default(),
             keys_used: Mutex::default(),
             writes: AtomicU64::new(0),
+            announce: OnceLock::new(),
+        }
+    }
+
+    /// Says who tells other nodes; once.
+    pub fn set_announce(&self, announce: Announce) {
+        let _ = self.announce.set(announce);
+    }
+
+    /// Another node has changed documents of a tenant; none: of anybody. What is known of them is read again, and
+    /// whoever holds a permission asks again.
+    pub fn heard_of_change(&self, tenant: Option<&TenantId>) {
+        {
+            let mut cache = lock(&self.cache);
+            self.writes.fetch_add(1, Ordering::AcqRel);
+            match tenant {
+                // A tenant's own documents, and those of the cluster that name it.
+                Some(tenant) => cache.retain(|key, _| key.scope != tenant.as_str() && !key.scope.is_empty()),
+                None => cache.clear(),
+            }
+        }
+        lock(&self.accounts).retain(|(of, _), _| tenant.is_some_and(|tenant| tenant != of));
+        let changes = lock(&self.changes);
+        for (of, change) in changes.iter() {
+            if tenant.is_none_or(|tenant| tenant == of) {
+                change.send_modify(|n| *n += 1);
+            }
         }
     }
 
@@ -277,6 +309,9 @@ impl Directory {
     }
 
     fn changed(&self, tenant: &TenantId) {
+        if let Some(announce) = self.announce.get() {
+            announce(tenant);
+        }
         if let Some(change) = lock(&self.changes).get(tenant) {
             change.send_modify(|n| *n += 1);
         }
@@ -444,7 +479,9 @@ impl Directory {
     pub async fn delete_key(&self, tenant: &TenantId, id: &str) -> Result<bool, CommandError> {
         let Some(record) = self.read::<Key>(key(tenant.as_str(), "key", id)).await? else { return Ok(false) };
         self.delete(key("", "key_owner", &record.hash)).await?;
-        self.delete(key(tenant.as_str(), "key", id)).await
+        let deleted = self.delete(key(tenant.as_str(), "key", id)).await;
+        self.changed(tenant);
+        deleted
     }
 
     /// Notes that a key is used now; seldom a write.

@@ -1,5 +1,5 @@
-//! `Idempotency-Key`: the same key of the same caller on the same path gives the first answer again. Kept in memory
-//! for a while; what must hold for ever (messages, notes) holds by `client_id`.
+//! `Idempotency-Key`: the same key of the same caller on the same path gives the first answer again. Kept in memory, and
+//! for other nodes in Redis, for a while; what must hold for ever (messages, notes) holds by `client_id`.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,6 +14,7 @@ use bytes::Bytes;
 use futures_util::StreamExt as _;
 use patchbay_protocol::principal::Principal;
 use patchbay_protocol::{CommandError, ErrorCode, TenantId};
+use patchbay_storage::redis::{Away, Kept};
 use serde_json::json;
 use sha2::{Digest, Sha256};
 use tokio::time::Instant;
@@ -242,6 +243,10 @@ pub(crate) async fn layer(State(api): State<Arc<Api>>, mut request: Request, nex
         }
         None => {}
     }
+    if let Some(answer) = elsewhere(&api, &place, body_hash).await {
+        api.replies.end(&place, None);
+        return answer;
+    }
     // A caller that hangs up leaves the work to its end: a repeat finds the answer.
     let work = tokio::spawn(async move {
         run(&api, &place, body_hash, next, Request::from_parts(parts, Body::from(body))).await
@@ -249,16 +254,48 @@ pub(crate) async fn layer(State(api): State<Arc<Api>>, mut request: Request, nex
     work.await.unwrap_or_else(|_| StatusCode::INTERNAL_SERVER_ERROR.into_response())
 }
 
+/// What another node has answered, or is about to.
+async fn elsewhere(api: &Api, place: &Place, body_hash: [u8; 32]) -> Option<Response> {
+    match api.shared.as_ref()?.begin(&place.key, body_hash).await {
+        // Without word of the others this node remembers by itself.
+        Ok(Kept::Ours) | Err(Away) => None,
+        Ok(Kept::Running { body } | Kept::Answered { body, .. }) if body != body_hash => {
+            let detail = json!({"detail": "this Idempotency-Key was used for another body"});
+            Some(Failure::from(CommandError::with(ErrorCode::Conflict, detail)).into_response())
+        }
+        Ok(Kept::Running { .. }) => Some(Failure::from(CommandError::overloaded(500)).into_response()),
+        Ok(Kept::Answered { status, content_type, reply, .. }) => {
+            let status = StatusCode::from_u16(status).unwrap_or(StatusCode::OK);
+            let content_type =
+                header::HeaderValue::from_bytes(&content_type).ok().filter(|value| !value.is_empty());
+            Some(again(status, content_type, reply))
+        }
+    }
+}
+
 async fn run(api: &Api, place: &Place, body_hash: [u8; 32], next: Next, request: Request) -> Response {
     let response = next.run(request).await;
     let (parts, body) = response.into_parts();
     let Ok(reply) = to_bytes(body, usize::MAX).await else {
         api.replies.end(place, None);
+        if let Some(shared) = &api.shared {
+            let _ = shared.end(&place.key, None, KEPT_FOR).await;
+        }
         return StatusCode::INTERNAL_SERVER_ERROR.into_response();
     };
     let again = parts.status.is_server_error()
         || matches!(parts.status, StatusCode::TOO_MANY_REQUESTS | StatusCode::UNAUTHORIZED);
     let content_type = parts.headers.get(header::CONTENT_TYPE).cloned();
+    if let Some(shared) = &api.shared {
+        let kept = Kept::Answered {
+            body: body_hash,
+            status: parts.status.as_u16(),
+            content_type: content_type.as_ref().map(|c| Bytes::copy_from_slice(c.as_bytes())).unwrap_or_default(),
+            reply: reply.clone(),
+        };
+        // What they do not hear of they do themselves: what must hold for ever holds by `client_id`.
+        let _ = shared.end(&place.key, (!again).then_some(&kept), KEPT_FOR).await;
+    }
     api.replies.end(
         place,
         (!again).then(|| Known::Answered {

@@ -40,6 +40,7 @@ use patchbay_actors::intake::Intake;
 use patchbay_protocol::ids::{AccountId, AgentId, ConversationId, TenantId};
 use patchbay_protocol::principal::{Principal, Role};
 use patchbay_protocol::{CommandError, Timestamp};
+use patchbay_storage::redis::Redis;
 
 pub use conversations::{cursor, position};
 pub use problem::Problem;
@@ -146,10 +147,13 @@ pub struct Api {
     files: Arc<dyn Files>,
     backups: Arc<dyn Backups>,
     replies: idempotency::Replies,
+    /// What nodes share for a while.
+    shared: Option<Arc<Redis>>,
 }
 
 impl Api {
     /// The API of a node.
+    #[allow(clippy::too_many_arguments)]
     pub fn new(
         desk: Arc<Desk>,
         intake: Arc<Intake>,
@@ -158,9 +162,10 @@ impl Api {
         destinations: Arc<dyn Destinations>,
         files: Arc<dyn Files>,
         backups: Arc<dyn Backups>,
+        shared: Option<Arc<Redis>>,
     ) -> Arc<Self> {
         let replies = idempotency::Replies::default();
-        Arc::new(Self { desk, intake, auth, issuer, destinations, files, backups, replies })
+        Arc::new(Self { desk, intake, auth, issuer, destinations, files, backups, replies, shared })
     }
 
     fn directory(&self) -> &Arc<patchbay_actors::directory::Directory> {

@@ -55,7 +55,7 @@ PY
 alive() {
   local pid
   pid=$(cat "$DIR/node$1/pid" 2>/dev/null) || return 1
-  tr '\0' ' ' <"/proc/$pid/cmdline" 2>/dev/null | grep -qF -- "$DIR/node$1/" && ! grep -q '^State:.Z' "/proc/$pid/status" 2>/dev/null
+  { tr '\0' ' ' <"/proc/$pid/cmdline" | grep -qF -- "$DIR/node$1/" && ! grep -q '^State:.Z' "/proc/$pid/status"; } 2>/dev/null
 }
 
 stop_node() {

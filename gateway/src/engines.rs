@@ -10,6 +10,7 @@ use patchbay_storage::embedded::{Embedded, lock_directory};
 use patchbay_storage::events::embedded::{EmbeddedSink, EmbeddedSource};
 use patchbay_storage::events::{Deliveries, Sink, Source, SourceError};
 use patchbay_storage::kafka::{KafkaSink, KafkaSource};
+use patchbay_storage::redis::Redis;
 use patchbay_storage::scylla::Scylla;
 use tokio::sync::mpsc;
 
@@ -83,6 +84,13 @@ impl Store {
             Self::Scylla(..) => None,
         }
     }
+}
+
+/// What nodes share for a while, if the configuration names a server for it.
+pub fn redis(config: &Config) -> Result<Option<Arc<Redis>>, RunError> {
+    let Some(url) = config.redis.url().map_err(RunError::Config)? else { return Ok(None) };
+    let redis = Redis::connect(&url, &config.cluster.name);
+    redis.map(Arc::new).map(Some).map_err(|e| RunError::Config(format!("redis.url: {e}")))
 }
 
 /// Where events go; the outbox opens it.

@@ -24,4 +24,5 @@ pub mod media;
 pub mod memory;
 pub mod metrics_table;
 pub mod outgoing;
+mod revocation;
 pub mod server;

@@ -11,6 +11,7 @@ use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use patchbay_protocol::{AccountId, AgentId, CommandError, TenantId};
+use patchbay_storage::redis::{Away, Redis};
 use serde_json::json;
 use tokio::time::Instant;
 
@@ -106,6 +107,8 @@ pub struct Limits {
     /// Whoever comes without a key that is known, by address.
     strangers: Buckets<Option<IpAddr>>,
     webhooks: Buckets<(TenantId, AccountId)>,
+    /// Where nodes count the requests of a key together.
+    shared: Option<Arc<Redis>>,
 }
 
 fn told(which: &'static str, taken: Result<(), u64>) -> Result<(), CommandError> {
@@ -117,7 +120,7 @@ fn told(which: &'static str, taken: Result<(), u64>) -> Result<(), CommandError>
 
 impl Limits {
     /// As configured; in `dev` API keys are never held below 2,000 requests a second.
-    pub fn new(limits: &config::Limits, dev: bool) -> Arc<Self> {
+    pub fn new(limits: &config::Limits, dev: bool, shared: Option<Arc<Redis>>) -> Arc<Self> {
         let keys = match limits.requests_per_second {
             n @ 1.. if dev => n.max(DEV_PER_SECOND),
             n => n,
@@ -129,6 +132,7 @@ impl Limits {
             keys: Buckets::new(Rate::per_second(keys)),
             strangers: Buckets::new(Rate::per_second(limits.strangers_per_second)),
             webhooks: Buckets::new(Rate::per_second(limits.webhooks_per_second)),
+            shared,
         })
     }
 
@@ -146,6 +150,18 @@ impl Limits {
     /// A command of anybody of a tenant.
     pub fn tenant(&self, tenant: &TenantId) -> Result<(), CommandError> {
         told("tenant", self.tenants.take(tenant.clone()))
+    }
+
+    /// A request of an API key: one bucket on all nodes, or while they have no word of each other one on each.
+    async fn key(&self, key: [u8; 32]) -> Result<(), CommandError> {
+        let Rate(rate) = self.keys.rate;
+        if let (Some(shared), true) = (&self.shared, rate > 0.0) {
+            match shared.take(&key, rate, self.keys.rate.burst()).await {
+                Ok(taken) => return told("key", taken),
+                Err(Away) => metrics::counter!("patchbay_limits_local_total").increment(1),
+            }
+        }
+        told("key", self.keys.take(key))
     }
 
     /// A request that no key has opened a door for.
@@ -181,9 +197,9 @@ pub fn too_many(error: &CommandError) -> Response {
 /// Answers 429 past the limit of an API key. Whoever is refused for want of one is limited by address.
 pub async fn layer(State(limits): State<Arc<Limits>>, request: Request, next: Next) -> Response {
     let key = request.headers().get(header::AUTHORIZATION).map_or(&b""[..], HeaderValue::as_bytes);
+    let key = *blake3::hash(key).as_bytes();
     let from = request.extensions().get::<Peer>().map(|p| p.0);
-    let taken = told("key", limits.keys.take(*blake3::hash(key).as_bytes()));
-    if let Err(error) = taken {
+    if let Err(error) = limits.key(key).await {
         return too_many(&error);
     }
     let response = next.run(request).await;

@@ -19,6 +19,7 @@ use patchbay_actors::desk::Desk;
 use patchbay_actors::intake::Intake;
 use patchbay_actors::node::{Node, NodeConfig, StartError};
 use patchbay_storage::blobs::DiskBlobs;
+use patchbay_storage::redis::Redis;
 use serde::Serialize;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
@@ -40,6 +41,7 @@ use crate::media::exchange::Exchange;
 use crate::media::{Media, serve};
 use crate::memory;
 use crate::outgoing::{Guard, Outgoing};
+use crate::revocation;
 
 /// How long a request's head may take.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
@@ -203,6 +205,9 @@ impl Server {
             ..NodeConfig::new(store.engine(), Clock::System, hub.clone(), provider)
         })
         .await?;
+        let redis = engines::redis(config)?;
+        let shares_store = store.embedded().is_none();
+        revocation::start(node.directory(), redis.clone(), shares_store);
         let directory = node.directory().clone();
         media.ready(directory.clone()).await.map_err(|_| StartError::Store)?;
         hub.set_names(Box::new(move |tenant, agent| directory.agent_name(tenant, agent)));
@@ -223,6 +228,7 @@ impl Server {
             guard,
             media,
             backups: Arc::new(NodeBackups { store: store.clone(), dir: config.storage.data_dir.clone() }),
+            redis: redis.clone(),
             draining: watching.clone(),
             operator_key,
             tasks: tasks.clone(),
@@ -246,6 +252,10 @@ impl Server {
                 }
             }
             health.likes("events", move || outbox.trouble());
+        }
+        if let Some(redis) = redis {
+            let away = "limits and replies are the node's own, and revocations come from the store";
+            health.likes("redis", move || redis.is_away().then(|| away.to_owned()));
         }
         health.started();
         Ok(Self { node, desk, auth, hub, public, ops: address, draining, tasks })
@@ -276,6 +286,7 @@ struct Doors<'a> {
     guard: Guard,
     media: Arc<Media>,
     backups: Arc<NodeBackups>,
+    redis: Option<Arc<Redis>>,
     draining: watch::Receiver<bool>,
     operator_key: Option<String>,
     tasks: TaskTracker,
@@ -291,7 +302,7 @@ impl Doors<'_> {
             Mode::Run if self.config.public.allowed_origins.is_empty() => None,
             Mode::Run => Some(self.config.public.allowed_origins.clone()),
         };
-        let rates = Limits::new(&self.config.limits, self.mode == Mode::Dev);
+        let rates = Limits::new(&self.config.limits, self.mode == Mode::Dev, self.redis.clone());
         let sockets = Arc::new(Sockets {
             rates: rates.clone(),
             desk: self.desk.clone(),
@@ -328,6 +339,7 @@ impl Doors<'_> {
             destinations,
             self.media.clone(),
             self.backups.clone(),
+            self.redis.clone(),
         );
         let admin = patchbay_admin_api::router(api)
             .layer(axum::middleware::from_fn_with_state(rates.clone(), limits::layer));

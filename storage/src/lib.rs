@@ -19,6 +19,7 @@ pub mod events;
 pub mod kafka;
 pub mod log;
 pub mod model;
+pub mod redis;
 pub mod scylla;
 pub mod stamp;
 pub mod tables;

@@ -5,20 +5,21 @@ use std::time::Duration;
 
 use clap::Args;
 use patchbay_storage::embedded::{Embedded, OpenError, is_store};
+use patchbay_storage::scylla::examine::{self, Standing};
 use patchbay_storage::tables::Tables;
 use serde::Serialize;
 use serde_json::json;
 
 use super::backup::running;
 use super::{ConfigArgs, Failure, runtime};
-use crate::config::{Config, ConfigError};
+use crate::config::{Config, ConfigError, StorageEngine};
 
 /// Free space under which a disk is called short.
 const FREE_SHORT: u64 = 1 << 30;
 /// File descriptors that a node needs beside its sockets.
 const DESCRIPTORS_BESIDE: u64 = 512;
 
-/// Looks at the configuration, the machine and the data directory.
+/// Looks at the configuration, the machine, and the data directory or the store.
 #[derive(Args)]
 pub(crate) struct Doctor {
     #[command(flatten)]
@@ -34,6 +35,16 @@ enum Verdict {
     Ok,
     Warn,
     Fail,
+}
+
+impl From<Standing> for Verdict {
+    fn from(standing: Standing) -> Self {
+        match standing {
+            Standing::Good => Self::Ok,
+            Standing::Doubtful => Self::Warn,
+            Standing::Bad => Self::Fail,
+        }
+    }
 }
 
 /// What was looked at.
@@ -67,7 +78,7 @@ impl Doctor {
                     Verdict::Warn => "warn",
                     Verdict::Fail => "FAIL",
                 };
-                println!("{mark}  {:<15} {}", c.name, c.detail);
+                println!("{mark}  {:<18} {}", c.name, c.detail);
             }
         }
         match (failed, faults.is_empty()) {
@@ -84,6 +95,12 @@ fn examine(config: &Config) -> Result<Vec<Check>, Failure> {
         vec![check("configuration", Verdict::Ok, "every key is known and fits"), secrets(config)];
     checks.extend(disk(dir));
     checks.push(descriptors(config));
+    if config.storage.engine == StorageEngine::Scylla {
+        let wanted = config.storage.scylla.connection().map_err(Failure::Other)?;
+        let found = runtime()?.block_on(examine::examine(&wanted));
+        checks.extend(found.into_iter().map(|f| check(f.name, f.standing.into(), f.detail)));
+        return Ok(checks);
+    }
     if !is_store(dir) {
         // A first start makes it; looking does not.
         let foreign = std::fs::read_dir(dir).is_ok_and(|mut there| there.next().is_some());

@@ -234,6 +234,13 @@ section! {
     }
 }
 
+impl Redis {
+    /// The server's address.
+    pub fn url(&self) -> Result<Option<String>, String> {
+        secret(self.url.as_ref()).map_err(|e| format!("redis.url: {e}"))
+    }
+}
+
 impl Scylla {
     /// How the store is reached.
     pub fn connection(&self) -> Result<ScyllaConfig, String> {
@@ -310,8 +317,8 @@ impl Kafka {
 section! {
     /// `[redis]`
     Redis {
-        /// Address; not used in this version.
-        url: Option<String> = None,
+        /// Address (`redis://user:password@host:port/database`; `rediss://` for TLS); none: nodes share nothing but the store.
+        url: Option<Secret> = None,
     }
 }
 
@@ -528,6 +535,7 @@ impl Config {
         if self.outbound.queue_max == 0 {
             faults.push("outbound.queue_max: must be at least 1".into());
         }
+        faults.extend(self.redis.url().err());
         faults.extend(self.token_keys().err());
         faults.extend(self.operator_key().err());
         faults

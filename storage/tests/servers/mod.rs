@@ -115,6 +115,12 @@ pub fn redis() -> String {
     shared("redis", "PATCHBAY_TEST_REDIS", &OWN)
 }
 
+/// A session of a test's own, to look with.
+pub async fn session(addresses: &str) -> scylla::client::session::Session {
+    let nodes = addresses.split(',');
+    scylla::client::session_builder::SessionBuilder::new().known_nodes(nodes).build().await.unwrap()
+}
+
 /// A name that no other test has.
 pub fn fresh(what: &str) -> String {
     format!("{what}_{:08x}", rand::random::<u32>())
