@@ -166,6 +166,120 @@ async fn an_append_across_a_bucket_edge(engine: Arc<dyn Engine>) {
     assert_eq!(logs.tail(key(), 0).await.unwrap().rows.len() as u64, next + 63, "stamps that rise stand");
 }
 
+/// Late, again and out of order: the highest stamp of a row is what is read, also of rows that are gone.
+async fn stamps_decide(engine: Arc<dyn Engine>) {
+    let partition = bytes("stamps");
+    let one = |c: &str, stamp: Stamp, cell: Cell| Batch {
+        shard: 1,
+        table: Table::Inbox,
+        partition: partition.clone(),
+        rows: vec![RowWrite { clustering: bytes(c), stamp, cell }],
+    };
+    let put = |value: &str| Cell::Put(bytes(value));
+    let read = async |c: &str| {
+        engine.get(Table::Inbox, &partition, &bytes(c)).await.unwrap().map(|r| (r.stamp, r.value))
+    };
+    let (first, second) = (Stamp::new(1, 7), Stamp::new(1, 8));
+    // A rewrite within one reign, and a narrower row over a wider one.
+    engine.write(one("a", first, put("a wide value"))).await.unwrap();
+    engine.write(one("a", second, put("b"))).await.unwrap();
+    assert_eq!(read("a").await, Some((second, bytes("b"))));
+    // Deleted, then there again.
+    engine.write(one("a", Stamp::new(1, 9), Cell::Delete)).await.unwrap();
+    assert_eq!(read("a").await, None);
+    engine.write(one("a", Stamp::new(1, 10), put("again"))).await.unwrap();
+    assert_eq!(read("a").await, Some((Stamp::new(1, 10), bytes("again"))));
+    // A later reign; then what an earlier owner still had on its way: a row, and a deletion.
+    engine.write(one("a", Stamp::new(2, 1), put("new"))).await.unwrap();
+    engine.write(one("a", Stamp::new(1, 11), put("zombie"))).await.unwrap();
+    engine.write(one("a", Stamp::new(1, 12), Cell::Delete)).await.unwrap();
+    assert_eq!(read("a").await, Some((Stamp::new(2, 1), bytes("new"))));
+    // A ghost that was never seen, wider than what the next owner wrote in its place.
+    engine.write(one("g", Stamp::new(3, 1), put("n"))).await.unwrap();
+    engine.write(one("g", Stamp::new(2, 9), put("a much wider ghost"))).await.unwrap();
+    assert_eq!(read("g").await, Some((Stamp::new(3, 1), bytes("n"))));
+    // The last reign that there can be.
+    let last = Stamp::new(patchbay_storage::stamp::EPOCH_MAX, u32::MAX);
+    engine.write(one("z", last, put("last"))).await.unwrap();
+    assert_eq!(read("z").await, Some((last, bytes("last"))));
+}
+
+/// An actor ended with an append on its way: the same bytes under the same stamp change nothing, whenever they come.
+async fn an_append_that_comes_again(engine: Arc<dyn Engine>) {
+    let logs = Logs::new(engine.clone());
+    append(&logs, Stamp::new(1, 1), 1, 0, 3).await;
+    let on_its_way = Append::new(key(), Stamp::new(1, 2), 4, 3, &payloads(4, 2));
+    for batch in on_its_way.batches.iter().chain(&on_its_way.batches) {
+        engine.write(batch.clone()).await.unwrap();
+    }
+    let tail = logs.tail(key(), 0).await.unwrap();
+    assert_eq!((tail.rows.len(), tail.confirmed), (5, 3));
+    // The next owner adopts; then the first one's twin arrives after all.
+    logs.rewrite(key(), Stamp::new(2, 1), &tail).await.unwrap();
+    append(&logs, Stamp::new(2, 2), 6, 5, 1).await;
+    for batch in on_its_way.batches {
+        engine.write(batch).await.unwrap();
+    }
+    let after = logs.tail(key(), 0).await.unwrap();
+    assert_eq!(after.rows.iter().map(|r| r.seq).collect::<Vec<_>>(), [1, 2, 3, 4, 5, 6]);
+    assert!(after.rows[3..5].iter().all(|r| r.stamp == Stamp::new(2, 1)), "the adoption stands");
+}
+
+/// A reference is a hint: one whose row is not there finds nothing. A snapshot that is ahead of its log is damage.
+async fn what_points_at_nothing(engine: Arc<dyn Engine>) {
+    let (logs, tables) = (Logs::new(engine.clone()), Tables::new(engine.clone()));
+    append(&logs, Stamp::new(1, 1), 1, 0, 2).await;
+    let id = IdKey::of(["client", "x"]);
+    for batch in Tables::reference_writes(key(), Stamp::new(1, 2), &[(id, 9)]) {
+        engine.write(batch).await.unwrap();
+    }
+    let named = tables.reference(key(), id).await.unwrap().unwrap();
+    assert_eq!((named, logs.row(key(), named).await.unwrap()), (9, None));
+    let ahead = Snapshot { seq: 9, entry_hash: [0; 16], state: bytes("state") };
+    engine.write(Logs::snapshot_write(key(), Stamp::new(1, 3), &ahead)).await.unwrap();
+    assert_eq!(logs.snapshot(key()).await, Err(AdoptError::Damaged(9)));
+}
+
+/// A dropped partition is gone up to its stamp, and read as if it had never been.
+async fn partitions_are_dropped(engine: Arc<dyn Engine>) {
+    let tables = Tables::new(engine.clone());
+    let entity = EntityId::Account("t".parse().unwrap(), "a".parse().unwrap());
+    for (bucket, n) in [(0, 1), (1, 2)] {
+        let mark = Mark { epoch: 1, bucket };
+        let row = Activity { entity: entity.clone(), lowest: 1 };
+        engine.write(Tables::activity_write(4, mark, Stamp::new(1, n), &row)).await.unwrap();
+    }
+    tables.drop_activity(4, Mark { epoch: 1, bucket: 0 }, Stamp::new(1, 3)).await.unwrap();
+    assert!(tables.activity(4, Mark { epoch: 1, bucket: 0 }).await.unwrap().is_empty());
+    assert_eq!(tables.activity(4, Mark { epoch: 1, bucket: 1 }).await.unwrap().len(), 1, "its neighbour stays");
+}
+
+/// More rows than one answer of a store brings, both ways, and with a bound.
+async fn scans_page(engine: Arc<dyn Engine>) {
+    let partition = bytes("paged");
+    for from in (0..2500u32).step_by(100) {
+        let rows = (from..from + 100).map(|n| RowWrite {
+            clustering: Bytes::copy_from_slice(&n.to_be_bytes()),
+            stamp: Stamp::new(1, n + 1),
+            cell: Cell::Put(bytes("v")),
+        });
+        let batch = Batch { shard: 1, table: Table::DeadLetters, partition: partition.clone(), rows: rows.collect() };
+        engine.write(batch).await.unwrap();
+    }
+    let number = |row: &patchbay_storage::Row| u32::from_be_bytes(row.clustering[..].try_into().unwrap());
+    let all = engine.scan(Scan::all(Table::DeadLetters, partition.clone(), usize::MAX)).await.unwrap();
+    assert_eq!(all.iter().map(number).collect::<Vec<_>>(), (0..2500).collect::<Vec<_>>());
+    let place = |n: u32| Bytes::copy_from_slice(&n.to_be_bytes());
+    let scan = Scan {
+        from: std::ops::Bound::Excluded(place(9)),
+        to: std::ops::Bound::Included(place(2000)),
+        reverse: true,
+        ..Scan::all(Table::DeadLetters, partition, 1500)
+    };
+    let some = engine.scan(scan).await.unwrap();
+    assert_eq!(some.iter().map(number).collect::<Vec<_>>(), (501..=2000).rev().collect::<Vec<_>>());
+}
+
 async fn snapshots_and_references(engine: Arc<dyn Engine>) {
     let logs = Logs::new(engine.clone());
     let tables = Tables::new(engine.clone());
@@ -299,7 +413,8 @@ macro_rules! suite {
     ($engine:ident, $make:path) => {
         suite!(@ $engine, $make, rows_and_scans documents logs_page_both_ways adoption an_append_across_a_bucket_edge
             snapshots_and_references activity_marks_and_timers sessions_and_when_an_agent_was_last_seen
-            dead_letters_in_order_and_by_tenant inbox_rows_of_two_sets);
+            dead_letters_in_order_and_by_tenant inbox_rows_of_two_sets stamps_decide an_append_that_comes_again
+            what_points_at_nothing partitions_are_dropped scans_page);
     };
     (@ $engine:ident, $make:path, $($test:ident)*) => {
         mod $engine {
