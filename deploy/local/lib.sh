@@ -131,20 +131,8 @@ jars() {
   echo "$lib"
 }
 
-start() {
-  mkdir -p "$DIR"
-  DIR=$(cd "$DIR" && pwd)
-  exec 9>"$DIR/lock"
-  flock 9
-  prepare
-  if [ ! -s "$DIR/ports" ]; then
-    echo "$NODES" >"$DIR/nodes"
-    # shellcheck disable=SC2046
-    set -- $(free_ports "$PORTS")
-    echo "$*" >"$DIR/ports"
-  fi
-  NODES=$(cat "$DIR/nodes")
-  read -r -a PORT <"$DIR/ports"
+# Starts the nodes that are wanted and do not run, and waits until they answer.
+start_nodes() {
   local k wanted
   wanted=${NODE:-$(seq "$NODES")}
   for k in $wanted; do
@@ -155,6 +143,38 @@ start() {
     launch "$k"
   done
   for k in $wanted; do wait_ready "$k"; done
+}
+
+# A first start. Somebody may take a port between its choice and its use: then others are chosen.
+start_anew() {
+  local attempt settings=("${SETTINGS[@]}")
+  for attempt in 1 2 3; do
+    echo "$NODES" >"$DIR/nodes"
+    rm -f "$DIR/settings"
+    SETTINGS=("${settings[@]}")
+    read -r -a PORT <<<"$(free_ports "$PORTS")"
+    echo "${PORT[*]}" >"$DIR/ports"
+    if (start_nodes); then return 0; fi
+    each_node stop_node
+    rm -rf "$DIR"/node*/ "$DIR/ports"
+    echo "$NAME: attempt $attempt failed" >&2
+  done
+  fail "it does not start"
+}
+
+start() {
+  mkdir -p "$DIR"
+  DIR=$(cd "$DIR" && pwd)
+  exec 9>"$DIR/lock"
+  flock 9
+  prepare
+  if [ -s "$DIR/ports" ]; then
+    NODES=$(cat "$DIR/nodes")
+    read -r -a PORT <"$DIR/ports"
+    start_nodes
+  else
+    start_anew
+  fi
   if [ -n "$OWNER" ]; then
     (
       exec 9>&- >/dev/null 2>&1 </dev/null
@@ -165,6 +185,14 @@ start() {
     disown
   fi
   describe
+}
+
+# What `--set` adds to a server's own settings, now and at its next starts: settings_into FILE
+settings_into() {
+  local line
+  for line in "${SETTINGS[@]}"; do echo "$line" >>"$DIR/settings"; done
+  SETTINGS=()
+  [ ! -s "$DIR/settings" ] || cat "$DIR/settings" >>"$1"
 }
 
 # Starts a node's process in a session of its own, so that a terminal's Ctrl-C does not reach it: run K COMMAND…

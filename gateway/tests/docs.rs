@@ -29,6 +29,12 @@ fn codes() {
 }
 
 #[test]
+fn events() {
+    let schema = serde_json::to_string_pretty(&patchbay_protocol::event::schema()).unwrap();
+    check("event.schema.json", &(schema + "\n"));
+}
+
+#[test]
 fn async_api() {
     check("asyncapi.json", &patchbay_gateway::edge::websocket::asyncapi::description());
 }

@@ -11,7 +11,7 @@ use crate::summary::Contact;
 use crate::timestamp::Timestamp;
 
 /// What kind of actor did it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, schemars::JsonSchema, PartialOrd, Ord)]
 #[serde(rename_all = "lowercase")]
 pub enum ActorType {
     /// The customer.
@@ -29,7 +29,7 @@ pub enum ActorType {
 }
 
 /// Who did it.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, schemars::JsonSchema, PartialOrd, Ord)]
 pub struct Actor {
     /// What kind of actor.
     #[serde(rename = "type")]
@@ -51,7 +51,7 @@ impl Actor {
 }
 
 /// What an automation's entry was made for.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct CausedBy {
     /// The entry that caused it.
     pub event: EntryId,
@@ -60,7 +60,7 @@ pub struct CausedBy {
 }
 
 /// Why a conversation changed its status.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Cause {
     /// A message of the customer.
@@ -76,7 +76,7 @@ pub enum Cause {
 }
 
 /// A message that an entry speaks of.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct Target {
     /// Its `seq`, where it is in this log.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -86,7 +86,7 @@ pub struct Target {
 }
 
 /// Why a provider refused a message, or what it says is wrong with one.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct ProviderError {
     /// The provider's code, or one of ours (`expired`).
     pub code: String,
@@ -97,7 +97,7 @@ pub struct ProviderError {
 }
 
 /// `conversation.opened`
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct Opened {
     /// From 1.
     pub episode: u64,
@@ -116,7 +116,7 @@ pub struct Opened {
 }
 
 /// `message.received`
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct Received {
     /// The provider's id.
     pub provider_id: String,
@@ -142,7 +142,7 @@ pub struct Received {
 }
 
 /// `message.sent`: accepted by us, status `pending`. From the phone app: already sent, with its `provider_id`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct Sent {
     /// The sender's own id.
     pub client_id: String,
@@ -160,7 +160,7 @@ pub struct Sent {
 }
 
 /// `message.status`
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct StatusChanged {
     /// The message.
     pub message_seq: u64,
@@ -184,7 +184,7 @@ pub struct StatusChanged {
 }
 
 /// The types of entries with their data.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(tag = "type", content = "data")]
 #[allow(missing_docs)]
 pub enum Body {
@@ -284,7 +284,7 @@ impl Body {
 }
 
 /// One thing that happened, at its place in the conversation's order.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct Entry {
     /// From 1, without gaps (G2).
     pub seq: u64,

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use bytes::{BufMut, Bytes, BytesMut};
 use serde::Deserialize;
 
+use crate::entry::Entry;
 use crate::ids::{AccountId, ConversationId, InboxId, TenantId};
 
 /// What every event type begins with, before the entry's own type.
@@ -37,6 +38,20 @@ pub struct Event {
     pub seq: u64,
     /// The entry, as JSON.
     pub entry: Bytes,
+}
+
+/// The JSON Schema (2020-12) of every event's value, told apart by `type`.
+pub fn schema() -> serde_json::Value {
+    let settings = schemars::generate::SchemaSettings::draft2020_12().for_serialize();
+    let mut schema = settings.into_generator().into_root_schema_for::<Entry>().to_value();
+    schema["title"] = "Patchbay event".into();
+    for (name, kind) in [("conversation", "ConversationId"), ("account", "AccountId"), ("inbox", "InboxId")] {
+        schema["properties"][name] = serde_json::json!({"type": "string", "description": kind});
+        if let Some(required) = schema["required"].as_array_mut() {
+            required.push(name.into());
+        }
+    }
+    schema
 }
 
 /// What an event's headers say of its entry.

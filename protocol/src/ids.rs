@@ -63,6 +63,20 @@ macro_rules! name {
             }
         }
 
+        impl schemars::JsonSchema for $type {
+            fn inline_schema() -> bool {
+                true
+            }
+
+            fn schema_name() -> std::borrow::Cow<'static, str> {
+                stringify!($type).into()
+            }
+
+            fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+                schemars::json_schema!({"type": "string", "pattern": "^([a-z0-9][a-z0-9_-]{0,62}|-)$"})
+            }
+        }
+
         impl<'de> Deserialize<'de> for $type {
             fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
                 let text = std::borrow::Cow::<str>::deserialize(d)?;
@@ -200,6 +214,20 @@ impl FromStr for ConversationId {
     }
 }
 
+impl schemars::JsonSchema for ConversationId {
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "ConversationId".into()
+    }
+
+    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        schemars::json_schema!({"type": "string", "pattern": "^[0-7][0-9abcdefghjkmnpqrstvwxyz]{25}$"})
+    }
+}
+
 impl Serialize for ConversationId {
     fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
         s.collect_str(self)
@@ -239,6 +267,20 @@ impl FromStr for EntryId {
         let canonical = !seq.is_empty() && seq.bytes().all(|b| b.is_ascii_digit()) && !seq.starts_with('0');
         let seq = if canonical { seq.parse().ok() } else { None };
         Ok(Self { conversation: conversation.parse()?, seq: seq.ok_or(InvalidConversationId)? })
+    }
+}
+
+impl schemars::JsonSchema for EntryId {
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "EntryId".into()
+    }
+
+    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        schemars::json_schema!({"type": "string", "pattern": "^[0-7][0-9abcdefghjkmnpqrstvwxyz]{25}-[0-9]+$"})
     }
 }
 
