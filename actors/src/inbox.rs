@@ -10,7 +10,6 @@ use bytes::Bytes;
 use patchbay_protocol::ids::{AccountId, AgentId, ConversationId, EntityId, InboxId, TenantId};
 use patchbay_protocol::summary::{Status, Summary};
 use patchbay_protocol::{CommandError, Timestamp};
-use patchbay_storage::tables::Set;
 use serde_json::json;
 use tokio::time::Instant;
 
@@ -195,7 +194,7 @@ impl SoftEntity for Inbox {
                 let rows = self
                     .directory
                     .tables()
-                    .summaries(tenant, &account, Set::All)
+                    .summaries(tenant, &account)
                     .await
                     .map_err(|_| CommandError::unavailable())?;
                 rows.iter().for_each(|s| state.insert(s));

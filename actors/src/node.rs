@@ -29,8 +29,11 @@ use crate::shard::soft::SoftSlots;
 
 /// Shards read at once by a start.
 const READ_AT_ONCE: usize = 64;
-/// Between two looks at what is settled.
-const SETTLE_LOOK: Duration = Duration::from_millis(500);
+/// Between two moves of the marks over what is settled: a mark that moved with every bucket would be a row for each
+/// message of a quiet shard.
+const SETTLE_LOOK: Duration = Duration::from_secs(20);
+/// Between two looks whether what earlier incarnations left is published.
+const PUBLISHED_LOOK: Duration = Duration::from_millis(250);
 /// Between two looks whether publishing may begin.
 const BEGIN_PAUSE: Duration = Duration::from_secs(1);
 /// Entities woken at once by a sweep or by timers.
@@ -449,7 +452,7 @@ async fn sweep(node: Weak<Node>) {
             left = Some(remaining);
             if only_events {
                 drop(strong);
-                tokio::time::sleep(SETTLE_LOOK).await;
+                tokio::time::sleep(PUBLISHED_LOOK).await;
                 continue;
             }
         }

@@ -290,7 +290,10 @@ async fn run(api: &Api, place: &Place, body_hash: [u8; 32], next: Next, request:
         let kept = Kept::Answered {
             body: body_hash,
             status: parts.status.as_u16(),
-            content_type: content_type.as_ref().map(|c| Bytes::copy_from_slice(c.as_bytes())).unwrap_or_default(),
+            content_type: content_type
+                .as_ref()
+                .map(|c| Bytes::copy_from_slice(c.as_bytes()))
+                .unwrap_or_default(),
             reply: reply.clone(),
         };
         // What they do not hear of they do themselves: what must hold for ever holds by `client_id`.

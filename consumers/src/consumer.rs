@@ -124,7 +124,8 @@ impl<S: Source, H: Handler, D: DeadLetters> Consumer<S, H, D> {
 
     async fn tell_lag(&mut self) {
         if let Ok(Lag { events }) = self.source.lag().await {
-            metrics::gauge!("patchbay_consumer_lag_events", "group" => self.options.group.clone()).set(events as f64);
+            metrics::gauge!("patchbay_consumer_lag_events", "group" => self.options.group.clone())
+                .set(events as f64);
         }
     }
 
@@ -189,7 +190,12 @@ impl<S: Source, H: Handler, D: DeadLetters> Consumer<S, H, D> {
     }
 
     async fn bury(&mut self, received: &Received, why: &str) -> std::io::Result<()> {
-        tracing::warn!(group = self.options.group, partition = received.partition, offset = received.offset, "a dead letter");
+        tracing::warn!(
+            group = self.options.group,
+            partition = received.partition,
+            offset = received.offset,
+            "a dead letter"
+        );
         self.dead.keep(received, why).await?;
         self.count("patchbay_consumer_dead_letters_total", 1);
         self.commit(received).await;
@@ -294,7 +300,12 @@ mod tests {
             conversation: ConversationId::from_bytes([1; 16]),
         };
         let entry = format!("{{\"seq\":{seq},\"at\":\"2026-11-21T09:00:00Z\",\"type\":\"note.added\"}}");
-        let event = event::Event { origin: Arc::new(origin), inbox: "main".parse().unwrap(), seq, entry: entry.into() };
+        let event = event::Event {
+            origin: Arc::new(origin),
+            inbox: "main".parse().unwrap(),
+            seq,
+            entry: entry.into(),
+        };
         Received { partition: 0, offset, envelope: event.envelope().unwrap() }
     }
 

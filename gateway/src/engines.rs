@@ -43,7 +43,9 @@ impl Store {
     /// Opens what the configuration names; waits for one that does not answer.
     pub async fn open(config: &Config, health: &Health) -> Result<Self, RunError> {
         match config.storage.engine {
-            StorageEngine::Embedded => Ok(Self::Embedded(Arc::new(Embedded::open(&config.storage.data_dir)?))),
+            StorageEngine::Embedded => {
+                Ok(Self::Embedded(Arc::new(Embedded::open(&config.storage.data_dir)?)))
+            }
             StorageEngine::Scylla => {
                 let lock = Arc::new(lock_directory(&config.storage.data_dir)?);
                 let wanted = config.storage.scylla.connection().map_err(RunError::Config)?;

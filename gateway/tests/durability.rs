@@ -59,10 +59,7 @@ async fn nothing_leaves_before_the_sync_returns() {
     config.auth.hmac_secret_key = Some(Secret::Text("secret".into()));
     let metrics = PrometheusBuilder::new().build_recorder().handle();
     let ops = Ops::start(&config, Mode::Dev, metrics).await.unwrap();
-    let server =
-        Server::start(&config, Mode::Dev, engine.into(), ops)
-            .await
-            .unwrap();
+    let server = Server::start(&config, Mode::Dev, engine.into(), ops).await.unwrap();
     let simulator =
         Simulator::start("127.0.0.1:0".parse().unwrap(), 1, Faults { delay_ms: 0, ..Faults::default() })
             .await

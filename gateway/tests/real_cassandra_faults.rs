@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
-use common::faults::{Load, NUMBER, logs_are_whole, readyz, topic_is_whole};
+use common::faults::{Load, NUMBER, ONE_AT_A_TIME, logs_are_whole, readyz, topic_is_whole};
 use common::servers::{self, Server};
 use common::{Node, text_item, until, webhook_body};
 use patchbay_storage::events::embedded::EmbeddedSource;
@@ -41,6 +41,7 @@ async fn a_single_node_is_stopped_killed_and_restarted_under_load() {
     if servers::quick() {
         return;
     }
+    let _turn = ONE_AT_A_TIME.lock().await;
     let mut cassandra = Server::start("cassandra", 1, &[]);
     let dir = tempfile::tempdir().unwrap();
     let env = env(&cassandra.addresses, "single", 1);
@@ -74,6 +75,7 @@ async fn of_three_nodes_one_may_go_and_two_may_not() {
     if servers::quick() {
         return;
     }
+    let _turn = ONE_AT_A_TIME.lock().await;
     let mut cassandra = Server::start("cassandra", 3, &["--heap", "384m"]);
     let dir = tempfile::tempdir().unwrap();
     let node = start(dir.path(), &env(&cassandra.addresses, "three", 3)).await;
@@ -151,6 +153,7 @@ async fn whatever_is_missing_at_the_start_is_named_and_waited_for() {
     if servers::quick() {
         return;
     }
+    let _turn = ONE_AT_A_TIME.lock().await;
     let auth = ["--set", "authenticator: PasswordAuthenticator"];
     let mut cassandra = Server::start("cassandra", 1, &auth);
     cassandra.stop(1);
@@ -187,6 +190,7 @@ async fn a_hundred_thousand_messages_in_one_inbox_and_then_its_list() {
     if servers::quick() {
         return;
     }
+    let _turn = ONE_AT_A_TIME.lock().await;
     let (messages, customers) = (100_000, 500);
     let cassandra = Server::start("cassandra", 1, &[]);
     let dir = tempfile::tempdir().unwrap();
@@ -212,7 +216,8 @@ async fn a_hundred_thousand_messages_in_one_inbox_and_then_its_list() {
         (list["conversations"].as_array().unwrap().len() == customers).then_some(list)
     })
     .await;
-    let entries: u64 = list["conversations"].as_array().unwrap().iter().map(|c| c["last_seq"].as_u64().unwrap()).sum();
+    let entries: u64 =
+        list["conversations"].as_array().unwrap().iter().map(|c| c["last_seq"].as_u64().unwrap()).sum();
     assert_eq!(entries, (messages + customers) as u64);
     let open = node.get(&key, "/conversations?inbox=main&status=open&limit=1000").await;
     assert_eq!(open["conversations"].as_array().unwrap().len(), customers);

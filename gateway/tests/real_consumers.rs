@@ -31,7 +31,10 @@ async fn traffic(node: &Node, key: &str) -> usize {
     let place = json!({"from": "34610000001", "id": "l", "timestamp": "1", "type": "location", "location": {"latitude": 1.5, "longitude": 2}});
     let reaction = json!({"from": "34610000001", "id": "r", "timestamp": "1", "type": "reaction", "reaction": {"message_id": "a1", "emoji": "👍"}});
     let strange = json!({"from": "34610000001", "id": "s", "timestamp": "1", "type": "hologram"});
-    assert_eq!(node.webhook("acme", "wa", &webhook_body(NUMBER, &[image, place, reaction, strange], &[])).await, 200);
+    assert_eq!(
+        node.webhook("acme", "wa", &webhook_body(NUMBER, &[image, place, reaction, strange], &[])).await,
+        200
+    );
     let calls = [
         ("messages", json!({"client_id": "c1", "content": {"type": "text", "text": "buenas"}})),
         ("notes", json!({"client_id": "n1", "text": "VIP"})),
@@ -44,7 +47,8 @@ async fn traffic(node: &Node, key: &str) -> usize {
         ("resolve", json!({})),
     ];
     for (call, body) in calls {
-        let (status, answer) = node.api(key, "POST", &format!("/conversations/{id}/{call}"), Some(body)).await;
+        let (status, answer) =
+            node.api(key, "POST", &format!("/conversations/{id}/{call}"), Some(body)).await;
         assert_eq!(status, 200, "{call}: {answer}");
     }
     assert_eq!(node.webhook("acme", "wa", &text("34610000001", "again")).await, 200);
@@ -81,7 +85,8 @@ async fn events_hold_what_the_contract_says_in_other_languages_too() {
     if servers::quick() {
         return;
     }
-    let sdk = std::env::var_os("PATCHBAY_SDK").expect("PATCHBAY_SDK does not say where the SDKs are: run ./x test");
+    let sdk =
+        std::env::var_os("PATCHBAY_SDK").expect("PATCHBAY_SDK does not say where the SDKs are: run ./x test");
     let dir = tempfile::tempdir().unwrap();
     let mut env = common::real_engines(dir.path());
     // The store of this directory: it must be readable when the node has stopped.
@@ -102,7 +107,8 @@ async fn events_hold_what_the_contract_says_in_other_languages_too() {
     };
     python(&topic).await;
 
-    let tail = run(patchbay(dir.path(), &env, &["events", "tail", "--from-start", "--json", "--count", "5"])).await;
+    let tail =
+        run(patchbay(dir.path(), &env, &["events", "tail", "--from-start", "--json", "--count", "5"])).await;
     let lines: Vec<Value> = tail.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
     assert_eq!(lines.len(), 5);
     assert!(lines.iter().all(|l| l["headers"]["ce_tenant"].is_string() && l["value"]["seq"].is_u64()));
@@ -117,8 +123,17 @@ async fn events_hold_what_the_contract_says_in_other_languages_too() {
     python(&again).await;
     let one = conversation("acme", "wa", "34610000001").to_string();
     let other = servers::fresh("one");
-    let replay =
-        ["events", "replay", "--from", "2020-01-01T00:00:00Z", "--conversation", &one, "--topic", &other, "--json"];
+    let replay = [
+        "events",
+        "replay",
+        "--from",
+        "2020-01-01T00:00:00Z",
+        "--conversation",
+        &one,
+        "--topic",
+        &other,
+        "--json",
+    ];
     let told: Value = serde_json::from_str(&run(patchbay(dir.path(), &env, &replay)).await).unwrap();
     assert_eq!(told["conversations"], 1);
 }
@@ -141,10 +156,12 @@ async fn a_consumer_runs_on_the_nodes_own_events_alike_and_goes_on_where_it_was(
     let consume = async |wanted: usize| {
         let args = ["consume", "print", "--group", "audit", "--dead-letters", dead.to_str().unwrap()];
         let mut child = patchbay(dir.path(), &env, &args).stdout(Stdio::piped()).spawn().unwrap();
-        let mut lines = tokio::io::AsyncBufReadExt::lines(tokio::io::BufReader::new(child.stdout.take().unwrap()));
+        let mut lines =
+            tokio::io::AsyncBufReadExt::lines(tokio::io::BufReader::new(child.stdout.take().unwrap()));
         let mut read = Vec::new();
         while read.len() < wanted {
-            let line = tokio::time::timeout(Duration::from_secs(20), lines.next_line()).await.unwrap().unwrap();
+            let line =
+                tokio::time::timeout(Duration::from_secs(20), lines.next_line()).await.unwrap().unwrap();
             let value: Value = serde_json::from_str(&line.unwrap()).unwrap();
             if value["account"] == "wa" && value["conversation"].is_string() {
                 read.push(value);
@@ -158,7 +175,8 @@ async fn a_consumer_runs_on_the_nodes_own_events_alike_and_goes_on_where_it_was(
     let read = consume(events).await;
     let mut last = std::collections::HashMap::new();
     for event in &read {
-        let before = last.insert(event["conversation"].to_string(), event["seq"].as_u64().unwrap()).unwrap_or(0);
+        let before =
+            last.insert(event["conversation"].to_string(), event["seq"].as_u64().unwrap()).unwrap_or(0);
         assert_eq!(event["seq"], before + 1);
     }
     let body = webhook_body(NUMBER, &[text_item("34610000009", "later", "hola")], &[]);

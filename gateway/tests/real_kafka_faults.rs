@@ -7,7 +7,7 @@ mod common;
 use std::path::Path;
 use std::time::Duration;
 
-use common::faults::{Load, NUMBER, logs_are_whole, metric, readyz, topic_is_whole};
+use common::faults::{Load, NUMBER, ONE_AT_A_TIME, logs_are_whole, metric, readyz, topic_is_whole};
 use common::servers::{self, Server};
 use common::{Node, conversation, text_item, until, webhook_body};
 use patchbay_storage::kafka::{KafkaConfig, KafkaSource};
@@ -42,6 +42,7 @@ async fn one_broker_and_every_way_that_it_goes() {
     if servers::quick() {
         return;
     }
+    let _turn = ONE_AT_A_TIME.lock().await;
     let mut kafka = Server::start("kafka", 1, &[]);
     let (topic, dir) = (servers::fresh("faults"), tempfile::tempdir().unwrap());
     let env = env(&kafka.addresses, &topic);
@@ -100,8 +101,10 @@ async fn one_broker_and_every_way_that_it_goes() {
     let tips = logs_are_whole(&node, &key, &acked).await;
     let repeats = topic_is_whole(source(&kafka.addresses, &topic), &tips).await;
     println!("{} acked, {repeats} events came twice", acked.iter().sum::<u64>());
-    until("nothing is left", async || (metric(&node, "patchbay_outbox_lagging_conversations").await == 0.0).then_some(()))
-        .await;
+    until("nothing is left", async || {
+        (metric(&node, "patchbay_outbox_lagging_conversations").await == 0.0).then_some(())
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -109,6 +112,7 @@ async fn one_broker_of_three_is_killed_and_another_frozen() {
     if servers::quick() {
         return;
     }
+    let _turn = ONE_AT_A_TIME.lock().await;
     let mut kafka = Server::start("kafka", 3, &["--heap", "192m"]);
     let (topic, dir) = (servers::fresh("three"), tempfile::tempdir().unwrap());
     let mut env = env(&kafka.addresses, &topic);
@@ -141,6 +145,7 @@ async fn a_topic_that_goes_is_made_again_and_one_of_another_shape_is_refused() {
     if servers::quick() {
         return;
     }
+    let _turn = ONE_AT_A_TIME.lock().await;
     let (brokers, topic, dir) = (servers::kafka(), servers::fresh("gone"), tempfile::tempdir().unwrap());
     let node = start(dir.path(), &env(&brokers, &topic)).await;
     let key = node.tenant("acme", "http://127.0.0.1:1", NUMBER).await;
@@ -149,7 +154,10 @@ async fn a_topic_that_goes_is_made_again_and_one_of_another_shape_is_refused() {
         assert_eq!(node.webhook("acme", "wa", &body).await, 200);
     };
     write("34600000001", "a").await;
-    until("published", async || (metric(&node, "patchbay_outbox_published_total").await >= 2.0).then_some(())).await;
+    until("published", async || {
+        (metric(&node, "patchbay_outbox_published_total").await >= 2.0).then_some(())
+    })
+    .await;
     let options = AdminOptions::new();
     admin(&brokers).delete_topics(&[&topic], &options).await.unwrap();
     // What is written from here on is in the topic that is made again.
@@ -163,10 +171,14 @@ async fn a_topic_that_goes_is_made_again_and_one_of_another_shape_is_refused() {
 
     // A topic with another number of partitions would break every conversation's order.
     let other = servers::fresh("other");
-    admin(&brokers).create_topics(&[NewTopic::new(&other, 3, TopicReplication::Fixed(1))], &options).await.unwrap();
+    admin(&brokers)
+        .create_topics(&[NewTopic::new(&other, 3, TopicReplication::Fixed(1))], &options)
+        .await
+        .unwrap();
     let dir = tempfile::tempdir().unwrap();
     let node = start(dir.path(), &env(&brokers, &other)).await;
-    let refused = until("it says so", async || Some(readyz(&node).await.1).filter(|t| t.contains("partitions"))).await;
+    let refused =
+        until("it says so", async || Some(readyz(&node).await.1).filter(|t| t.contains("partitions"))).await;
     assert!(refused.contains("replay into a new topic"), "{refused}");
 }
 
@@ -175,6 +187,7 @@ async fn an_event_that_the_broker_never_takes_parks_its_conversation_by_name() {
     if servers::quick() {
         return;
     }
+    let _turn = ONE_AT_A_TIME.lock().await;
     let (brokers, topic, dir) = (servers::kafka(), servers::fresh("small"), tempfile::tempdir().unwrap());
     let small = NewTopic::new(&topic, 4, TopicReplication::Fixed(1)).set("max.message.bytes", "3000");
     admin(&brokers).create_topics(&[small], &AdminOptions::new()).await.unwrap();

@@ -6,7 +6,7 @@ mod common;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use common::faults::{metric, readyz};
+use common::faults::{ONE_AT_A_TIME, metric, readyz};
 use common::servers::{self, Server};
 use common::{Node, until};
 use serde_json::json;
@@ -36,7 +36,9 @@ async fn a_revocation_reaches_every_node_with_redis_and_without() {
     if servers::quick() {
         return;
     }
-    let (server, dirs) = (Server::start("redis", 1, &[]), [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()]);
+    let _turn = ONE_AT_A_TIME.lock().await;
+    let (server, dirs) =
+        (Server::start("redis", 1, &[]), [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()]);
     let [first, second] = two([dirs[0].path(), dirs[1].path()], &server.addresses, 0).await;
     let key = first.tenant("acme", "http://127.0.0.1:1", "1001").await;
     for round in ["pushed", "looked for"] {
@@ -46,7 +48,8 @@ async fn a_revocation_reaches_every_node_with_redis_and_without() {
         let mut anna = second.socket(&token).await;
         if round == "looked for" {
             server.kill(1);
-            until("it is said", async || readyz(&second).await.1.contains("redis is away").then_some(())).await;
+            until("it is said", async || readyz(&second).await.1.contains("redis is away").then_some(()))
+                .await;
         }
         let began = Instant::now();
         let (status, _) = first.api(&key, "DELETE", "/agents/anna/tokens", None).await;
@@ -62,12 +65,14 @@ async fn a_reply_is_given_again_by_any_node_and_limits_are_shared_while_redis_is
     if servers::quick() {
         return;
     }
+    let _turn = ONE_AT_A_TIME.lock().await;
     let (mut server, dirs) =
         (Server::start("redis", 1, &[]), [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()]);
     let nodes = two([dirs[0].path(), dirs[1].path()], &server.addresses, 2_000).await;
     let key = nodes[0].tenant("acme", "http://127.0.0.1:1", "1001").await;
     let make = async |node: &Node, name: &str| {
-        let request = node.http.post(node.url("/api/v1/keys")).bearer_auth(&key).header("idempotency-key", "once");
+        let request =
+            node.http.post(node.url("/api/v1/keys")).bearer_auth(&key).header("idempotency-key", "once");
         let answer = request.json(&json!({"name": name, "scope": "read"})).send().await.unwrap();
         (answer.status().as_u16(), answer.text().await.unwrap())
     };

@@ -11,7 +11,9 @@ use crate::summary::Contact;
 use crate::timestamp::Timestamp;
 
 /// What kind of actor did it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, schemars::JsonSchema, PartialOrd, Ord)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, schemars::JsonSchema, PartialOrd, Ord,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum ActorType {
     /// The customer.
@@ -29,7 +31,9 @@ pub enum ActorType {
 }
 
 /// Who did it.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, schemars::JsonSchema, PartialOrd, Ord)]
+#[derive(
+    Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, schemars::JsonSchema, PartialOrd, Ord,
+)]
 pub struct Actor {
     /// What kind of actor.
     #[serde(rename = "type")]

@@ -21,7 +21,9 @@ pub enum Status {
 }
 
 /// The customer of a conversation.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema, schemars::JsonSchema, Default)]
+#[derive(
+    Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema, schemars::JsonSchema, Default,
+)]
 pub struct Contact {
     /// The channel's address; on WhatsApp digits only. Empty while only a `user_id` is known.
     pub address: String,

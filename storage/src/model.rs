@@ -78,6 +78,7 @@ struct Inner {
     faults: Faults,
     writes: u64,
     writes_by_table: BTreeMap<Table, u64>,
+    rows_by_table: BTreeMap<Table, u64>,
     stop_after: Option<u64>,
 }
 
@@ -110,6 +111,7 @@ impl Model {
             faults,
             writes: 0,
             writes_by_table: BTreeMap::new(),
+            rows_by_table: BTreeMap::new(),
             stop_after: None,
         };
         Self { inner: Arc::new(Mutex::new(inner)) }
@@ -134,6 +136,11 @@ impl Model {
     /// How many row batches were written to `table`, however they were answered.
     pub fn writes_to(&self, table: Table) -> u64 {
         self.lock().writes_by_table.get(&table).copied().unwrap_or(0)
+    }
+
+    /// How many rows were written to each table, however that was answered.
+    pub fn rows_written(&self) -> BTreeMap<Table, u64> {
+        self.lock().rows_by_table.clone()
     }
 
     /// Copies the store as it is now into another model without faults.
@@ -195,6 +202,7 @@ impl Default for Model {
 #[async_trait]
 impl Engine for Model {
     async fn write(&self, batch: Batch) -> Result<(), WriteError> {
+        *self.lock().rows_by_table.entry(batch.table).or_default() += batch.rows.len() as u64;
         match self.fate(Some(batch.table)) {
             Fate::Work(delay) => {
                 if !delay.is_zero() {

@@ -11,7 +11,9 @@ use std::time::Duration;
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use fred::clients::{Client, SubscriberClient};
 use fred::error::{Error, ErrorKind};
-use fred::interfaces::{ClientLike as _, EventInterface as _, KeysInterface as _, LuaInterface as _, PubsubInterface as _};
+use fred::interfaces::{
+    ClientLike as _, EventInterface as _, KeysInterface as _, LuaInterface as _, PubsubInterface as _,
+};
 use fred::types::config::{Config, ReconnectPolicy};
 use fred::types::{Builder, Expiration, Key, SetOptions, Value};
 use patchbay_protocol::ids::TenantId;
@@ -142,7 +144,7 @@ impl Redis {
         let subscriber = builder.build_subscriber_client().map_err(|e| e.to_string())?;
         client.connect();
         subscriber.connect();
-        let _ = subscriber.manage_subscriptions();
+        drop(subscriber.manage_subscriptions());
         Ok(Self {
             client,
             subscriber,
@@ -178,7 +180,8 @@ impl Redis {
         }
         let answer = asked.await;
         // A refusal is an answer.
-        let away = matches!(&answer, Err(e) if !matches!(e.kind(), ErrorKind::InvalidArgument | ErrorKind::Parse));
+        let away =
+            matches!(&answer, Err(e) if !matches!(e.kind(), ErrorKind::InvalidArgument | ErrorKind::Parse));
         if away {
             let rest = u64::try_from(REST.as_millis()).unwrap_or(u64::MAX);
             self.rests_until.store(self.now() + rest, Ordering::Relaxed);
@@ -225,7 +228,13 @@ impl Redis {
             .ask(async {
                 let set: Value = self
                     .client
-                    .set(key.clone(), running, Some(Expiration::EX(RUNNING_FOR_S)), Some(SetOptions::NX), false)
+                    .set(
+                        key.clone(),
+                        running,
+                        Some(Expiration::EX(RUNNING_FOR_S)),
+                        Some(SetOptions::NX),
+                        false,
+                    )
                     .await?;
                 if !set.is_null() {
                     return Ok(None);
@@ -238,7 +247,12 @@ impl Redis {
     }
 
     /// What a request came to; none: it may be tried again.
-    pub async fn end(&self, request: &[u8; 32], answer: Option<&Kept>, kept_for: Duration) -> Result<(), Away> {
+    pub async fn end(
+        &self,
+        request: &[u8; 32],
+        answer: Option<&Kept>,
+        kept_for: Duration,
+    ) -> Result<(), Away> {
         let key = self.key("reply", request);
         let value = answer.and_then(Kept::encode).filter(|v| v.len() <= REPLY_BYTES_MAX);
         self.ask(async {

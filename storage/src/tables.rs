@@ -1,6 +1,7 @@
 //! The tables beside the log: how each row is keyed and valued, once for every engine. Writes are built here as
 //! [`Batch`]es, since only their owner knows the stamp and when to send them.
 
+use std::collections::HashMap;
 use std::ops::Bound;
 use std::sync::Arc;
 
@@ -176,11 +177,11 @@ pub fn hour_of(at: Timestamp) -> i64 {
     at.as_millis().div_euclid(3_600_000)
 }
 
-/// The two sets that a conversation's summary may stand in.
+/// The two sets that a conversation's summary may stand in; the newer one counts where it stands in both.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Set {
-    /// Every conversation.
-    All,
+    /// Those that are resolved, and others as they once were.
+    Past,
     /// Those that are not resolved.
     Open,
 }
@@ -192,7 +193,7 @@ pub const INBOX_PARTS: u8 = 16;
 
 fn inbox_partition(tenant: &TenantId, account: &AccountId, set: Set, part: u8) -> Bytes {
     let set = match set {
-        Set::All => "all",
+        Set::Past => "all",
         Set::Open => "open",
     };
     let mut out = text(&[tenant.as_str(), account.as_str(), set]).to_vec();
@@ -400,50 +401,50 @@ impl Tables {
         self.engine.drop_partition(Table::Timers, hour_partition(shard, hour), stamp).await
     }
 
-    /// The writes that show a conversation in its account's sets.
-    pub fn inbox_writes(key: LogKey, stamp: Stamp, tenant: &TenantId, summary: &Summary) -> [Batch; 2] {
+    /// The writes that show a conversation in its account's sets: one row, and once it is resolved two.
+    pub fn inbox_writes(key: LogKey, stamp: Stamp, tenant: &TenantId, summary: &Summary) -> Vec<Batch> {
         let part = key.entity[0] % INBOX_PARTS;
         let clustering = entity_partition(&key.entity);
         let place = |set| inbox_partition(tenant, &summary.account, set, part);
-        let value = json(summary);
-        let open = if summary.status == patchbay_protocol::summary::Status::Resolved {
-            Batch::delete(key.shard, Table::Inbox, place(Set::Open), clustering.clone(), stamp)
+        let put = |set| Batch::put(key.shard, Table::Inbox, place(set), clustering.clone(), stamp, json(summary));
+        if summary.status == patchbay_protocol::summary::Status::Resolved {
+            // What it was before stays behind in the open set no longer; what it is in the other may.
+            let gone = Batch::delete(key.shard, Table::Inbox, place(Set::Open), clustering.clone(), stamp);
+            vec![put(Set::Past), gone]
         } else {
-            Batch::put(key.shard, Table::Inbox, place(Set::Open), clustering.clone(), stamp, value.clone())
-        };
-        [Batch::put(key.shard, Table::Inbox, place(Set::All), clustering, stamp, value), open]
+            vec![put(Set::Open)]
+        }
     }
 
-    /// Every summary of an account's set, in no order.
-    pub async fn summaries(
-        &self,
-        tenant: &TenantId,
-        account: &AccountId,
-        set: Set,
-    ) -> Result<Vec<Summary>, ReadError> {
-        let mut found = Vec::new();
-        for part in 0..INBOX_PARTS {
-            let rows = self
-                .engine
-                .scan(Scan::all(Table::Inbox, inbox_partition(tenant, account, set, part), usize::MAX))
-                .await?;
-            for row in &rows {
-                found.push(parse(row)?);
+    /// Every summary of an account, in no order.
+    pub async fn summaries(&self, tenant: &TenantId, account: &AccountId) -> Result<Vec<Summary>, ReadError> {
+        let mut found: HashMap<ConversationId, Summary> = HashMap::new();
+        for set in [Set::Past, Set::Open] {
+            for part in 0..INBOX_PARTS {
+                let partition = inbox_partition(tenant, account, set, part);
+                for row in self.engine.scan(Scan::all(Table::Inbox, partition, usize::MAX)).await? {
+                    let summary: Summary = parse(&row)?;
+                    match found.get(&summary.id) {
+                        Some(newer) if newer.last_seq >= summary.last_seq => {}
+                        _ => drop(found.insert(summary.id, summary)),
+                    }
+                }
             }
         }
-        Ok(found)
+        Ok(found.into_values().collect())
     }
 
-    /// Summaries of one part of an account's conversations, by id, after `after`.
+    /// Summaries of one part of a set, by id, after `after`.
     pub async fn summaries_page(
         &self,
         tenant: &TenantId,
         account: &AccountId,
+        set: Set,
         part: u8,
         after: Option<ConversationId>,
         limit: usize,
     ) -> Result<Vec<Summary>, ReadError> {
-        let partition = inbox_partition(tenant, account, Set::All, part);
+        let partition = inbox_partition(tenant, account, set, part);
         let from = after.map_or(Bound::Unbounded, |id| Bound::Excluded(entity_partition(id.as_bytes())));
         let rows = self.engine.scan(Scan { from, ..Scan::all(Table::Inbox, partition, limit) }).await?;
         rows.iter().map(parse).collect()
@@ -456,13 +457,16 @@ impl Tables {
         account: &AccountId,
         id: ConversationId,
     ) -> Result<Option<Summary>, ReadError> {
-        let partition = inbox_partition(tenant, account, Set::All, id.as_bytes()[0] % INBOX_PARTS);
-        self.engine
-            .get(Table::Inbox, &partition, &entity_partition(id.as_bytes()))
-            .await?
-            .as_ref()
-            .map(parse)
-            .transpose()
+        let mut newest: Option<Summary> = None;
+        for set in [Set::Past, Set::Open] {
+            let partition = inbox_partition(tenant, account, set, id.as_bytes()[0] % INBOX_PARTS);
+            let row = self.engine.get(Table::Inbox, &partition, &entity_partition(id.as_bytes())).await?;
+            let found: Option<Summary> = row.as_ref().map(parse).transpose()?;
+            if found.as_ref().map(|s| s.last_seq) > newest.as_ref().map(|s| s.last_seq) {
+                newest = found;
+            }
+        }
+        Ok(newest)
     }
 
     /// The write of an agent's session.

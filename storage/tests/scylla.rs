@@ -49,7 +49,12 @@ async fn every_cell_carries_its_writers_stamp() {
     };
     let session = Session { connection: "aa".into(), incarnation: 1, since: at };
     let mut writes = Tables::reference_writes(key, next(), &[(IdKey::of(["x"]), 1)]);
-    writes.push(Tables::activity_write(5, Mark::default(), next(), &Activity { entity: entity.clone(), lowest: 1 }));
+    writes.push(Tables::activity_write(
+        5,
+        Mark::default(),
+        next(),
+        &Activity { entity: entity.clone(), lowest: 1 },
+    ));
     writes.push(Tables::mark_write(5, next(), Mark::default()));
     writes.push(Tables::timer_write(5, next(), &Timer { entity, due: at }, 0));
     writes.push(Tables::session_write(key, next(), &session));
@@ -83,7 +88,8 @@ async fn of_many_who_change_a_document_at_once_each_change_is_made_once() {
         for _ in 0..20 {
             loop {
                 let before = engine.document(&key()).await.unwrap();
-                let n: u64 = before.as_ref().map_or(0, |d| String::from_utf8_lossy(&d.value).parse().unwrap());
+                let n: u64 =
+                    before.as_ref().map_or(0, |d| String::from_utf8_lossy(&d.value).parse().unwrap());
                 let value = Bytes::from((n + 1).to_string());
                 match engine.compare_and_set(key(), before.map(|d| d.version), Some(value)).await.unwrap() {
                     CasOutcome::Applied => break,

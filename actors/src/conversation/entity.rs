@@ -349,7 +349,7 @@ impl LogEntity for Conversation {
         };
         // Rows keep the end of the window, past or not: whoever reads them knows the time.
         summary.window_until = state.window_until(window);
-        let rows = Tables::inbox_writes(key, stamp, &home.tenant, &summary).to_vec();
+        let rows = Tables::inbox_writes(key, stamp, &home.tenant, &summary);
         let (router, tenant) = (self.router.get().cloned(), home.tenant.clone());
         let then: Then = Box::new(move || {
             if let Some(router) = router.as_ref().and_then(Weak::upgrade) {

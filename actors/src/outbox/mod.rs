@@ -148,7 +148,9 @@ impl Outbox {
 
     pub(crate) fn wait_for_replay(&self, waits: bool) {
         if self.unreplayed.swap(waits, Ordering::Relaxed) != waits && waits {
-            tracing::warn!("entries of before are not published: run `patchbay events replay --from start` once");
+            tracing::warn!(
+                "entries of before are not published: run `patchbay events replay --from start` once"
+            );
         }
     }
 

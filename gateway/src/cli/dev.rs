@@ -56,12 +56,13 @@ impl Dev {
         start_logs(&config.log);
         runtime()?.block_on(async move {
             let mut stop = Stop::new()?;
-            let ops = Ops::start(&config, Mode::Dev, crate::metrics_table::install()?).await.map_err(Failure::of_start)?;
+            let ops = Ops::start(&config, Mode::Dev, crate::metrics_table::install()?)
+                .await
+                .map_err(Failure::of_start)?;
             let store = Store::open(&config, &ops.health).await.map_err(Failure::of_start)?;
             let secrets = Secrets::of(&config.storage.data_dir)?;
             secrets.fill(&mut config);
-            let server =
-                Server::start(&config, Mode::Dev, store, ops).await.map_err(Failure::of_start)?;
+            let server = Server::start(&config, Mode::Dev, store, ops).await.map_err(Failure::of_start)?;
             let loopback = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
             let simulator = Arc::new(Simulator::start(loopback, self.seed, Faults::default()).await?);
             let demo = seed(&server, &simulator, &secrets).await.map_err(|e| Failure::Other(e.message()))?;

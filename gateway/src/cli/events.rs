@@ -13,7 +13,7 @@ use patchbay_protocol::ids::{AccountId, ConversationId, InboxId, TenantId};
 use patchbay_protocol::{CommandError, Entry, Timestamp};
 use patchbay_storage::events::{Delivered, SendError, Sink, Source};
 use patchbay_storage::log::{LogKey, Logs};
-use patchbay_storage::tables::Tables;
+use patchbay_storage::tables::{INBOX_PARTS, Set, Tables};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
@@ -139,7 +139,9 @@ enum From {
 fn parse_from(text: &str) -> Result<From, String> {
     match text {
         "start" => Ok(From::Start),
-        text => Timestamp::parse(text).map(From::At).ok_or_else(|| "`start`, or an instant such as 2026-11-21T09:00:00Z".into()),
+        text => Timestamp::parse(text)
+            .map(From::At)
+            .ok_or_else(|| "`start`, or an instant such as 2026-11-21T09:00:00Z".into()),
     }
 }
 
@@ -250,7 +252,8 @@ impl Replaying {
         let (deliveries, delivered) = mpsc::unbounded_channel();
         let sink = engines::sink(config, deliveries).map_err(Failure::of_start)?;
         sink.open(0).await.map_err(|why| Failure::Other(format!("events: {why}")))?;
-        let style = ProgressStyle::with_template("{spinner} {msg}").unwrap_or_else(|_| ProgressStyle::default_spinner());
+        let style = ProgressStyle::with_template("{spinner} {msg}")
+            .unwrap_or_else(|_| ProgressStyle::default_spinner());
         Ok(Self {
             tables: Tables::new(store.engine()),
             logs: Logs::new(store.engine()),
@@ -280,14 +283,20 @@ impl Replaying {
                 None => Ok(()),
             };
         }
-        for part in 0..patchbay_storage::tables::INBOX_PARTS {
+        let parts =
+            [Set::Open, Set::Past].into_iter().flat_map(|set| (0..INBOX_PARTS).map(move |part| (set, part)));
+        for (set, part) in parts {
             let mut after = None;
             loop {
-                let page = self.tables.summaries_page(tenant, account, part, after, PAGE).await.map_err(broken)?;
+                let page = self.tables.summaries_page(tenant, account, set, part, after, PAGE).await;
+                let page = page.map_err(broken)?;
                 let Some(last) = page.last() else { break };
                 after = Some(last.id);
                 for summary in page {
-                    self.conversation(tenant, account, inbox, summary.id, summary.last_seq).await?;
+                    let newest = self.tables.summary(tenant, account, summary.id).await.map_err(broken)?;
+                    if newest.is_some_and(|newest| newest.last_seq == summary.last_seq) {
+                        self.conversation(tenant, account, inbox, summary.id, summary.last_seq).await?;
+                    }
                 }
             }
         }
@@ -304,8 +313,7 @@ impl Replaying {
         tip: u64,
     ) -> Result<(), Failure> {
         let key = LogKey { entity: *id.as_bytes(), shard: id.shard(self.shards) };
-        let origin =
-            Arc::new(Origin { tenant: tenant.clone(), account: account.clone(), conversation: id });
+        let origin = Arc::new(Origin { tenant: tenant.clone(), account: account.clone(), conversation: id });
         let (mut after, mut begun) = (0, matches!(self.from, From::Start));
         while after < tip {
             let rows = self.logs.forward(key, after, tip, READ_ROWS, READ_BYTES).await;
@@ -313,11 +321,16 @@ impl Replaying {
             for row in rows {
                 after = row.seq;
                 if let From::At(at) = self.from {
-                    begun = begun || serde_json::from_slice::<Entry>(&row.payload).is_ok_and(|entry| entry.at >= at);
+                    begun = begun
+                        || serde_json::from_slice::<Entry>(&row.payload).is_ok_and(|entry| entry.at >= at);
                 }
                 if begun {
-                    let event =
-                        Event { origin: origin.clone(), inbox: inbox.clone(), seq: row.seq, entry: row.payload };
+                    let event = Event {
+                        origin: origin.clone(),
+                        inbox: inbox.clone(),
+                        seq: row.seq,
+                        entry: row.payload,
+                    };
                     self.send(&event).await?;
                 }
             }

@@ -271,10 +271,17 @@ impl Scylla {
         }
         let letters = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_';
         let name = self.keyspace.as_bytes();
-        if !(name.first().is_some_and(u8::is_ascii_lowercase) && name.len() <= 48 && name.iter().all(|b| letters(*b))) {
+        if !(name.first().is_some_and(u8::is_ascii_lowercase)
+            && name.len() <= 48
+            && name.iter().all(|b| letters(*b)))
+        {
             faults.push("storage.scylla.keyspace: must match [a-z][a-z0-9_]{0,47}".into());
         }
-        for (key, n) in [("writes_max", self.writes_max), ("reads_max", self.reads_max), ("replication", self.replication as usize)] {
+        for (key, n) in [
+            ("writes_max", self.writes_max),
+            ("reads_max", self.reads_max),
+            ("replication", self.replication as usize),
+        ] {
             if n == 0 {
                 faults.push(format!("storage.scylla.{key}: must be at least 1"));
             }
@@ -308,7 +315,9 @@ impl Kafka {
             faults.push("events.kafka.brokers: at least one address is needed".into());
         }
         match self.connection() {
-            Ok(connection) => faults.extend(connection.fault().map(|e| format!("events.kafka.settings: {e}"))),
+            Ok(connection) => {
+                faults.extend(connection.fault().map(|e| format!("events.kafka.settings: {e}")))
+            }
             Err(fault) => faults.push(fault),
         }
     }

@@ -14,6 +14,9 @@ use tokio::task::JoinHandle;
 
 use super::{APP_SECRET, Node, conversation, sign, text_item, webhook_body};
 
+/// Tests that end servers have the machine to themselves, one after another.
+pub static ONE_AT_A_TIME: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+
 pub const NUMBER: &str = "1001";
 
 /// Customers who write all the time; what is not acked is repeated with the same id.

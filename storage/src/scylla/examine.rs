@@ -89,10 +89,9 @@ fn text(value: Option<&Option<CqlValue>>) -> String {
 
 fn map(value: Option<&Option<CqlValue>>) -> Vec<(String, String)> {
     match value {
-        Some(Some(CqlValue::Map(pairs))) => pairs
-            .iter()
-            .map(|(k, v)| (text(Some(&Some(k.clone()))), text(Some(&Some(v.clone())))))
-            .collect(),
+        Some(Some(CqlValue::Map(pairs))) => {
+            pairs.iter().map(|(k, v)| (text(Some(&Some(k.clone()))), text(Some(&Some(v.clone()))))).collect()
+        }
         _ => Vec::new(),
     }
 }
@@ -101,12 +100,20 @@ async fn replication(session: &Session, config: &ScyllaConfig) -> Option<Finding
     let question = "SELECT replication FROM system_schema.keyspaces WHERE keyspace_name = ?";
     let found = rows(session, question, Some(&config.keyspace)).await?;
     let Some(row) = found.first() else {
-        return Some(finding("replication", Standing::Good, "the keyspace is not there yet: the first node makes it"));
+        return Some(finding(
+            "replication",
+            Standing::Good,
+            "the keyspace is not there yet: the first node makes it",
+        ));
     };
     let options = map(row.columns.first());
     let copies = options.iter().find(|(name, _)| *name == config.datacenter).map(|(_, n)| n.clone());
     Some(match copies {
-        None => finding("replication", Standing::Bad, format!("no copies in `{}`: {options:?}", config.datacenter)),
+        None => finding(
+            "replication",
+            Standing::Bad,
+            format!("no copies in `{}`: {options:?}", config.datacenter),
+        ),
         Some(n) if n != config.replication.to_string() => finding(
             "replication",
             Standing::Doubtful,
@@ -123,7 +130,9 @@ async fn schema(session: &Session, config: &ScyllaConfig) -> Finding {
     let newest = MIGRATIONS.last().map_or(0, |m| m.version);
     match schema::applied(session, &config.keyspace).await {
         Ok(Some(version)) if version == newest => {}
-        Ok(None) if config.migrate => return finding("schema", Standing::Good, "not there yet: the first node makes it"),
+        Ok(None) if config.migrate => {
+            return finding("schema", Standing::Good, "not there yet: the first node makes it");
+        }
         Ok(found) => {
             let found = found.map_or_else(|| "none".to_owned(), |v| v.to_string());
             return finding("schema", Standing::Bad, format!("version {found}, wanted {newest}"));
@@ -150,14 +159,16 @@ async fn compare(session: &Session, keyspace: &str, table: &str, compaction: &st
     let found = rows(session, &question, Some(keyspace)).await.unwrap_or_default();
     let columns: Vec<(String, String)> =
         found.iter().map(|r| (text(r.columns.first()), text(r.columns.get(1)))).collect();
-    let lacks = schema::columns(table).iter().filter(|(name, kind)| {
-        !columns.iter().any(|(n, k)| n == name && k == kind)
-    });
+    let lacks = schema::columns(table)
+        .iter()
+        .filter(|(name, kind)| !columns.iter().any(|(n, k)| n == name && k == kind));
     wrong.extend(lacks.map(|(name, kind)| format!("{table} lacks {name} {kind}")));
     let question = format!(
         "SELECT compaction, default_time_to_live FROM system_schema.tables WHERE keyspace_name = ? AND table_name = '{table}'"
     );
-    let Some(row) = rows(session, &question, Some(keyspace)).await.and_then(|r| r.into_iter().next()) else { return };
+    let Some(row) = rows(session, &question, Some(keyspace)).await.and_then(|r| r.into_iter().next()) else {
+        return;
+    };
     let class = map(row.columns.first()).into_iter().find(|(name, _)| name == "class").map(|(_, v)| v);
     let class = class.unwrap_or_default();
     if !class.ends_with(compaction) && !class.ends_with("UnifiedCompactionStrategy") {
@@ -167,8 +178,9 @@ async fn compare(session: &Session, keyspace: &str, table: &str, compaction: &st
         wrong.push(format!("{table} forgets its rows by itself"));
     }
     // A quorum read that has seen a row must not be followed by one that has not. ScyllaDB does it always.
-    let question =
-        format!("SELECT read_repair FROM system_schema.tables WHERE keyspace_name = ? AND table_name = '{table}'");
+    let question = format!(
+        "SELECT read_repair FROM system_schema.tables WHERE keyspace_name = ? AND table_name = '{table}'"
+    );
     if let Some(row) = rows(session, &question, Some(keyspace)).await.and_then(|r| r.into_iter().next()) {
         let repair = text(row.columns.first());
         if !repair.eq_ignore_ascii_case("blocking") {

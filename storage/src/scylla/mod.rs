@@ -209,6 +209,8 @@ pub(crate) struct Tries {
     reads: Arc<Pressure>,
 }
 
+// The driver's errors are large, and passed on once.
+#[allow(clippy::result_large_err)]
 impl Tries {
     fn judge<T>(pressure: &Pressure, answer: Result<T, ExecutionError>) -> Result<T, ExecutionError> {
         match &answer {
