@@ -28,7 +28,7 @@ use crate::shard::slots::Slots;
 use crate::shard::soft::SoftSlots;
 
 /// Shards read at once by a start.
-const READ_AT_ONCE: usize = 64;
+const SHARDS_READ_AT_ONCE: usize = 64;
 /// Between two moves of the marks over what is settled: a mark that moved with every bucket would be a row for each
 /// message of a quiet shard.
 const SETTLE_LOOK: Duration = Duration::from_secs(20);
@@ -535,7 +535,7 @@ async fn unfinished(node: &Node) -> Result<HashSet<EntityId>, ReadError> {
     };
     let mut found = HashSet::new();
     let mut shards =
-        futures_util::stream::iter(0..node.shards.count).map(of_shard).buffer_unordered(READ_AT_ONCE);
+        futures_util::stream::iter(0..node.shards.count).map(of_shard).buffer_unordered(SHARDS_READ_AT_ONCE);
     while let Some(of_shard) = shards.next().await {
         found.extend(of_shard?);
     }
@@ -623,7 +623,7 @@ async fn load_timers(node: &Node) -> Result<i64, ReadError> {
         Ok(())
     };
     let mut shards =
-        futures_util::stream::iter(0..node.shards.count).map(of_shard).buffer_unordered(READ_AT_ONCE);
+        futures_util::stream::iter(0..node.shards.count).map(of_shard).buffer_unordered(SHARDS_READ_AT_ONCE);
     while let Some(read) = shards.next().await {
         read?;
     }

@@ -20,7 +20,11 @@ const MESSAGES: u64 = 20;
 
 fn more(before: &BTreeMap<Table, u64>, after: &BTreeMap<Table, u64>) -> BTreeMap<&'static str, u64> {
     let rows = |of: &BTreeMap<Table, u64>, table| of.get(&table).copied().unwrap_or(0);
-    Table::ALL.into_iter().map(|t| (t.name(), rows(after, t) - rows(before, t))).filter(|(_, n)| *n > 0).collect()
+    Table::ALL
+        .into_iter()
+        .map(|t| (t.name(), rows(after, t) - rows(before, t)))
+        .filter(|(_, n)| *n > 0)
+        .collect()
 }
 
 fn per_message(rows: &BTreeMap<&'static str, u64>) -> f64 {
@@ -64,7 +68,11 @@ async fn measure(apart: Duration, receipts: [u64; 3]) -> [BTreeMap<&'static str,
 async fn a_message_costs_no_more_rows_than_its_budget() {
     let [received, sent] = measure(Duration::from_secs(2), [20, 100, 80]).await;
     let alone = measure(Duration::from_secs(15), [0, 300, 8_000]).await;
-    println!("received: {:.2} rows {received:?}; sent: {:.2} rows {sent:?}", per_message(&received), per_message(&sent));
+    println!(
+        "received: {:.2} rows {received:?}; sent: {:.2} rows {sent:?}",
+        per_message(&received),
+        per_message(&sent)
+    );
     println!("alone: {:.2} and {:.2} rows: {alone:?}", per_message(&alone[0]), per_message(&alone[1]));
     if let Some(file) = std::env::var_os("PATCHBAY_BUDGET_RESULT") {
         let alone = [per_message(&alone[0]), per_message(&alone[1])];

@@ -20,7 +20,6 @@ use patchbay_storage::model::Model;
 use patchbay_storage::tables::Tables;
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
-use tokio::sync::mpsc;
 
 /// What happens to events on their way.
 #[derive(Clone, Default)]
@@ -74,7 +73,7 @@ impl Topic {
     }
 
     fn events(&self, lanes_max: usize) -> Events {
-        let (deliveries, delivered) = mpsc::unbounded_channel();
+        let (deliveries, delivered) = patchbay_storage::events::deliveries();
         let node = {
             let mut inner = self.0.lock().unwrap();
             inner.nodes += 1;
@@ -117,7 +116,7 @@ impl Topic {
             }
             inner.broken |= fails;
             let generation = inner.generation;
-            let _ = to.send(Delivery { conversation, seq, generation, outcome });
+            let _ = to.try_send(Delivery { conversation, seq, generation, outcome });
         }
     }
 

@@ -12,7 +12,6 @@ use patchbay_storage::events::{Deliveries, Sink, Source, SourceError};
 use patchbay_storage::kafka::{KafkaSink, KafkaSource};
 use patchbay_storage::redis::Redis;
 use patchbay_storage::scylla::Scylla;
-use tokio::sync::mpsc;
 
 use crate::config::{Config, EventsEngine, StorageEngine};
 use crate::health::Health;
@@ -97,7 +96,7 @@ pub fn redis(config: &Config) -> Result<Option<Arc<Redis>>, RunError> {
 
 /// Where events go; the outbox opens it.
 pub fn events(config: &Config) -> Result<Events, RunError> {
-    let (deliveries, delivered) = mpsc::unbounded_channel();
+    let (deliveries, delivered) = patchbay_storage::events::deliveries();
     Ok(Events::new(sink(config, deliveries)?, delivered))
 }
 

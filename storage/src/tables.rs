@@ -406,7 +406,8 @@ impl Tables {
         let part = key.entity[0] % INBOX_PARTS;
         let clustering = entity_partition(&key.entity);
         let place = |set| inbox_partition(tenant, &summary.account, set, part);
-        let put = |set| Batch::put(key.shard, Table::Inbox, place(set), clustering.clone(), stamp, json(summary));
+        let put =
+            |set| Batch::put(key.shard, Table::Inbox, place(set), clustering.clone(), stamp, json(summary));
         if summary.status == patchbay_protocol::summary::Status::Resolved {
             // What it was before stays behind in the open set no longer; what it is in the other may.
             let gone = Batch::delete(key.shard, Table::Inbox, place(Set::Open), clustering.clone(), stamp);

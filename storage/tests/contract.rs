@@ -419,7 +419,11 @@ async fn inbox_rows_of_two_sets(engine: Arc<dyn Engine>) {
     write(51, &again).await;
     assert!(stands(Set::Open, again.id).await);
     assert_eq!(count().await, 40);
-    assert_eq!(tables.summary(&tenant, &account, again.id).await.unwrap(), Some(again.clone()), "the newer one");
+    assert_eq!(
+        tables.summary(&tenant, &account, again.id).await.unwrap(),
+        Some(again.clone()),
+        "the newer one"
+    );
     let other = "u".parse().unwrap();
     assert!(tables.summaries(&other, &account).await.unwrap().is_empty());
 }

@@ -13,7 +13,7 @@
 mod lanes;
 
 use std::collections::{HashMap, HashSet};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
@@ -69,6 +69,7 @@ pub struct Outbox {
     unreplayed: AtomicBool,
     /// When something was last delivered, or sent while nothing was under way.
     moved: Mutex<Instant>,
+    published: AtomicU64,
 }
 
 impl std::fmt::Debug for Outbox {
@@ -107,6 +108,7 @@ impl Outbox {
             trouble: Mutex::new(Some("it has not answered yet".into())),
             unreplayed: AtomicBool::new(false),
             moved: Mutex::new(Instant::now()),
+            published: AtomicU64::new(0),
         })
     }
 
@@ -152,6 +154,11 @@ impl Outbox {
                 "entries of before are not published: run `patchbay events replay --from start` once"
             );
         }
+    }
+
+    /// Events that were delivered.
+    pub fn published(&self) -> u64 {
+        self.published.load(Ordering::Relaxed)
     }
 
     /// Conversations with something unpublished that are told apart.
@@ -495,6 +502,7 @@ impl Publisher {
             }
             if published > 0 {
                 *lock(&outbox.moved) = Instant::now();
+                outbox.published.fetch_add(published, Ordering::Relaxed);
             }
         }
         metrics::counter!("patchbay_outbox_published_total").increment(published);

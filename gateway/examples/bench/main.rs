@@ -5,6 +5,7 @@
 #![allow(missing_docs, unreachable_pub, clippy::unwrap_used)]
 
 mod cold;
+mod engines;
 mod memory;
 mod node;
 mod results;
@@ -16,7 +17,7 @@ mod webhooks;
 use results::Results;
 
 /// Names of what can be asked for, by the benchmark that measures it.
-const BENCHMARKS: [(&str, &[&str]); 7] = [
+const BENCHMARKS: [(&str, &[&str]); 10] = [
     ("sends", &["durable_send_throughput_ratio", "durable_send_p99_ratio"]),
     ("webhooks", &["webhook_to_socket_p50_ratio", "webhook_to_socket_p99_ratio"]),
     ("conversations", &["idle_conversation_bytes"]),
@@ -24,6 +25,9 @@ const BENCHMARKS: [(&str, &[&str]); 7] = [
     ("sockets", &["idle_websocket_bytes"]),
     ("walls", &["foreign_id_time_ratio"]),
     ("soak", &["soak_memory_ratio"]),
+    ("cassandra", &["cassandra_send_throughput_ratio", "cassandra_send_p99_ratio", "history_page_ratio"]),
+    ("kafka", &["kafka_publish_throughput_ratio", "kafka_entry_to_consumer_p50_ms", "outbox_recovery_ratio"]),
+    ("frozen", &["frozen_store_node_p99_ms"]),
 ];
 
 #[tokio::main]
@@ -49,11 +53,20 @@ async fn main() {
             "cold" => cold::run(&mut results).await,
             "sockets" => memory::sockets(&mut results).await,
             "walls" => walls::run(&mut results).await,
+            "cassandra" => engines::cassandra(&mut results).await,
+            "kafka" => engines::kafka(&mut results).await,
+            "frozen" => engines::frozen(&mut results).await,
             _ => soak::run(&mut results).await,
         }
     }
     if asked("crash", &["crash_lost_acked", "crash_doubled"]) {
         results.crash();
+    }
+    if asked("budget", &["store_writes_per_message"]) {
+        results.budget();
+    }
+    if asked("faults", &["engine_lost_acked", "engine_doubled", "kafka_gaps"]) {
+        results.faults();
     }
     results.write();
 }

@@ -28,6 +28,8 @@ fn binary() -> PathBuf {
 pub struct Node {
     pub child: Child,
     pub target: Target,
+    /// Where its metrics are.
+    pub ops: String,
     /// From its start until it was ready.
     pub ready_after: Duration,
     /// Webhooks that were told to come again.
@@ -60,7 +62,9 @@ impl Node {
         let ready_after = started.elapsed();
         let mut target = Target::of_ready_file(&file).unwrap();
         target.pid = child.id();
-        Self { child, target, ready_after, refused: AtomicU64::new(0) }
+        let ready: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+        let ops = ready["ops"].as_str().unwrap().to_owned();
+        Self { child, target, ops, ready_after, refused: AtomicU64::new(0) }
     }
 
     /// SIGTERM, and the end.

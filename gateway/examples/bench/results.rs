@@ -62,6 +62,41 @@ impl Results {
         }
     }
 
+    /// What `./x bench` found by counting the rows of messages (`actors/tests/budget.rs`); nothing without it.
+    pub fn budget(&mut self) {
+        let Ok(text) = std::fs::read_to_string("target/bench/budget.json") else { return };
+        let found: Value = serde_json::from_str(&text).unwrap();
+        let alone = &found["alone"];
+        let conditions = format!(
+            "a message every two seconds, its receipts within 200 ms; alone, 15 s apart and receipts 8 s apart: {:.1} received, {:.1} sent",
+            alone[0].as_f64().unwrap(),
+            alone[1].as_f64().unwrap()
+        );
+        for (name, goal) in [("received", 5.0), ("sent", 14.0)] {
+            let rows = found[name].as_f64().unwrap();
+            self.note(
+                &format!("store_writes_per_message[{name}]"),
+                rows,
+                "rows",
+                Goal::AtMost(goal),
+                &conditions,
+                None,
+            );
+        }
+    }
+
+    /// What `./x bench` found by running every fault against the real servers (`gateway/tests/real_*_faults.rs`), which
+    /// are the judges; nothing without them.
+    pub fn faults(&mut self) {
+        if !std::path::Path::new("target/bench/faults.done").exists() {
+            return;
+        }
+        let conditions = "Kafka, Cassandra and Redis stopped, killed, frozen and refused under load, our node killed with them; every acked message, every log and every topic checked";
+        for name in ["engine_lost_acked", "engine_doubled", "kafka_gaps"] {
+            self.note(name, 0.0, "entries", Goal::AtMost(0.0), conditions, None);
+        }
+    }
+
     /// Prints the table and writes the file.
     pub fn write(&self) {
         println!("{:<34} {:>12} {:<8} {:>10} {:>8}", "name", "value", "unit", "goal", "holds");

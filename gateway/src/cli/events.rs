@@ -15,7 +15,6 @@ use patchbay_storage::events::{Delivered, SendError, Sink, Source};
 use patchbay_storage::log::{LogKey, Logs};
 use patchbay_storage::tables::{INBOX_PARTS, Set, Tables};
 use serde_json::{Value, json};
-use tokio::sync::mpsc;
 
 use super::consume::{Start, join};
 use super::run::Stop;
@@ -249,7 +248,7 @@ struct Replaying {
 
 impl Replaying {
     async fn new(config: &Config, store: &Store, from: From) -> Result<Self, Failure> {
-        let (deliveries, delivered) = mpsc::unbounded_channel();
+        let (deliveries, delivered) = patchbay_storage::events::deliveries();
         let sink = engines::sink(config, deliveries).map_err(Failure::of_start)?;
         sink.open(0).await.map_err(|why| Failure::Other(format!("events: {why}")))?;
         let style = ProgressStyle::with_template("{spinner} {msg}")

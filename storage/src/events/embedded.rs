@@ -297,7 +297,7 @@ fn write(shared: &Shared) {
         for (conversation, seq) in batch.events.drain(..) {
             let outcome = outcome.clone();
             let delivery = Delivery { conversation, seq, generation: batch.generation, outcome };
-            let _ = shared.deliveries.send(delivery);
+            let _ = shared.deliveries.blocking_send(delivery);
         }
         std::thread::sleep(SYNC_EVERY);
     }
@@ -553,7 +553,6 @@ impl Source for EmbeddedSource {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tokio::sync::mpsc;
 
     fn event(conversation: u8, seq: u64) -> Event {
         let origin = Origin {
@@ -583,7 +582,7 @@ mod tests {
     #[tokio::test]
     async fn a_group_goes_on_behind_what_it_has_committed_also_when_a_tail_is_torn() {
         let dir = tempfile::tempdir().unwrap();
-        let (to, mut delivered) = mpsc::unbounded_channel();
+        let (to, mut delivered) = super::super::deliveries();
         let sink = EmbeddedSink::new(dir.path(), 1 << 30, to.clone()).unwrap();
         assert!(matches!(sink.send(&event(1, 1)), Err(SendError::Fault(_))), "not open yet");
         sink.open(0).await.unwrap();

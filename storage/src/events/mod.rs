@@ -6,7 +6,7 @@ pub mod embedded;
 use async_trait::async_trait;
 use patchbay_protocol::event::{Envelope, Event};
 use patchbay_protocol::ids::ConversationId;
-use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
+use tokio::sync::mpsc;
 
 /// Why an event is not in the topic.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,10 +39,19 @@ pub enum SendError {
     Fault(Fault),
 }
 
-/// Where deliveries are told. What is under way is bounded by whoever sends.
-pub type Deliveries = UnboundedSender<Delivery>;
+/// Deliveries that are told and not heard. What is under way is bounded by whoever sends, so that these are enough also
+/// when all of it is given up and sent again; past it the sink waits.
+pub const DELIVERIES_MAX: usize = 65_536;
+
+/// Where deliveries are told.
+pub type Deliveries = mpsc::Sender<Delivery>;
 /// Where they are heard.
-pub type Delivered = UnboundedReceiver<Delivery>;
+pub type Delivered = mpsc::Receiver<Delivery>;
+
+/// Both ends.
+pub fn deliveries() -> (Deliveries, Delivered) {
+    mpsc::channel(DELIVERIES_MAX)
+}
 
 /// Takes events, keeps their order by conversation, and makes them durable.
 ///

@@ -122,7 +122,12 @@ impl ProducerContext for Told {
             Err((error, _)) => Err(fault(error)),
         };
         // Whoever sent it has gone with the node.
-        let _ = self.deliveries.send(Delivery { conversation, seq, generation: self.generation, outcome });
+        let _ = self.deliveries.blocking_send(Delivery {
+            conversation,
+            seq,
+            generation: self.generation,
+            outcome,
+        });
     }
 }
 

@@ -37,8 +37,11 @@ pub(super) struct Place {
 
 impl Pressure {
     pub(super) fn new(max: usize) -> Arc<Self> {
+        // As configured (`storage.scylla.writes_max`, `reads_max`).
+        let places = Arc::new(Semaphore::new(0));
+        places.add_permits(max);
         Arc::new(Self {
-            places: Arc::new(Semaphore::new(max)),
+            places,
             max,
             window: AtomicUsize::new(max),
             surplus: AtomicUsize::new(0),

@@ -13,8 +13,10 @@ use super::message::Msg;
 use super::{LogActor, Loop, Phase};
 use crate::shard::entity::{LogEntity, Then};
 
-/// Derived rows are written at most this often per entity.
+/// Derived rows follow an entry after this.
 const DERIVE_PAUSE: Duration = Duration::from_millis(250);
+/// While entries keep coming they are written this often per entity: more of them share a batch.
+const DERIVE_BUSY_PAUSE: Duration = Duration::from_secs(1);
 /// A snapshot is written after so many entries, or more when the filter is large.
 const SNAPSHOT_ENTRIES: u64 = 128;
 
@@ -76,7 +78,7 @@ impl<E: LogEntity> LogActor<E> {
         }
         self.keep_snapshot(at, frozen);
         if again {
-            at.derive_later(me);
+            at.derive_after(me, DERIVE_BUSY_PAUSE);
         }
         settle(at);
     }
@@ -121,10 +123,14 @@ impl<E: LogEntity> LogActor<E> {
 impl<E: LogEntity> Loop<E> {
     /// Writes derived rows once their pause has passed.
     pub(super) fn derive_later(&mut self, me: &ActorRef<Msg<E>>) {
+        self.derive_after(me, DERIVE_PAUSE);
+    }
+
+    fn derive_after(&mut self, me: &ActorRef<Msg<E>>, pause: Duration) {
         self.derive = Derive::Waiting;
         let me = me.clone();
         tokio::spawn(async move {
-            tokio::time::sleep(DERIVE_PAUSE).await;
+            tokio::time::sleep(pause).await;
             let _ = me.cast(Msg::DeriveDue);
         });
     }
