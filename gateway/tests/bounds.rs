@@ -611,8 +611,8 @@ const SECTIONS: &[(&str, &[Row])] = &[
             ),
             Row("prepared scans, one for each shape", "", "rows.rs/scans", "there are 18 shapes a table", ""),
             Row(
-                "Redis: an answer, a connection, between two reconnections, a reply for others, words that wait",
-                "COMMAND_TIMEOUT, redis.rs/CONNECT_TIMEOUT, RECONNECT_MS_MAX, REPLY_BYTES_MAX, CHANGES_MAX, TOLD_MAX",
+                "Redis: an answer, a connection, between two reconnections, commands that wait, a reply for others, words that wait",
+                "COMMAND_TIMEOUT, redis.rs/CONNECT_TIMEOUT, RECONNECT_MS_MAX, REDIS_COMMANDS_MAX, REPLY_BYTES_MAX, CHANGES_MAX, TOLD_MAX",
                 "",
                 "it is away: the node goes on by itself; a larger reply is its own node's; everything is looked at again",
                 "patchbay_redis_away_total",

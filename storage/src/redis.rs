@@ -29,7 +29,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 const RECONNECT_MS: u32 = 50;
 const RECONNECT_MS_MAX: u32 = 1_000;
 /// Commands that wait for a connection; past it they fail.
-const QUEUE_MAX: usize = 10_000;
+const REDIS_COMMANDS_MAX: usize = 10_000;
 /// A request that is under way is forgotten after this, should its node die.
 const RUNNING_FOR_S: i64 = 120;
 /// The largest reply that is kept for others.
@@ -135,7 +135,7 @@ impl Redis {
             .with_connection_config(|c| {
                 c.connection_timeout = CONNECT_TIMEOUT;
                 c.internal_command_timeout = CONNECT_TIMEOUT;
-                c.max_command_buffer_len = QUEUE_MAX;
+                c.max_command_buffer_len = REDIS_COMMANDS_MAX;
                 c.max_command_attempts = 1;
                 c.tcp.nodelay = Some(true);
             })

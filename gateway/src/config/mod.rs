@@ -188,14 +188,8 @@ section! {
         username: Option<String> = None,
         /// Password.
         password: Option<Secret> = None,
-        /// Whether to use TLS.
+        /// Whether to use TLS; not available in this version.
         tls: bool = false,
-        /// File of the authorities (PEM) that the store's certificates are checked with.
-        ca: Option<PathBuf> = None,
-        /// File of this node's certificate (PEM), where the store asks for one.
-        cert: Option<PathBuf> = None,
-        /// File of its key (PEM).
-        key: Option<PathBuf> = None,
         /// Writes under way for each node of the store; past it they wait.
         writes_max: usize = 256,
         /// Reads under way for each node of the store; past it they wait.
@@ -285,6 +279,9 @@ impl Scylla {
             if n == 0 {
                 faults.push(format!("storage.scylla.{key}: must be at least 1"));
             }
+        }
+        if self.tls {
+            faults.push("storage.scylla.tls: not available in this version".into());
         }
         faults.extend(self.connection().err());
     }

@@ -3,11 +3,11 @@
 //! **Rows** are written with their stamp as write timestamp, prepared, token-aware, at [`Level::LocalQuorum`], and are
 //! idempotent: the same bytes under the same stamp, however often and on however many nodes. So a node that does not
 //! answer costs [`SPECULATE_AFTER`], not a deadline. The session's own timestamps are all 1: a statement that forgot
-//! its stamp loses to everything. **Documents** are written by conditional writes alone ([`documents`]).
+//! its stamp loses to everything. **Documents** are written by conditional writes alone (`documents.rs`).
 //!
-//! Invariant: a write that may have left the node twice is refused by nobody ([`outcome`]).
+//! Invariant: a write that may have left the node twice is refused by nobody (`outcome.rs`).
 //! Invariant: at most [`ScyllaConfig::writes_max`] writes and [`ScyllaConfig::reads_max`] reads are under way for each
-//! node of the store, fewer while it says that it has too much to do ([`pressure`]).
+//! node of the store, fewer while it says that it has too much to do (`pressure.rs`).
 
 mod documents;
 pub mod examine;
