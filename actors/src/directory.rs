@@ -2,11 +2,12 @@
 //! compare-and-set; every write through here is seen here at once.
 
 use std::any::Any;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
+use futures_util::StreamExt as _;
 use patchbay_connectors::Connector;
 use patchbay_protocol::command::Scope;
 use patchbay_protocol::ids::{AccountId, AgentId, ConversationId, InboxId, TenantId};
@@ -223,7 +224,24 @@ pub struct Directory {
     writes: AtomicU64,
     /// Who tells other nodes of a change.
     announce: OnceLock<Announce>,
+    /// How far accounts that nobody watches have been read again.
+    refreshed: AtomicUsize,
 }
+
+/// What may not be as it is known here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stale<'a> {
+    /// Documents of this tenant: another node has said so.
+    Of(&'a TenantId),
+    /// Anything: some word may have been missed.
+    Everything,
+    /// Nobody says anything, and other nodes may write.
+    Perhaps,
+}
+
+/// Accounts that are read again at once, and those that nobody watches, of one look.
+const REFRESH_AT_ONCE: usize = 16;
+const REFRESH_TURN: usize = 256;
 
 /// Tells other nodes that documents of a tenant have changed.
 pub type Announce = Box<dyn Fn(&TenantId) + Send + Sync>;
@@ -270,6 +288,7 @@ impl Directory {
             keys_used: Mutex::default(),
             writes: AtomicU64::new(0),
             announce: OnceLock::new(),
+            refreshed: AtomicUsize::new(0),
         }
     }
 
@@ -278,23 +297,72 @@ impl Directory {
         let _ = self.announce.set(announce);
     }
 
-    /// Another node has changed documents of a tenant; none: of anybody. What is known of them is read again, and
-    /// whoever holds a permission asks again.
-    pub fn heard_of_change(&self, tenant: Option<&TenantId>) {
+    /// Other nodes have changed documents, or may have: what is known of them is read again, and whoever holds a
+    /// permission asks again. Accounts are read before they are replaced, since what is shown of a conversation looks at
+    /// them without a read.
+    pub async fn heard_of_change(&self, what: Stale<'_>) {
         {
             let mut cache = lock(&self.cache);
             self.writes.fetch_add(1, Ordering::AcqRel);
-            match tenant {
+            match what {
                 // A tenant's own documents, and those of the cluster that name it.
-                Some(tenant) => cache.retain(|key, _| key.scope != tenant.as_str() && !key.scope.is_empty()),
-                None => cache.clear(),
+                Stale::Of(tenant) => {
+                    cache.retain(|key, _| key.scope != tenant.as_str() && !key.scope.is_empty())
+                }
+                Stale::Everything | Stale::Perhaps => cache.clear(),
             }
         }
-        lock(&self.accounts).retain(|(of, _), _| tenant.is_some_and(|tenant| tenant != of));
-        let changes = lock(&self.changes);
-        for (of, change) in changes.iter() {
-            if tenant.is_none_or(|tenant| tenant == of) {
+        let accounts = self.stale_accounts(what);
+        futures_util::stream::iter(accounts)
+            .for_each_concurrent(REFRESH_AT_ONCE, |(tenant, id)| async move {
+                self.refresh_account(&tenant, &id).await;
+            })
+            .await;
+        for (of, change) in lock(&self.changes).iter() {
+            if !matches!(what, Stale::Of(tenant) if tenant != of) {
                 change.send_modify(|n| *n += 1);
+            }
+        }
+    }
+
+    /// Accounts at hand that have to be read again. When nobody has said anything: those of tenants that somebody
+    /// watches, and some of the others in their turn.
+    fn stale_accounts(&self, what: Stale<'_>) -> Vec<(TenantId, AccountId)> {
+        let watched: HashSet<TenantId> = match what {
+            Stale::Perhaps => {
+                let changes = lock(&self.changes);
+                changes.iter().filter(|(_, c)| c.receiver_count() > 0).map(|(t, _)| t.clone()).collect()
+            }
+            Stale::Of(_) | Stale::Everything => HashSet::new(),
+        };
+        let accounts = lock(&self.accounts);
+        let turn = match what {
+            Stale::Perhaps => {
+                let from = self.refreshed.fetch_add(REFRESH_TURN, Ordering::Relaxed);
+                let from = if accounts.is_empty() { 0 } else { from % accounts.len() };
+                from..from + REFRESH_TURN
+            }
+            Stale::Of(_) | Stale::Everything => 0..0,
+        };
+        let is_stale = |(n, (tenant, _)): &(usize, &(TenantId, AccountId))| match what {
+            Stale::Of(of) => of == tenant,
+            Stale::Everything => true,
+            Stale::Perhaps => turn.contains(n) || watched.contains(tenant),
+        };
+        accounts.keys().enumerate().filter(is_stale).map(|(_, at)| at.clone()).collect()
+    }
+
+    async fn refresh_account(&self, tenant: &TenantId, id: &AccountId) {
+        let writes = self.writes.load(Ordering::Acquire);
+        let read = self.tables.document::<Account>(&key(tenant.as_str(), "account", id.as_str())).await;
+        // What cannot be read stays as it was until it can.
+        let Ok(found) = read else { return };
+        let mut accounts = lock(&self.accounts);
+        if self.writes.load(Ordering::Acquire) == writes {
+            let at = (tenant.clone(), id.clone());
+            match found {
+                Some((_, account)) => drop(accounts.insert(at, Some(Arc::new(account)))),
+                None => drop(accounts.remove(&at)),
             }
         }
     }

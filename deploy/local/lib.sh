@@ -167,14 +167,7 @@ start() {
   DIR=$(cd "$DIR" && pwd)
   exec 9>"$DIR/lock"
   flock 9
-  prepare
-  if [ -s "$DIR/ports" ]; then
-    NODES=$(cat "$DIR/nodes")
-    read -r -a PORT <"$DIR/ports"
-    start_nodes
-  else
-    start_anew
-  fi
+  # Before anything runs, so that nothing outlives an owner that goes in the middle of a start.
   if [ -n "$OWNER" ]; then
     (
       exec 9>&- >/dev/null 2>&1 </dev/null
@@ -183,6 +176,14 @@ start() {
       [ -d "$DIR" ] && exec "$HERE/$NAME" wipe --dir "$DIR"
     ) &
     disown
+  fi
+  prepare
+  if [ -s "$DIR/ports" ]; then
+    NODES=$(cat "$DIR/nodes")
+    read -r -a PORT <"$DIR/ports"
+    start_nodes
+  else
+    start_anew
   fi
   describe
 }

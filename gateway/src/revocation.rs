@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use patchbay_actors::directory::Directory;
+use patchbay_actors::directory::{Directory, Stale};
 use patchbay_storage::redis::{Change, Redis};
 use tokio::sync::mpsc;
 
@@ -47,14 +47,14 @@ async fn hear(directory: Arc<Directory>, redis: Arc<Redis>, shares_store: bool) 
     loop {
         tokio::select! {
             change = changes.recv() => match change {
-                Some(Change::Of(tenant)) => directory.heard_of_change(Some(&tenant)),
-                Some(Change::Unknown) => directory.heard_of_change(None),
+                Some(Change::Of(tenant)) => directory.heard_of_change(Stale::Of(&tenant)).await,
+                Some(Change::Unknown) => directory.heard_of_change(Stale::Everything).await,
                 None => return,
             },
             _ = asks.tick() => drop(redis.ping().await),
             _ = looks.tick() => {
                 if shares_store && redis.is_away() {
-                    directory.heard_of_change(None);
+                    directory.heard_of_change(Stale::Perhaps).await;
                 }
             }
         }
@@ -64,6 +64,6 @@ async fn hear(directory: Arc<Directory>, redis: Arc<Redis>, shares_store: bool) 
 async fn look(directory: Arc<Directory>) {
     loop {
         tokio::time::sleep(LOOK).await;
-        directory.heard_of_change(None);
+        directory.heard_of_change(Stale::Perhaps).await;
     }
 }

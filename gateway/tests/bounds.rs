@@ -310,8 +310,8 @@ const SECTIONS: &[(&str, &[Row])] = &[
                 "",
             ),
             Row(
-                "entities that are woken at once",
-                "WAKE_AT_ONCE, SHARDS_READ_AT_ONCE",
+                "entities woken at once, shards read at once by a start, accounts read again at once",
+                "WAKE_AT_ONCE, SHARDS_READ_AT_ONCE, REFRESH_AT_ONCE",
                 "",
                 "the others wait",
                 "",
@@ -604,8 +604,8 @@ const SECTIONS: &[(&str, &[Row])] = &[
             ),
             Row(
                 "a connection to ScyllaDB or Cassandra that is silent, or does not come about; between two tries of a start",
-                "KEEPALIVE_TIMEOUT, scylla/mod.rs/CONNECT_TIMEOUT, CONNECT_PAUSE_MAX",
-                "",
+                "KEEPALIVE_TIMEOUT, scylla/mod.rs/CONNECT_TIMEOUT, scylla/tls.rs/HANDSHAKE_TIMEOUT, CONNECT_PAUSE_MAX",
+                "tls.rs/ports",
                 "it is given up; made again",
                 "",
             ),

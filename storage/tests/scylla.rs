@@ -11,7 +11,7 @@ use bytes::Bytes;
 use patchbay_protocol::ids::{CommandId, EntityId};
 use patchbay_storage::log::{Append, LogKey, Logs};
 use patchbay_storage::scylla::examine::{Standing, examine};
-use patchbay_storage::scylla::{Scylla, ScyllaConfig};
+use patchbay_storage::scylla::{ConnectError, Scylla, ScyllaConfig, TlsConfig};
 use patchbay_storage::tables::{Activity, DeadLetter, IdKey, Mark, Session, Tables, Timer};
 use patchbay_storage::{CasOutcome, DocumentKey, Engine, Stamp, Stamps};
 
@@ -142,4 +142,48 @@ async fn two_nodes_that_start_at_once_make_one_schema() {
     let key = DocumentKey { scope: String::new(), kind: "k", id: "x".into() };
     a.unwrap().compare_and_set(key.clone(), None, Some(Bytes::from_static(b"v"))).await.unwrap();
     assert_eq!(b.unwrap().document(&key).await.unwrap().unwrap().version, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn over_tls_and_with_a_password() {
+    if servers::quick() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (store, ca) = (dir.path().join("node.p12"), dir.path().join("ca.pem"));
+    let keytool = |args: &[&str]| {
+        let done = std::process::Command::new("keytool")
+            .args(args)
+            .args(["-alias", "node", "-storetype", "PKCS12", "-storepass", "patchbay", "-keystore"])
+            .arg(&store)
+            .output()
+            .unwrap();
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stdout));
+        done.stdout
+    };
+    let subject = ["-dname", "CN=store", "-ext", "san=ip:127.0.0.1", "-validity", "2", "-keyalg", "RSA"];
+    keytool(&[&["-genkeypair"], &subject[..]].concat());
+    std::fs::write(&ca, keytool(&["-exportcert", "-rfc"])).unwrap();
+    let encryption = format!(
+        "client_encryption_options: {{enabled: true, optional: false, keystore: {}, keystore_password: patchbay, store_type: PKCS12}}",
+        store.display()
+    );
+    let settings = ["--set", &encryption, "--set", "authenticator: PasswordAuthenticator"];
+    let server = servers::Server::start("cassandra", 1, &settings);
+    let config = ScyllaConfig {
+        replication: 1,
+        credentials: Some(("cassandra".into(), "cassandra".into())),
+        tls: Some(TlsConfig { ca, identity: None, server_name: None }),
+        ..ScyllaConfig::new(server.nodes(), "datacenter1", "tls")
+    };
+    let engine = Scylla::connect(&config).await.unwrap();
+    let key = DocumentKey { scope: String::new(), kind: "k", id: "x".into() };
+    engine.compare_and_set(key.clone(), None, Some(Bytes::from_static(b"secret"))).await.unwrap();
+    assert_eq!(&engine.document(&key).await.unwrap().unwrap().value[..], b"secret");
+    // A certificate of another name is nobody's, and without TLS nobody answers.
+    let other = TlsConfig { server_name: Some("elsewhere".into()), ..config.tls.clone().unwrap() };
+    let wrong = ScyllaConfig { tls: Some(other), ..config.clone() };
+    assert!(matches!(Scylla::connect(&wrong).await, Err(ConnectError::Unreachable(_))));
+    let plain = ScyllaConfig { tls: None, ..config };
+    assert!(matches!(Scylla::connect(&plain).await, Err(ConnectError::Unreachable(_))));
 }

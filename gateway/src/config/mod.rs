@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use patchbay_storage::kafka::KafkaConfig;
-use patchbay_storage::scylla::{Level, ScyllaConfig};
+use patchbay_storage::scylla::{Level, ScyllaConfig, TlsConfig};
 use serde::{Deserialize, Serialize};
 
 pub use load::{ConfigError, load};
@@ -188,8 +188,16 @@ section! {
         username: Option<String> = None,
         /// Password.
         password: Option<Secret> = None,
-        /// Whether to use TLS; not available in this version.
+        /// Whether to use TLS.
         tls: bool = false,
+        /// File of the authorities (PEM) that the store's certificates are checked with; needed with `tls`.
+        ca: Option<PathBuf> = None,
+        /// File of this node's certificate (PEM), where the store asks for one.
+        cert: Option<PathBuf> = None,
+        /// File of its key (PEM).
+        key: Option<PathBuf> = None,
+        /// The name in the store's certificates; none: the address of each node.
+        server_name: Option<String> = None,
         /// Writes under way for each node of the store; past it they wait.
         writes_max: usize = 256,
         /// Reads under way for each node of the store; past it they wait.
@@ -245,7 +253,9 @@ impl Scylla {
             _ => return Err("storage.scylla.username: user and password go together".into()),
         };
         let datacenter = self.datacenter.as_deref().unwrap_or_default();
+        let tls = if self.tls { Some(self.tls_config()?) } else { None };
         Ok(ScyllaConfig {
+            tls,
             replication: self.replication,
             credentials,
             consistency: self.consistency,
@@ -254,6 +264,17 @@ impl Scylla {
             reads_max: self.reads_max,
             ..ScyllaConfig::new(self.nodes.clone(), datacenter, &self.keyspace)
         })
+    }
+
+    fn tls_config(&self) -> Result<TlsConfig, String> {
+        let ca = self.ca.clone().ok_or("storage.scylla.ca: the store's authorities must be given")?;
+        let identity = match (self.cert.clone(), self.key.clone()) {
+            (Some(cert), Some(key)) => Some((cert, key)),
+            (None, None) => None,
+            _ => return Err("storage.scylla.cert: certificate and key go together".into()),
+        };
+        let tls = TlsConfig { ca, identity, server_name: self.server_name.clone() };
+        tls.fault().map_or(Ok(tls), |fault| Err(format!("storage.scylla.tls: {fault}")))
     }
 
     fn faults(&self, faults: &mut Vec<String>) {
@@ -279,9 +300,6 @@ impl Scylla {
             if n == 0 {
                 faults.push(format!("storage.scylla.{key}: must be at least 1"));
             }
-        }
-        if self.tls {
-            faults.push("storage.scylla.tls: not available in this version".into());
         }
         faults.extend(self.connection().err());
     }

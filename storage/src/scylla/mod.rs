@@ -15,6 +15,7 @@ mod outcome;
 mod pressure;
 mod rows;
 mod schema;
+mod tls;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -45,6 +46,8 @@ use documents::Documents;
 use outcome::Attempts;
 use pressure::Pressure;
 use rows::{ScanValues, Statements, WriteValues};
+pub use tls::TlsConfig;
+use tls::Tunnel;
 
 /// A request that one node has not answered by then is asked of the next as well.
 pub const SPECULATE_AFTER: Duration = Duration::from_millis(150);
@@ -101,6 +104,8 @@ pub struct ScyllaConfig {
     pub replication: u32,
     /// User and password.
     pub credentials: Option<(String, String)>,
+    /// TLS towards its nodes.
+    pub tls: Option<TlsConfig>,
     /// What a quorum is taken of.
     pub consistency: Level,
     /// Whether what is missing of the schema is made.
@@ -120,6 +125,7 @@ impl ScyllaConfig {
             keyspace: keyspace.to_owned(),
             replication: 3,
             credentials: None,
+            tls: None,
             consistency: Level::default(),
             migrate: true,
             writes_max: 256,
@@ -304,17 +310,45 @@ async fn connect(config: &ScyllaConfig) -> Result<Session, ConnectError> {
         })))
         .build();
     let mut builder = SessionBuilder::new()
-        .known_nodes(&config.nodes)
         .default_execution_profile_handle(profile.into_handle())
         .timestamp_generator(Arc::new(Forgotten))
         .keepalive_interval(KEEPALIVE_INTERVAL)
         .keepalive_timeout(KEEPALIVE_TIMEOUT)
         .connection_timeout(CONNECT_TIMEOUT)
         .keyspaces_to_fetch([config.keyspace.as_str()]);
+    builder = match &config.tls {
+        None => builder.known_nodes(&config.nodes),
+        Some(tls) => through_tls(builder, config, tls).await?,
+    };
     if let Some((user, password)) = &config.credentials {
         builder = builder.user(user, password);
     }
     builder.build().await.map_err(|e| of_session(&e))
+}
+
+/// The same nodes, each behind a port of this process.
+async fn through_tls(
+    builder: SessionBuilder,
+    config: &ScyllaConfig,
+    tls: &TlsConfig,
+) -> Result<SessionBuilder, ConnectError> {
+    let unreachable = |e: std::io::Error| ConnectError::Unreachable(e.to_string());
+    let (mut known, mut port, mut why) = (Vec::new(), None, None);
+    for node in &config.nodes {
+        match tokio::net::lookup_host(node).await {
+            Ok(found) => known.extend(found.inspect(|at| port = port.or(Some(at.port())))),
+            Err(e) => why = Some(e),
+        }
+    }
+    let Some(port) = port else {
+        return Err(unreachable(why.unwrap_or_else(|| std::io::ErrorKind::NotFound.into())));
+    };
+    let tunnel = Arc::new(Tunnel::new(tls, port).map_err(ConnectError::Schema)?);
+    let mut builder = builder.address_translator(tunnel.clone());
+    for node in known {
+        builder = builder.known_node_addr(tunnel.local(node.ip()).map_err(unreachable)?);
+    }
+    Ok(builder)
 }
 
 fn check_datacenter(session: &Session, config: &ScyllaConfig) -> Result<(), ConnectError> {
