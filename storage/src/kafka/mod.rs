@@ -82,6 +82,8 @@ impl KafkaConfig {
         let mut client = self.client();
         client
             .set("enable.idempotence", "true")
+            // Without it a batch that is refused for ever lets the next one pass: a gap.
+            .set("enable.gapless.guarantee", "true")
             .set("message.timeout.ms", "0")
             .set("request.timeout.ms", "5000")
             .set("socket.timeout.ms", "10000")
