@@ -207,10 +207,11 @@ async fn one_poisoned_item_among_ninety_nine_good_ones() {
     assert_eq!(w.node.api(&w.key, "DELETE", &path, None).await.0, 204);
     assert_eq!(w.node.api(&w.key, "DELETE", &path, None).await.0, 404);
     assert_eq!(w.node.api(&w.key, "GET", "/cluster/nodes", None).await.0, 403);
+    let shards = if common::on_real_engines() { 64 } else { 1024 };
     let nodes = w.node.get(w.node.operator_key(), "/cluster/nodes").await;
     assert_eq!(
         (nodes["nodes"].as_array().unwrap().len(), nodes["nodes"][0]["shards"].as_u64()),
-        (1, Some(1024))
+        (1, Some(shards))
     );
 }
 
@@ -657,8 +658,9 @@ async fn a_reaction_goes_out_like_a_message_and_not_past_the_window() {
     assert_eq!(call.callback, format!("{id}-{seq}"));
     until("its receipts come home", async || {
         let entries = w.node.entries(&w.key, id).await;
-        let told =
-            entries.iter().any(|e| e["data"]["message_seq"] == json!(seq) && e["data"]["status"] == "sent");
+        // A receipt that overtakes the provider's answer says more than that: `sent` adds nothing then.
+        let is_word = |e: &Value| matches!(e["data"]["status"].as_str(), Some("sent" | "delivered" | "read"));
+        let told = entries.iter().any(|e| e["data"]["message_seq"] == json!(seq) && is_word(e));
         told.then_some(())
     })
     .await;

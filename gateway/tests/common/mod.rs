@@ -108,6 +108,8 @@ pub fn real_engines(dir: &Path) -> Vec<(String, String)> {
         ("STORAGE__SCYLLA__DATACENTER", "datacenter1".to_owned()),
         ("STORAGE__SCYLLA__KEYSPACE", name.clone()),
         ("STORAGE__SCYLLA__REPLICATION", "1".to_owned()),
+        // A start reads something of each: twenty nodes at once would read for a minute.
+        ("CLUSTER__SHARDS", "64".to_owned()),
         ("EVENTS__ENGINE", "kafka".to_owned()),
         ("EVENTS__KAFKA__BROKERS", list(servers::kafka())),
         ("EVENTS__KAFKA__TOPIC", name),
