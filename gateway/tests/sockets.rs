@@ -292,8 +292,11 @@ async fn a_page_of_conversations_fits_into_one_frame() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_limit_has_its_code_and_says_when_to_come_back() {
-    let limits =
-        [("PATCHBAY__LIMITS__CONNECTION_PER_SECOND", "50"), ("PATCHBAY__LIMITS__WEBHOOKS_PER_SECOND", "50")];
+    let limits = [
+        ("PATCHBAY__LIMITS__CONNECTION_PER_SECOND", "50"),
+        ("PATCHBAY__LIMITS__WEBHOOKS_PER_SECOND", "50"),
+        ("PATCHBAY__LIMITS__STRANGERS_PER_SECOND", "50"),
+    ];
     let w = world(&limits).await;
     let (id, _) = w.messages(0, 1, 10).await;
     let mut ws = w.node.socket(&w.token).await;

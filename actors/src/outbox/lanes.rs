@@ -260,14 +260,11 @@ impl Lanes {
 
     /// A shard whose entries have to be looked up now, if there is room for them.
     pub(super) fn begin_look(&mut self) -> Option<u32> {
-        if self.lanes.len() >= self.lanes_max / 2 {
+        let anybody = self.shards.iter().any(|s| s.phase == Phase::Behind);
+        if !anybody || self.lanes.len() >= self.lanes_max / 2 {
             return None;
         }
-        let busy: HashSet<u32> = if self.lanes.is_empty() {
-            HashSet::new()
-        } else {
-            self.lanes.values().map(|l| l.shard).collect()
-        };
+        let busy: HashSet<u32> = self.lanes.values().map(|l| l.shard).collect();
         let behind = |(n, s): &(usize, &Shard)| {
             s.phase == Phase::Behind && s.looked_up == 0 && !busy.contains(&(*n as u32))
         };
@@ -289,6 +286,10 @@ impl Lanes {
         found: HashMap<ConversationId, u64>,
         parked: &[(ConversationId, u64)],
     ) {
+        if self.shards[shard as usize].phase != Phase::LookingUp {
+            // It fell behind meanwhile: another look finds everything.
+            return;
+        }
         for (id, from) in parked {
             // Whoever parked it is gone: it is tried again.
             if !self.parked.contains_key(id) && !self.lanes.contains_key(id) {
@@ -310,10 +311,6 @@ impl Lanes {
                 lane.looked_up = true;
                 self.shards[shard as usize].looked_up += 1;
             }
-        }
-        if self.shards[shard as usize].phase != Phase::LookingUp {
-            // It fell behind meanwhile: another look finds everything.
-            return;
         }
         self.shards[shard as usize].phase = Phase::Live;
         let ids: Vec<ConversationId> =
@@ -530,5 +527,29 @@ impl Lanes {
     /// Whether a conversation has nothing left to publish.
     pub(super) fn is_done(&self, id: ConversationId) -> bool {
         !self.lanes.contains_key(&id) && !self.parked.contains_key(&id)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_look_that_was_overtaken_leaves_nothing_behind_and_another_is_begun() {
+        let mut lanes = Lanes::new(1, 2);
+        let (inbox, entry) = ("main".parse().unwrap(), Bytes::from_static(b"{}"));
+        let origin = |n: u8| {
+            let conversation = ConversationId::from_bytes([n; 16]);
+            Arc::new(Origin { tenant: "t".parse().unwrap(), account: "wa".parse().unwrap(), conversation })
+        };
+        assert_eq!(lanes.begin_look(), Some(0));
+        // One more than are told apart, while the store is being read.
+        for n in 1..=3 {
+            lanes.offer(&origin(n), &inbox, 0, 0, &[(1, entry.clone())]);
+        }
+        let found = HashMap::from([(origin(1).conversation, 1)]);
+        lanes.end_look(0, found, &[]);
+        assert_eq!((lanes.len(), lanes.recent_bytes), (0, 0));
+        assert_eq!(lanes.begin_look(), Some(0), "the next look finds everything");
     }
 }

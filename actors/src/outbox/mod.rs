@@ -245,26 +245,18 @@ impl Outbox {
     }
 
     /// Hands events to the sink, in order. What it does not take goes back.
-    fn send(&self, events: Vec<Event>) -> Option<Fault> {
+    fn send(&self, events: Vec<Event>) -> Result<(), SendError> {
         if lock(&self.lanes).in_flight() == events.len() {
             *lock(&self.moved) = Instant::now();
         }
         let mut events = events.into_iter();
         while let Some(event) = events.next() {
-            match self.sink.send(&event) {
-                Ok(()) => {}
-                Err(refused) => {
-                    let fault = match &refused {
-                        SendError::Full => None,
-                        SendError::Fault(fault) => Some(fault.clone()),
-                    };
-                    let rest = std::iter::once(event).chain(events).collect();
-                    lock(&self.lanes).unsent(rest);
-                    return fault;
-                }
+            if let Err(refused) = self.sink.send(&event) {
+                lock(&self.lanes).unsent(std::iter::once(event).chain(events).collect());
+                return Err(refused);
             }
         }
-        None
+        Ok(())
     }
 
     async fn park(&self, id: ConversationId, seq: u64, why: &str) {
@@ -433,12 +425,11 @@ impl Publisher {
             match next {
                 Next::Send(events) => {
                     let first = events.first().map(|e| (e.origin.conversation, e.seq));
-                    let in_flight = |o: &Outbox| lock(&o.lanes).in_flight();
                     match outbox.send(events) {
-                        Some(fault) => return Some((first, fault)),
-                        // Full: deliveries make room.
-                        None if in_flight(outbox) == 0 && first.is_none() => return None,
-                        None => {}
+                        Ok(()) => {}
+                        // Deliveries make room.
+                        Err(SendError::Full) => return None,
+                        Err(SendError::Fault(fault)) => return Some((first, fault)),
                     }
                 }
                 Next::Ask(id) => self.work.push(outbox.ask(id)),

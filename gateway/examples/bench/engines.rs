@@ -376,8 +376,7 @@ async fn leftovers(server: &Server, conversations: usize, history: usize, left: 
     }
     node.stop().await;
     // Nobody takes events; then the node is lost.
-    let mut away = kafka_env("[\"127.0.0.1:1\"]", &topic);
-    away[1].1 = "[\"127.0.0.1:1\"]";
+    let away = kafka_env("[\"127.0.0.1:1\"]", &topic);
     let mut node = Node::start(dir.path(), &away).await;
     for round in history..history + left {
         node.write_again("bench", &everybody, round).await;

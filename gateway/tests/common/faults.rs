@@ -9,7 +9,6 @@ use std::time::{Duration, Instant};
 
 use patchbay_consumers::Event;
 use patchbay_storage::events::Source;
-use serde_json::Value;
 use tokio::task::JoinHandle;
 
 use super::{APP_SECRET, Node, conversation, sign, text_item, webhook_body};
@@ -157,8 +156,4 @@ pub async fn readyz(node: &Node) -> (u16, String) {
     let url = format!("http://{}/readyz", node.ready["ops"].as_str().unwrap());
     let answer = node.http.get(url).send().await.unwrap();
     (answer.status().as_u16(), answer.text().await.unwrap())
-}
-
-pub fn text(value: &Value) -> String {
-    value.as_str().unwrap_or_default().to_owned()
 }
