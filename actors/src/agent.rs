@@ -31,6 +31,26 @@ pub enum Presence {
     Offline,
 }
 
+impl Presence {
+    /// Its name.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Online => "online",
+            Self::Away => "away",
+            Self::Offline => "offline",
+        }
+    }
+
+    /// The one of that name; whoever is nothing that we know is not there.
+    pub fn named(name: &str) -> Self {
+        match name {
+            "online" => Self::Online,
+            "away" => Self::Away,
+            _ => Self::Offline,
+        }
+    }
+}
+
 /// `presence.set`
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -109,6 +129,7 @@ impl Agent {
     fn show(&self, tenant: &TenantId, agent: &AgentId, reply: &AgentReply) {
         let push = json!({"type": "session", "state": reply.state, "sessions": reply.sessions});
         self.publisher.agent(tenant, agent, Bytes::from(push.to_string()));
+        self.publisher.presence(tenant, agent, reply.state);
     }
 }
 

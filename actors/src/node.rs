@@ -24,6 +24,7 @@ use crate::outbox::{LANES_MAX, Outbox};
 use crate::ports::{MediaFetcher, NoMedia, Provider, Publisher};
 use crate::router::{Answer, Router, system_command};
 use crate::shard::Shards;
+use crate::shard::activity::unsettled;
 use crate::shard::slots::Slots;
 use crate::shard::soft::SoftSlots;
 
@@ -41,7 +42,7 @@ const WAKE_AT_ONCE: usize = 64;
 
 /// Between two looks at the calls under way of a node that stops.
 const FINISH_LOOK: Duration = Duration::from_millis(20);
-/// Between two looks at entities that write their snapshots; longer than they wait to derive.
+/// Between two looks at entities that write what is derived of them, and then their snapshots.
 const SNAPSHOT_LOOK: Duration = Duration::from_millis(100);
 /// Looks without a change after which those that are left have something to do that does not end.
 const SNAPSHOT_LOOKS: u32 = 6;
@@ -516,28 +517,16 @@ async fn unfinished(node: &Node) -> Result<HashSet<EntityId>, ReadError> {
     let (tables, epoch) = (&node.shards.tables, node.shards.epoch);
     let done = swept_up_to(tables).await?;
     let of_shard = |shard: u32| async move {
-        let mut found = HashSet::new();
-        if done + 1 == epoch {
-            return Ok(found);
-        }
-        let mark = tables.mark(shard).await?;
-        for past in done + 1..epoch {
-            let first = mark.filter(|m| m.epoch == past).map_or(0, |m| m.bucket);
-            for bucket in first.. {
-                let activity = tables.activity(shard, Mark { epoch: past, bucket }).await?;
-                if activity.is_empty() {
-                    break;
-                }
-                found.extend(activity.into_iter().map(|a| a.entity));
-            }
-        }
-        Ok(found)
+        unsettled(&node.shards, shard, tables.marks(shard).await?.settled, done + 1..=epoch - 1).await
     };
     let mut found = HashSet::new();
+    if done + 1 == epoch {
+        return Ok(found);
+    }
     let mut shards =
         futures_util::stream::iter(0..node.shards.count).map(of_shard).buffer_unordered(SHARDS_READ_AT_ONCE);
     while let Some(of_shard) = shards.next().await {
-        found.extend(of_shard?);
+        found.extend(of_shard?.into_keys());
     }
     if !found.is_empty() {
         tracing::info!(entities = found.len(), "waking what an earlier incarnation left");
@@ -613,7 +602,7 @@ async fn load_timers(node: &Node) -> Result<i64, ReadError> {
     let present = hour_of(node.shards.clock.now());
     timers.reads_up_to(present + 1);
     let of_shard = |shard: u32| async move {
-        let Some(from) = tables.fired_until(shard).await? else { return Ok(()) };
+        let Some(from) = tables.marks(shard).await?.fired_until else { return Ok(()) };
         timers.marked(shard, from);
         for hour in from..=present + 1 {
             for timer in tables.timers(shard, hour).await? {

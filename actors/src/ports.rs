@@ -6,6 +6,7 @@ use patchbay_protocol::content::Media;
 use patchbay_protocol::ids::{AccountId, AgentId, ConversationId, InboxId, TenantId};
 use patchbay_protocol::outbound::{Call, CallResult, Verdict};
 
+use crate::agent::Presence;
 use crate::directory::Account;
 
 /// Where confirmed things are shown: the node's hub.
@@ -18,6 +19,9 @@ pub trait Publisher: Send + Sync + 'static {
 
     /// Something for an agent, as JSON.
     fn agent(&self, tenant: &TenantId, agent: &AgentId, publication: Bytes);
+
+    /// An agent came, went, or says something else.
+    fn presence(&self, _: &TenantId, _: &AgentId, _: Presence) {}
 }
 
 /// The guarded HTTP client.

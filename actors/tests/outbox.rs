@@ -212,7 +212,7 @@ async fn every_entry_becomes_one_event_and_its_bucket_is_settled() {
         world.writes(thread, &format!("{thread}-later")).await;
     }
     let tables = Tables::new(Arc::new(world.model.clone()));
-    until("a mark moves", async || tables.mark(0).await.unwrap()).await;
+    until("a mark moves", async || tables.marks(0).await.unwrap().settled).await;
 }
 
 #[tokio::test(start_paused = true)]
@@ -231,7 +231,7 @@ async fn an_outage_holds_nobody_up_and_its_marks() {
     let published = topic.count();
     for shard in 0..4 {
         assert!(
-            tables.mark(shard).await.unwrap().is_none_or(|m| m.bucket <= 1),
+            tables.marks(shard).await.unwrap().settled.is_none_or(|m| m.bucket <= 1),
             "nothing unpublished is settled"
         );
     }
@@ -273,7 +273,7 @@ async fn more_conversations_than_are_told_apart_are_found_in_the_store_again() {
         world.writes(thread, &format!("{thread}-last")).await;
     }
     let tables = Tables::new(Arc::new(world.model.clone()));
-    until("what fell behind is settled too", async || tables.mark(1).await.unwrap()).await;
+    until("what fell behind is settled too", async || tables.marks(1).await.unwrap().settled).await;
 }
 
 #[tokio::test(start_paused = true)]
@@ -296,7 +296,7 @@ async fn an_event_that_is_never_taken_parks_its_conversation_and_nobody_else() {
     assert_eq!(topic.highest(&threads[3]), 3, "nothing is passed over");
     let tables = Tables::new(Arc::new(world.model.clone()));
     let shard = bad.0.shard(4);
-    assert_eq!(tables.parked_outboxes(shard).await.unwrap(), [bad]);
+    assert_eq!(tables.marks(shard).await.unwrap().parked_outboxes, [bad]);
     // A restart tries again; it is as bad as before, and what came meanwhile is not lost.
     world.writes(&threads[3], "meanwhile").await;
     let world = node(world.model.fork(), &topic, 1000).await;
@@ -307,7 +307,7 @@ async fn an_event_that_is_never_taken_parks_its_conversation_and_nobody_else() {
     tokio::time::sleep(Duration::from_secs(300)).await;
     until("it goes on by itself", async || (topic.highest(&threads[3]) == 8).then_some(())).await;
     until("its row is gone", async || {
-        tables_of(&world).parked_outboxes(shard).await.unwrap().is_empty().then_some(())
+        tables_of(&world).marks(shard).await.unwrap().parked_outboxes.is_empty().then_some(())
     })
     .await;
 }

@@ -342,7 +342,7 @@ async fn a_damaged_log_is_parked_by_name_and_nothing_is_overwritten() {
     let error = next.ask(&one, Say::Word("d")).await.unwrap_err();
     assert!(error.message().contains("damaged at seq 2"), "{}", error.message());
     let parked: BTreeSet<EntityId> =
-        next.shards.tables.parked(0).await.unwrap().into_iter().map(|(id, _)| id).collect();
+        next.shards.tables.marks(0).await.unwrap().parked.into_iter().map(|(id, _)| id).collect();
     assert_eq!(parked, BTreeSet::from([one]));
     assert_eq!(next.model.writes_to(Table::Entries), rows);
 }

@@ -5,8 +5,9 @@ use std::sync::Arc;
 use axum::Json;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
+use patchbay_actors::agent::Presence;
 use patchbay_actors::directory;
-use patchbay_protocol::ids::{AgentId, InboxId};
+use patchbay_protocol::ids::{AgentId, InboxId, TenantId};
 use patchbay_protocol::principal::Role;
 use patchbay_protocol::{CommandError, ErrorCode, Timestamp};
 use serde::{Deserialize, Serialize};
@@ -42,6 +43,9 @@ pub(crate) struct Agent {
     #[schema(value_type = String)]
     role: Role,
     inboxes: Vec<String>,
+    /// `online`, `away` or `offline`, as last heard of; null where nobody can say.
+    #[schema(value_type = Option<String>)]
+    presence: Option<Presence>,
 }
 
 /// Agents.
@@ -52,8 +56,21 @@ pub(crate) struct Agents {
     next: Option<String>,
 }
 
-fn shown(id: String, a: directory::Agent) -> Agent {
-    Agent { id, name: a.name, role: a.role, inboxes: a.inboxes.iter().map(InboxId::to_string).collect() }
+async fn shown(api: &Api, tenant: &TenantId, found: Vec<(AgentId, directory::Agent)>) -> Vec<Agent> {
+    let ids: Vec<AgentId> = found.iter().map(|(id, _)| id.clone()).collect();
+    let hints = api.presences.hints(tenant, &ids).await;
+    let shown = |((id, a), presence): ((AgentId, directory::Agent), _)| Agent {
+        id: id.to_string(),
+        name: a.name,
+        role: a.role,
+        inboxes: a.inboxes.iter().map(InboxId::to_string).collect(),
+        presence,
+    };
+    found.into_iter().zip(hints).map(shown).collect()
+}
+
+async fn one(api: &Api, tenant: &TenantId, id: AgentId, found: directory::Agent) -> Result<Agent, Failure> {
+    shown(api, tenant, vec![(id, found)]).await.pop().ok_or(ErrorCode::Internal.into())
 }
 
 /// Creates or replaces an agent.
@@ -79,7 +96,7 @@ pub(crate) async fn put(
     let document =
         directory::Agent { name: display_name(new.name)?, role: new.role, inboxes, not_before: None };
     let was = api.directory().put_agent(&tenant, &id, &document).await?;
-    Ok((created(was), Json(shown(agent, document))))
+    Ok((created(was), Json(one(&api, &tenant, id, document).await?)))
 }
 
 /// An agent.
@@ -89,8 +106,9 @@ pub(crate) async fn get(
     Tenant(tenant): Tenant,
     Path(agent): Path<String>,
 ) -> Result<Json<Agent>, Failure> {
-    let found = api.directory().agent(&tenant, &name(&agent)?).await?.ok_or(ErrorCode::NotFound)?;
-    Ok(Json(shown(agent, found)))
+    let id: AgentId = name(&agent)?;
+    let found = api.directory().agent(&tenant, &id).await?.ok_or(ErrorCode::NotFound)?;
+    Ok(Json(one(&api, &tenant, id, found).await?))
 }
 
 /// Agents, by id.
@@ -103,7 +121,8 @@ pub(crate) async fn list(
     let limit = page(q.limit);
     let found = api.directory().agents(&tenant, q.after.as_deref().unwrap_or(""), limit).await?;
     let next = next(&found, limit);
-    Ok(Json(Agents { agents: found.into_iter().map(|(id, a)| shown(id, a)).collect(), next }))
+    let found = found.into_iter().filter_map(|(id, a)| Some((id.parse().ok()?, a))).collect();
+    Ok(Json(Agents { agents: shown(&api, &tenant, found).await, next }))
 }
 
 /// Removes an agent; its open sockets close.

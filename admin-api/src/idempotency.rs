@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use axum::body::{Body, to_bytes};
 use axum::extract::{Request, State};
-use axum::http::{HeaderMap, Method, StatusCode, header};
+use axum::http::response::Parts;
+use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
@@ -27,18 +28,12 @@ const KEPT_MAX: usize = 10_000;
 const KEPT_FOR: Duration = Duration::from_secs(24 * 3600);
 /// The longest key.
 const KEY_MAX: usize = 255;
-
-#[derive(Clone)]
-enum Known {
-    /// The first is still under way.
-    Running { body: [u8; 32] },
-    /// It was answered so.
-    Answered { body: [u8; 32], status: StatusCode, content_type: Option<header::HeaderValue>, reply: Bytes },
-}
+/// Stands for the hash of a file while it is on its way.
+const UNREAD: [u8; 32] = [0; 32];
 
 #[derive(Default)]
 struct Inner {
-    known: HashMap<[u8; 32], (u64, Known)>,
+    known: HashMap<[u8; 32], (u64, Kept)>,
     order: VecDeque<([u8; 32], u64, Instant)>,
     count: u64,
 }
@@ -53,8 +48,8 @@ impl Inner {
             }
             let Some((key, count, _)) = self.order.pop_front() else { return };
             match self.known.get(&key) {
-                Some((c, Known::Running { .. })) if *c == count => self.order.push_back((key, count, now)),
-                Some((c, Known::Answered { .. })) if *c == count => drop(self.known.remove(&key)),
+                Some((c, Kept::Running { .. })) if *c == count => self.order.push_back((key, count, now)),
+                Some((c, Kept::Answered { .. })) if *c == count => drop(self.known.remove(&key)),
                 _ => {}
             }
         }
@@ -77,22 +72,22 @@ struct Place {
 
 impl Replies {
     /// What is known of a request; takes its place when nothing is.
-    fn begin(&self, place: &Place, body: [u8; 32]) -> Option<Known> {
+    fn begin(&self, place: &Place, body: [u8; 32]) -> Kept {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();
         let inner = all.entry(place.owner.clone()).or_default();
         inner.forget(now);
         if let Some((_, known)) = inner.known.get(&place.key) {
-            return Some(known.clone());
+            return known.clone();
         }
         inner.count += 1;
         let count = inner.count;
-        inner.known.insert(place.key, (count, Known::Running { body }));
+        inner.known.insert(place.key, (count, Kept::Running { body }));
         inner.order.push_back((place.key, count, now));
-        None
+        Kept::Ours
     }
 
-    fn end(&self, place: &Place, answer: Option<Known>) {
+    fn end(&self, place: &Place, answer: Option<Kept>) {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(inner) = all.get_mut(&place.owner) else { return };
         match answer {
@@ -134,12 +129,37 @@ fn key_of(headers: &HeaderMap) -> Option<Result<String, Failure>> {
     }))
 }
 
-fn again(status: StatusCode, content_type: Option<header::HeaderValue>, reply: Bytes) -> Response {
-    let mut response = (status, reply).into_response();
-    if let Some(content_type) = content_type {
-        response.headers_mut().insert(header::CONTENT_TYPE, content_type);
+/// What is said to a request of which that is known; none: it is the first.
+fn repeated(kept: Kept, body_hash: [u8; 32]) -> Option<Response> {
+    let response = match kept {
+        Kept::Ours => return None,
+        Kept::Running { body } | Kept::Answered { body, .. } if body != body_hash => {
+            let detail = json!({"detail": "this Idempotency-Key was used for another body"});
+            Failure::from(CommandError::with(ErrorCode::Conflict, detail)).into_response()
+        }
+        Kept::Running { .. } => Failure::from(CommandError::overloaded(500)).into_response(),
+        Kept::Answered { status, content_type, reply, .. } => {
+            let mut response =
+                (StatusCode::from_u16(status).unwrap_or(StatusCode::OK), reply).into_response();
+            // None at all is not what a body gets by itself.
+            response.headers_mut().remove(header::CONTENT_TYPE);
+            if let Some(value) = HeaderValue::from_bytes(&content_type).ok().filter(|v| !v.is_empty()) {
+                response.headers_mut().insert(header::CONTENT_TYPE, value);
+            }
+            response
+        }
+    };
+    Some(response)
+}
+
+fn answered(body: [u8; 32], parts: &Parts, reply: &Bytes) -> Kept {
+    let content_type = parts.headers.get(header::CONTENT_TYPE);
+    Kept::Answered {
+        body,
+        status: parts.status.as_u16(),
+        content_type: content_type.map(|c| Bytes::copy_from_slice(c.as_bytes())).unwrap_or_default(),
+        reply: reply.clone(),
     }
-    response
 }
 
 /// A file is a stream: it is hashed as it passes, the first time on its way into its place.
@@ -156,21 +176,16 @@ async fn file(api: Arc<Api>, owner: Owner, key: String, request: Request, next: 
         }
     });
     let ended = || hash.lock().unwrap_or_else(PoisonError::into_inner).clone().finalize().into();
-    match api.replies.begin(&place, [0; 32]) {
-        None => {}
-        Some(Known::Running { .. }) => return Failure::from(CommandError::overloaded(500)).into_response(),
-        Some(Known::Answered { body: first, status, content_type, reply }) => {
-            let read = body.for_each(|_| std::future::ready(()));
-            if tokio::time::timeout(crate::BODY_TIMEOUT, read).await.is_err() {
-                return Failure::too_slow().into_response();
-            }
-            let same: [u8; 32] = ended();
-            if same != first {
-                let detail = json!({"detail": "this Idempotency-Key was used for another body"});
-                return Failure::from(CommandError::with(ErrorCode::Conflict, detail)).into_response();
-            }
-            return again(status, content_type, reply);
+    let known = api.replies.begin(&place, UNREAD);
+    if let Kept::Answered { .. } = known {
+        let read = body.for_each(|_| std::future::ready(()));
+        if tokio::time::timeout(crate::BODY_TIMEOUT, read).await.is_err() {
+            return Failure::too_slow().into_response();
         }
+        return repeated(known, ended()).unwrap_or_default();
+    }
+    if let Some(response) = repeated(known, UNREAD) {
+        return response;
     }
     let running = Running { replies: &api.replies, place: place.clone() };
     let response = next.run(Request::from_parts(parts, Body::from_stream(body))).await;
@@ -178,8 +193,7 @@ async fn file(api: Arc<Api>, owner: Owner, key: String, request: Request, next: 
     let status = response.status();
     let (parts, body) = response.into_parts();
     let reply = to_bytes(body, usize::MAX).await.unwrap_or_default();
-    let content_type = parts.headers.get(header::CONTENT_TYPE).cloned();
-    let kept = Known::Answered { body: ended(), status, content_type, reply: reply.clone() };
+    let kept = answered(ended(), &parts, &reply);
     api.replies.end(&place, status.is_success().then_some(kept));
     Response::from_parts(parts, Body::from(reply))
 }
@@ -232,16 +246,8 @@ pub(crate) async fn layer(State(api): State<Arc<Api>>, mut request: Request, nex
     let caller = parts.headers.get(header::AUTHORIZATION).map_or(&b""[..], |v| v.as_bytes());
     let place = Place { owner, key: digest(&[caller, parts.uri.path().as_bytes(), key.as_bytes()]) };
     let body_hash = digest(&[&body]);
-    match api.replies.begin(&place, body_hash) {
-        Some(Known::Running { body } | Known::Answered { body, .. }) if body != body_hash => {
-            let detail = json!({"detail": "this Idempotency-Key was used for another body"});
-            return Failure::from(CommandError::with(ErrorCode::Conflict, detail)).into_response();
-        }
-        Some(Known::Running { .. }) => return Failure::from(CommandError::overloaded(500)).into_response(),
-        Some(Known::Answered { status, content_type, reply, .. }) => {
-            return again(status, content_type, reply);
-        }
-        None => {}
+    if let Some(response) = repeated(api.replies.begin(&place, body_hash), body_hash) {
+        return response;
     }
     if let Some(answer) = elsewhere(&api, &place, body_hash).await {
         api.replies.end(&place, None);
@@ -257,19 +263,9 @@ pub(crate) async fn layer(State(api): State<Arc<Api>>, mut request: Request, nex
 /// What another node has answered, or is about to.
 async fn elsewhere(api: &Api, place: &Place, body_hash: [u8; 32]) -> Option<Response> {
     match api.shared.as_ref()?.begin(&place.key, body_hash).await {
+        Ok(known) => repeated(known, body_hash),
         // Without word of the others this node remembers by itself.
-        Ok(Kept::Ours) | Err(Away) => None,
-        Ok(Kept::Running { body } | Kept::Answered { body, .. }) if body != body_hash => {
-            let detail = json!({"detail": "this Idempotency-Key was used for another body"});
-            Some(Failure::from(CommandError::with(ErrorCode::Conflict, detail)).into_response())
-        }
-        Ok(Kept::Running { .. }) => Some(Failure::from(CommandError::overloaded(500)).into_response()),
-        Ok(Kept::Answered { status, content_type, reply, .. }) => {
-            let status = StatusCode::from_u16(status).unwrap_or(StatusCode::OK);
-            let content_type =
-                header::HeaderValue::from_bytes(&content_type).ok().filter(|value| !value.is_empty());
-            Some(again(status, content_type, reply))
-        }
+        Err(Away) => None,
     }
 }
 
@@ -285,29 +281,12 @@ async fn run(api: &Api, place: &Place, body_hash: [u8; 32], next: Next, request:
     };
     let again = parts.status.is_server_error()
         || matches!(parts.status, StatusCode::TOO_MANY_REQUESTS | StatusCode::UNAUTHORIZED);
-    let content_type = parts.headers.get(header::CONTENT_TYPE).cloned();
+    let kept = (!again).then(|| answered(body_hash, &parts, &reply));
     if let Some(shared) = &api.shared {
-        let kept = Kept::Answered {
-            body: body_hash,
-            status: parts.status.as_u16(),
-            content_type: content_type
-                .as_ref()
-                .map(|c| Bytes::copy_from_slice(c.as_bytes()))
-                .unwrap_or_default(),
-            reply: reply.clone(),
-        };
         // What they do not hear of they do themselves: what must hold for ever holds by `client_id`.
-        let _ = shared.end(&place.key, (!again).then_some(&kept), KEPT_FOR).await;
+        let _ = shared.end(&place.key, kept.as_ref(), KEPT_FOR).await;
     }
-    api.replies.end(
-        place,
-        (!again).then(|| Known::Answered {
-            body: body_hash,
-            status: parts.status,
-            content_type,
-            reply: reply.clone(),
-        }),
-    );
+    api.replies.end(place, kept);
     Response::from_parts(parts, Body::from(reply))
 }
 
@@ -319,27 +298,31 @@ mod tests {
         Place { owner: Some(tenant.parse().unwrap()), key: digest(&[&n.to_be_bytes()]) }
     }
 
-    fn answered() -> Known {
-        Known::Answered { body: [0; 32], status: StatusCode::OK, content_type: None, reply: Bytes::new() }
+    fn is_first(replies: &Replies, place: &Place) -> bool {
+        matches!(replies.begin(place, [0; 32]), Kept::Ours)
+    }
+
+    fn answered() -> Kept {
+        Kept::Answered { body: [0; 32], status: 200, content_type: Bytes::new(), reply: Bytes::new() }
     }
 
     #[tokio::test(start_paused = true)]
     async fn the_oldest_are_forgotten_but_nobody_elses_and_none_under_way() {
         let replies = Replies::default();
-        assert!(replies.begin(&place("other", 0), [0; 32]).is_none());
+        assert!(is_first(&replies, &place("other", 0)));
         replies.end(&place("other", 0), Some(answered()));
-        assert!(replies.begin(&place("acme", 0), [0; 32]).is_none(), "under way all along");
+        assert!(is_first(&replies, &place("acme", 0)), "under way all along");
         for n in 1..=KEPT_MAX + 100 {
-            assert!(replies.begin(&place("acme", n), [0; 32]).is_none());
+            assert!(is_first(&replies, &place("acme", n)));
             replies.end(&place("acme", n), Some(answered()));
         }
-        assert!(matches!(replies.begin(&place("acme", 0), [0; 32]), Some(Known::Running { .. })));
-        assert!(replies.begin(&place("acme", 1), [0; 32]).is_none(), "forgotten");
-        assert!(replies.begin(&place("acme", KEPT_MAX), [0; 32]).is_some());
-        assert!(replies.begin(&place("other", 0), [0; 32]).is_some(), "another tenant's stands");
+        assert!(matches!(replies.begin(&place("acme", 0), [0; 32]), Kept::Running { .. }));
+        assert!(is_first(&replies, &place("acme", 1)), "forgotten");
+        assert!(!is_first(&replies, &place("acme", KEPT_MAX)));
+        assert!(!is_first(&replies, &place("other", 0)), "another tenant's stands");
         let held = replies.0.lock().unwrap().values().map(|i| i.order.len()).max();
         assert!(held.unwrap() <= KEPT_MAX + 2, "{held:?}");
         tokio::time::advance(KEPT_FOR + Duration::from_secs(1)).await;
-        assert!(replies.begin(&place("other", 0), [0; 32]).is_none(), "a day later it is forgotten");
+        assert!(is_first(&replies, &place("other", 0)), "a day later it is forgotten");
     }
 }

@@ -34,6 +34,7 @@ use axum::middleware;
 use axum::routing::{delete, get, post, put};
 use bytes::Bytes;
 use futures_util::Stream;
+use patchbay_actors::agent::Presence;
 use patchbay_actors::desk::Desk;
 use patchbay_actors::directory::{Key, KeyScope, MediaRecord};
 use patchbay_actors::intake::Intake;
@@ -131,6 +132,13 @@ pub trait Files: Send + Sync + 'static {
     fn base(&self, host: Option<&str>) -> String;
 }
 
+/// Knows which agents are there.
+#[async_trait]
+pub trait Presences: Send + Sync + 'static {
+    /// How each of these agents is, as far as anybody has said; none: nobody can say.
+    async fn hints(&self, tenant: &TenantId, agents: &[AgentId]) -> Vec<Option<Presence>>;
+}
+
 /// Knows where calls to providers may go.
 pub trait Destinations: Send + Sync + 'static {
     /// Why an account's `api_base` may not be called; `None` when it may.
@@ -146,6 +154,7 @@ pub struct Api {
     destinations: Arc<dyn Destinations>,
     files: Arc<dyn Files>,
     backups: Arc<dyn Backups>,
+    presences: Arc<dyn Presences>,
     replies: idempotency::Replies,
     /// What nodes share for a while.
     shared: Option<Arc<Redis>>,
@@ -162,10 +171,22 @@ impl Api {
         destinations: Arc<dyn Destinations>,
         files: Arc<dyn Files>,
         backups: Arc<dyn Backups>,
+        presences: Arc<dyn Presences>,
         shared: Option<Arc<Redis>>,
     ) -> Arc<Self> {
         let replies = idempotency::Replies::default();
-        Arc::new(Self { desk, intake, auth, issuer, destinations, files, backups, replies, shared })
+        Arc::new(Self {
+            desk,
+            intake,
+            auth,
+            issuer,
+            destinations,
+            files,
+            backups,
+            presences,
+            replies,
+            shared,
+        })
     }
 
     fn directory(&self) -> &Arc<patchbay_actors::directory::Directory> {

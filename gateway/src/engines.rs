@@ -8,7 +8,7 @@ use patchbay_actors::node::Events;
 use patchbay_storage::Engine;
 use patchbay_storage::embedded::{Embedded, lock_directory};
 use patchbay_storage::events::embedded::{EmbeddedSink, EmbeddedSource};
-use patchbay_storage::events::{Deliveries, Sink, Source, SourceError};
+use patchbay_storage::events::{Deliveries, Sink, Source, SourceError, Start};
 use patchbay_storage::kafka::{KafkaSink, KafkaSource};
 use patchbay_storage::redis::Redis;
 use patchbay_storage::scylla::Scylla;
@@ -100,22 +100,21 @@ pub fn events(config: &Config) -> Result<Events, RunError> {
     Ok(Events::new(sink(config, deliveries)?, delivered))
 }
 
-/// A member of a group of readers of the events that the configuration names. One without a place begins at the first
-/// event, or (`latest`) behind the last.
-pub(crate) fn source(config: &Config, group: &str, latest: bool) -> Result<Box<dyn Source>, RunError> {
+/// A member of a group of readers of the events that the configuration names.
+pub(crate) fn source(config: &Config, group: &str, start: Start) -> Result<Box<dyn Source>, RunError> {
     let broken = |e: SourceError| RunError::Events(e.to_string());
     Ok(match config.events.engine {
         EventsEngine::Embedded => {
             let mut source =
                 EmbeddedSource::join(&config.storage.data_dir.join(EVENTS), group).map_err(broken)?;
-            if latest {
+            if start == Start::Latest {
                 source.skip_all().map_err(broken)?;
             }
             Box::new(source)
         }
         EventsEngine::Kafka => {
             let kafka = config.events.kafka.connection().map_err(RunError::Config)?;
-            Box::new(KafkaSource::join(&kafka, group, latest).map_err(broken)?)
+            Box::new(KafkaSource::join(&kafka, group, start).map_err(broken)?)
         }
     })
 }

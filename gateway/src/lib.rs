@@ -24,5 +24,6 @@ pub mod media;
 pub mod memory;
 pub mod metrics_table;
 pub mod outgoing;
+pub mod presence;
 mod revocation;
 pub mod server;

@@ -207,6 +207,9 @@ impl Server {
         .await?;
         let redis = engines::redis(config)?;
         let shares_store = store.embedded().is_none();
+        if let Some(redis) = &redis {
+            hub.presences().share(redis.clone());
+        }
         revocation::start(node.directory(), redis.clone(), shares_store);
         let directory = node.directory().clone();
         media.ready(directory.clone()).await.map_err(|_| StartError::Store)?;
@@ -339,6 +342,7 @@ impl Doors<'_> {
             destinations,
             self.media.clone(),
             self.backups.clone(),
+            self.hub.presences().clone(),
             self.redis.clone(),
         );
         let admin = patchbay_admin_api::router(api)

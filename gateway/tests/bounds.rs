@@ -296,9 +296,9 @@ const SECTIONS: &[(&str, &[Row])] = &[
             Row("rows of one append", "APPEND_ROWS_MAX", "", "the rest waits for the next append", ""),
             Row(
                 "what is appended and not derived or handed on yet",
-                "",
+                "DERIVE_ENTRIES_MAX",
                 "live.rs/recent, live.rs/recent_ids, log_actor.rs/tickets, log_actor.rs/ordered",
-                "derived rows follow within 250 ms; what waits longer waits for the store",
+                "derived rows follow at once; else within 2 s, 4 s while entries keep coming. What waits longer waits for the store",
                 "",
             ),
             Row("entries between two snapshots", "SNAPSHOT_ENTRIES", "", "a snapshot is written", ""),
@@ -616,6 +616,20 @@ const SECTIONS: &[(&str, &[Row])] = &[
                 "",
                 "it is away: the node goes on by itself; a larger reply is its own node's; everything is looked at again",
                 "patchbay_redis_away_total",
+            ),
+            Row(
+                "hints of agents' presence: those here, those that are told",
+                "HINTS_MAX",
+                "presence.rs/here",
+                "one for each agent with a socket here; what is not told is told by the next renewal",
+                "",
+            ),
+            Row(
+                "renewals of a lease whose outcome is not known; nodes of a cluster",
+                "UNSETTLED_MAX",
+                "lease.rs/unsettled, map.rs/members",
+                "the oldest is forgotten: it would be over; who is marked dead and holds nothing goes",
+                "",
             ),
             Row("the writer's epochs, one a shard", "cluster.shards", "writer.rs/epochs", "", ""),
             Row(

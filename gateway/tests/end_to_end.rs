@@ -703,6 +703,14 @@ async fn a_full_disk_refuses_writes_serves_reads_and_recovers() {
         node.http.get(url).send().await.unwrap().status().as_u16()
     };
     assert_eq!((webhook(&node, 1).await, ready(&node).await), (200, 200));
+    // What its next reader needs is written when it is forgotten.
+    let forgotten = async |node: &Node| {
+        until("everybody is forgotten", async || {
+            node.metrics().await.lines().any(|l| l == "patchbay_actors_active 0").then_some(())
+        })
+        .await;
+    };
+    forgotten(&node).await;
     let filler = dir.path().join("filler");
     std::fs::write(&filler, vec![1; usize::try_from(600 * MIB).unwrap()]).unwrap();
     until("it is full", async || (ready(&node).await == 503).then_some(())).await;
@@ -723,10 +731,7 @@ async fn a_full_disk_refuses_writes_serves_reads_and_recovers() {
     let subscribed = ws.subscribe(&format!("conversation:{id}")).await.unwrap();
     assert_eq!(subscribed["offset"], 2);
     drop(ws);
-    until("everybody is forgotten", async || {
-        node.metrics().await.lines().any(|l| l == "patchbay_actors_active 0").then_some(())
-    })
-    .await;
+    forgotten(&node).await;
     assert_eq!(node.entries(&key, id).await.len(), 2, "reads go on");
     // Also over a restart.
     node.kill().await;

@@ -6,11 +6,12 @@ mod common;
 
 use std::path::Path;
 use std::process::Stdio;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use common::faults::{Load, NUMBER, ONE_AT_A_TIME, logs_are_whole, readyz, topic_is_whole};
+use common::faults::{Load, NUMBER, ONE_AT_A_TIME, customer, logs_are_whole, readyz, topic_is_whole};
 use common::servers::{self, Server};
 use common::{Node, text_item, until, webhook_body};
+use patchbay_storage::Stamp;
 use patchbay_storage::events::embedded::EmbeddedSource;
 use serde_json::Value;
 
@@ -49,6 +50,9 @@ async fn a_single_node_is_stopped_killed_and_restarted_under_load() {
     let key = node.tenant("acme", "http://127.0.0.1:1", NUMBER).await;
     let load = Load::start(&node, 16, Duration::from_millis(10));
     load.goes_on(300).await;
+    let slow = cassandra.slow(1);
+    load.goes_on(300).await;
+    drop(slow);
     cassandra.freeze(1);
     tokio::time::sleep(Duration::from_secs(5)).await;
     cassandra.thaw(1);
@@ -70,6 +74,57 @@ async fn a_single_node_is_stopped_killed_and_restarted_under_load() {
     println!("{} acked", acked.iter().sum::<u64>());
 }
 
+/// Moves what the processes that read this file take for the time of day.
+fn set_clock(file: &Path, by: &str) {
+    let fresh = file.with_extension("new");
+    std::fs::write(&fresh, by).unwrap();
+    std::fs::rename(fresh, file).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_clock_of_the_node_moves() {
+    if servers::quick() {
+        return;
+    }
+    let _turn = ONE_AT_A_TIME.lock().await;
+    let dir = tempfile::tempdir().unwrap();
+    let library = std::fs::read_dir("/usr/lib").unwrap().flatten();
+    let library = library.map(|d| d.path().join("faketime/libfaketimeMT.so.1")).find(|lib| lib.exists());
+    let library = library.expect("libfaketime, which `./x test` installs").to_str().unwrap().to_owned();
+    let clock = dir.path().join("clock");
+    set_clock(&clock, "+0");
+    let mut env = env(&servers::cassandra().join(","), &servers::fresh("clock"), 1);
+    env.extend([
+        ("LD_PRELOAD", library),
+        ("FAKETIME_TIMESTAMP_FILE", clock.to_str().unwrap().to_owned()),
+        ("FAKETIME_NO_CACHE", "1".into()),
+        ("FAKETIME_DONT_FAKE_MONOTONIC", "1".into()),
+    ]);
+    let mut node = start(dir.path(), &env).await;
+    let key = node.tenant("acme", "http://127.0.0.1:1", NUMBER).await;
+    let load = Load::start(&node, 16, Duration::from_millis(10));
+    load.goes_on(200).await;
+    // Days ahead, and then days behind: what was written before and what is written now stand side by side.
+    for by in ["+3d", "-3d"] {
+        set_clock(&clock, by);
+        load.goes_on(300).await;
+    }
+    // Whoever comes after a crash has another idea of the time.
+    for by in ["+5d", "-5d", "+0"] {
+        node.kill().await;
+        set_clock(&clock, by);
+        node = start(dir.path(), &env).await;
+        load.moves_to(&node);
+        load.goes_on(200).await;
+    }
+    let acked = load.end().await;
+    check(&node, &key, dir.path(), &acked).await;
+    let days = node.entries(&key, common::conversation("acme", "wa", &customer(0))).await;
+    let days: std::collections::BTreeSet<&str> =
+        days.iter().map(|e| &e["at"].as_str().unwrap()[..10]).collect();
+    assert!(days.len() >= 2, "the clock was moved: {days:?}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn of_three_nodes_one_may_go_and_two_may_not() {
     if servers::quick() {
@@ -82,6 +137,14 @@ async fn of_three_nodes_one_may_go_and_two_may_not() {
     let key = node.tenant("acme", "http://127.0.0.1:1", NUMBER).await;
     let load = Load::start(&node, 8, Duration::from_millis(20));
     load.goes_on(100).await;
+    // One that dawdles holds up nobody who can ask another.
+    let slow = cassandra.slow(2);
+    let began = Instant::now();
+    load.goes_on(400).await;
+    let mut taken: Vec<Duration> = load.latencies_since(began);
+    drop(slow);
+    taken.sort_unstable();
+    println!("one of three is slow: {:?} at the median of {}", taken[taken.len() / 2], taken.len());
     cassandra.kill(2);
     load.goes_on(200).await;
     cassandra.freeze(3);
@@ -153,7 +216,7 @@ async fn whatever_is_missing_at_the_start_is_named_and_waited_for() {
     if servers::quick() {
         return;
     }
-    let _turn = ONE_AT_A_TIME.lock().await;
+    // It mostly waits: others may have the machine meanwhile.
     let auth = ["--set", "authenticator: PasswordAuthenticator"];
     let mut cassandra = Server::start("cassandra", 1, &auth);
     cassandra.stop(1);
@@ -238,4 +301,26 @@ async fn a_hundred_thousand_messages_in_one_inbox_and_then_its_list() {
         }
     }
     assert!(looked >= 9, "{looked} tables");
+    every_cell_is_stamped(&session, "many").await;
+}
+
+/// No cell of any entity's table was written without its writer's stamp.
+async fn every_cell_is_stamped(session: &scylla::client::session::Session, keyspace: &str) {
+    use futures_util::TryStreamExt as _;
+    for table in patchbay_storage::Table::ALL {
+        let name = if table == patchbay_storage::Table::Entries { "log_entries" } else { table.name() };
+        let question = format!("SELECT WRITETIME(value) FROM {keyspace}.{name}");
+        let cells = session.query_iter(question, &[]).await.unwrap().rows_stream::<(i64,)>().unwrap();
+        let (mut looked, mut cells) = (0, cells);
+        while let Some((written,)) = cells.try_next().await.unwrap() {
+            let stamp = Stamp::from_u64(u64::try_from(written).unwrap());
+            assert!(stamp.epoch() >= 1 && stamp.as_u64() < 1 << 50, "{name}: written at {written}");
+            looked += 1;
+        }
+        println!("{name}: {looked} cells");
+        // Nobody was there to have a session, and nothing was refused.
+        let unused =
+            matches!(table, patchbay_storage::Table::Sessions | patchbay_storage::Table::DeadLetters);
+        assert!(looked > 0 || unused, "{name}");
+    }
 }

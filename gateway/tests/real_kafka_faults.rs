@@ -10,6 +10,7 @@ use std::time::Duration;
 use common::faults::{Load, NUMBER, ONE_AT_A_TIME, logs_are_whole, metric, readyz, topic_is_whole};
 use common::servers::{self, Server};
 use common::{Node, conversation, text_item, until, webhook_body};
+use patchbay_storage::events::Start;
 use patchbay_storage::kafka::{KafkaConfig, KafkaSource};
 use rdkafka::ClientConfig;
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
@@ -34,7 +35,7 @@ async fn start(dir: &Path, env: &[(&'static str, String)]) -> Node {
 }
 
 fn source(brokers: &str, topic: &str) -> KafkaSource {
-    KafkaSource::join(&KafkaConfig::new(brokers, topic), &servers::fresh("check"), false).unwrap()
+    KafkaSource::join(&KafkaConfig::new(brokers, topic), &servers::fresh("check"), Start::Earliest).unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -81,6 +81,12 @@ async fn a_reply_is_given_again_by_any_node_and_limits_are_shared_while_redis_is
     assert_eq!(make(&nodes[1], "reader").await, first, "another node gives the first answer");
     assert_eq!(make(&nodes[1], "other").await.0, 409, "and refuses another body");
 
+    // Who is there is known everywhere, and nowhere once nobody can say.
+    let _anna = nodes[1].socket(&nodes[1].token(&key, "anna", 600).await).await;
+    let presence =
+        async || nodes[0].api(&key, "GET", "/agents", None).await.1["agents"][0]["presence"].clone();
+    until("it is told", async || (presence().await == "online").then_some(())).await;
+
     // 2,000 at once for both nodes together; 2,000 for each when they have no word of each other.
     let hammer = async |key: &str| {
         let mut taken = 0;
@@ -101,6 +107,7 @@ async fn a_reply_is_given_again_by_any_node_and_limits_are_shared_while_redis_is
     server.kill(1);
     until("it is said", async || readyz(&nodes[0]).await.1.contains("redis is away").then_some(())).await;
     assert_eq!(make(&nodes[0], "reader").await, first, "a node remembers its own");
+    assert_eq!(presence().await, json!(null), "she is not here");
     assert!(hammer(&key).await > 0, "nobody waits for it");
     assert!(metric(&nodes[0], "patchbay_limits_local_total").await > 0.0);
     server.restart(1);

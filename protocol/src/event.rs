@@ -73,23 +73,37 @@ pub struct Envelope {
     pub value: Bytes,
 }
 
+/// The headers of an event, in the order in which they are written.
+pub const HEADERS: [&str; 9] = [
+    "ce_specversion",
+    "ce_id",
+    "ce_type",
+    "ce_source",
+    "ce_time",
+    "ce_sequence",
+    "ce_tenant",
+    "content-type",
+    "ce_subject",
+];
+
 impl Event {
     /// The event as it travels; none: its entry is no entry of ours.
     pub fn envelope(&self) -> Option<Envelope> {
         let head: Head<'_> = serde_json::from_slice(&self.entry).ok()?;
         let Origin { tenant, account, conversation } = &*self.origin;
         let subject = conversation.to_string();
-        let headers = vec![
-            ("ce_specversion", SPEC_VERSION.to_owned()),
-            ("ce_id", format!("{subject}-{}", self.seq)),
-            ("ce_type", [TYPE_PREFIX, head.kind].concat()),
-            ("ce_source", format!("/tenants/{tenant}/accounts/{account}")),
-            ("ce_time", head.at.to_owned()),
-            ("ce_sequence", self.seq.to_string()),
-            ("ce_tenant", tenant.to_string()),
-            ("content-type", CONTENT_TYPE.to_owned()),
-            ("ce_subject", subject.clone()),
+        let values = [
+            SPEC_VERSION.to_owned(),
+            format!("{subject}-{}", self.seq),
+            [TYPE_PREFIX, head.kind].concat(),
+            format!("/tenants/{tenant}/accounts/{account}"),
+            head.at.to_owned(),
+            self.seq.to_string(),
+            tenant.to_string(),
+            CONTENT_TYPE.to_owned(),
+            subject.clone(),
         ];
+        let headers = HEADERS.into_iter().zip(values).collect();
         let key = format!("{tenant}/{subject}");
         Some(Envelope { key, headers, value: self.value(&subject)? })
     }

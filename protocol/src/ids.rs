@@ -63,19 +63,7 @@ macro_rules! name {
             }
         }
 
-        impl schemars::JsonSchema for $type {
-            fn inline_schema() -> bool {
-                true
-            }
-
-            fn schema_name() -> std::borrow::Cow<'static, str> {
-                stringify!($type).into()
-            }
-
-            fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
-                schemars::json_schema!({"type": "string", "pattern": "^([a-z0-9][a-z0-9_-]{0,62}|-)$"})
-            }
-        }
+        crate::text_schema!($type, {"type": "string", "pattern": "^([a-z0-9][a-z0-9_-]{0,62}|-)$"});
 
         impl<'de> Deserialize<'de> for $type {
             fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
@@ -214,19 +202,7 @@ impl FromStr for ConversationId {
     }
 }
 
-impl schemars::JsonSchema for ConversationId {
-    fn inline_schema() -> bool {
-        true
-    }
-
-    fn schema_name() -> std::borrow::Cow<'static, str> {
-        "ConversationId".into()
-    }
-
-    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
-        schemars::json_schema!({"type": "string", "pattern": "^[0-7][0-9abcdefghjkmnpqrstvwxyz]{25}$"})
-    }
-}
+crate::text_schema!(ConversationId, {"type": "string", "pattern": "^[0-7][0-9abcdefghjkmnpqrstvwxyz]{25}$"});
 
 impl Serialize for ConversationId {
     fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
@@ -270,19 +246,7 @@ impl FromStr for EntryId {
     }
 }
 
-impl schemars::JsonSchema for EntryId {
-    fn inline_schema() -> bool {
-        true
-    }
-
-    fn schema_name() -> std::borrow::Cow<'static, str> {
-        "EntryId".into()
-    }
-
-    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
-        schemars::json_schema!({"type": "string", "pattern": "^[0-7][0-9abcdefghjkmnpqrstvwxyz]{25}-[0-9]+$"})
-    }
-}
+crate::text_schema!(EntryId, {"type": "string", "pattern": "^[0-7][0-9abcdefghjkmnpqrstvwxyz]{25}-[0-9]+$"});
 
 impl Serialize for EntryId {
     fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {

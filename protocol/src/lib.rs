@@ -11,6 +11,26 @@
 //! Invariant: what one version wrote, the same version reads back unchanged (`tests/`).
 //! Invariant: unknown fields of protocol frames are ignored; unknown fields of our own commands are refused by name.
 
+/// The JSON Schema of a type that travels as text.
+macro_rules! text_schema {
+    ($type:ident, $schema:tt) => {
+        impl schemars::JsonSchema for $type {
+            fn inline_schema() -> bool {
+                true
+            }
+
+            fn schema_name() -> std::borrow::Cow<'static, str> {
+                stringify!($type).into()
+            }
+
+            fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+                schemars::json_schema!($schema)
+            }
+        }
+    };
+}
+pub(crate) use text_schema;
+
 pub mod client;
 pub mod codes;
 pub mod command;

@@ -309,7 +309,7 @@ impl Redis {
         changes
     }
 
-    /// Notes where an agent was last seen and in what state: a hint that ends after `lasts`.
+    /// Notes how an agent is: a hint that ends after `lasts`.
     pub async fn hint_presence(
         &self,
         tenant: &TenantId,
@@ -322,9 +322,16 @@ impl Redis {
         self.ask(self.client.set::<(), _, _>(key, state, Some(ends), None, false)).await
     }
 
-    /// Where an agent was last seen, as far as anybody has said.
-    pub async fn presence_hint(&self, tenant: &TenantId, agent: &str) -> Result<Option<String>, Away> {
-        let key = self.key("presence", format!("{tenant}/{agent}").as_bytes());
-        self.ask(self.client.get(key)).await
+    /// How each of a tenant's agents is, as far as anybody has said.
+    pub async fn presence_hints(
+        &self,
+        tenant: &TenantId,
+        agents: &[&str],
+    ) -> Result<Vec<Option<String>>, Away> {
+        if agents.is_empty() {
+            return Ok(Vec::new());
+        }
+        let key = |agent: &&str| self.key("presence", format!("{tenant}/{agent}").as_bytes());
+        self.ask(self.client.mget(agents.iter().map(key).collect::<Vec<_>>())).await
     }
 }

@@ -96,6 +96,19 @@ pub struct Mark {
     pub bucket: u64,
 }
 
+/// What is noted of a shard beside the logs of its entities.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Marks {
+    /// Up to where it is settled.
+    pub settled: Option<Mark>,
+    /// The hour from which timers have to be read; none: there never was one.
+    pub fired_until: Option<i64>,
+    /// What is parked, with the reason.
+    pub parked: Vec<(EntityId, String)>,
+    /// Conversations whose outbox is parked, and from which seq on.
+    pub parked_outboxes: Vec<(ConversationId, u64)>,
+}
+
 /// A timer: this entity wants to be woken then. What fires looks, and re-arms if it moved.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Timer {
@@ -282,19 +295,10 @@ impl Tables {
             shard,
             Table::Marks,
             shard_partition(shard),
-            Bytes::from_static(b"settled_until"),
+            Bytes::from_static(SETTLED_UNTIL),
             stamp,
             json(&mark),
         )
-    }
-
-    /// Up to where the shard is settled.
-    pub async fn mark(&self, shard: u32) -> Result<Option<Mark>, ReadError> {
-        let row = self
-            .engine
-            .get(Table::Marks, &shard_partition(shard), &Bytes::from_static(b"settled_until"))
-            .await?;
-        row.as_ref().map(parse).transpose()
     }
 
     /// The write that moves the shard's timer mark: timers of earlier hours have fired and are acked.
@@ -303,24 +307,15 @@ impl Tables {
             shard,
             Table::Marks,
             shard_partition(shard),
-            Bytes::from_static(b"fired_until"),
+            Bytes::from_static(FIRED_UNTIL),
             stamp,
             json(&hour),
         )
     }
 
-    /// The hour from which timers have to be read.
-    pub async fn fired_until(&self, shard: u32) -> Result<Option<i64>, ReadError> {
-        let row = self
-            .engine
-            .get(Table::Marks, &shard_partition(shard), &Bytes::from_static(b"fired_until"))
-            .await?;
-        row.as_ref().map(parse).transpose()
-    }
-
     /// The write that parks an entity by name: nothing more is tried with it until an operator looks.
     pub fn park_write(shard: u32, stamp: Stamp, entity: &EntityId, reason: &str) -> Batch {
-        let clustering = [&b"parked"[..], &entity.key()].concat().into();
+        let clustering = [PARKED, &entity.key()].concat().into();
         Batch::put(
             shard,
             Table::Marks,
@@ -331,43 +326,37 @@ impl Tables {
         )
     }
 
-    /// What is parked of a shard, with the reason.
-    pub async fn parked(&self, shard: u32) -> Result<Vec<(EntityId, String)>, ReadError> {
-        let from = Bound::Included(Bytes::from_static(b"parked"));
-        let rows = self
-            .engine
-            .scan(Scan {
-                from,
-                to: Bound::Excluded(Bytes::from_static(b"parkee")),
-                ..Scan::all(Table::Marks, shard_partition(shard), 1000)
-            })
-            .await?;
-        rows.iter().map(|r| parse::<(EntityName, String)>(r).map(|(e, why)| (e.into(), why))).collect()
-    }
-
     /// The write that parks a conversation's outbox: its event from `seq` on is never taken.
     pub fn park_outbox_write(shard: u32, stamp: Stamp, id: ConversationId, seq: u64, why: &str) -> Batch {
-        let clustering = [&b"unpublished"[..], id.as_bytes()].concat().into();
         let value = json(&(id, seq, why));
-        Batch::put(shard, Table::Marks, shard_partition(shard), clustering, stamp, value)
+        Batch::put(shard, Table::Marks, shard_partition(shard), unpublished(id), stamp, value)
     }
 
     /// The write that says that it goes on.
     pub fn unpark_outbox_write(shard: u32, stamp: Stamp, id: ConversationId) -> Batch {
-        let clustering = [&b"unpublished"[..], id.as_bytes()].concat().into();
-        Batch::delete(shard, Table::Marks, shard_partition(shard), clustering, stamp)
+        Batch::delete(shard, Table::Marks, shard_partition(shard), unpublished(id), stamp)
     }
 
-    /// Conversations of a shard whose outbox is parked, and from which seq on.
-    pub async fn parked_outboxes(&self, shard: u32) -> Result<Vec<(ConversationId, u64)>, ReadError> {
-        let scan = Scan {
-            from: Bound::Included(Bytes::from_static(b"unpublished")),
-            to: Bound::Excluded(Bytes::from_static(b"unpublishee")),
-            ..Scan::all(Table::Marks, shard_partition(shard), usize::MAX)
-        };
-        let rows = self.engine.scan(scan).await?;
-        let read = |row: &Row| parse::<(ConversationId, u64, String)>(row).map(|(id, seq, _)| (id, seq));
-        rows.iter().map(read).collect()
+    /// What is noted of a shard.
+    pub async fn marks(&self, shard: u32) -> Result<Marks, ReadError> {
+        let mut marks = Marks::default();
+        for row in self.engine.scan(Scan::all(Table::Marks, shard_partition(shard), usize::MAX)).await? {
+            match &row.clustering[..] {
+                SETTLED_UNTIL => marks.settled = Some(parse(&row)?),
+                FIRED_UNTIL => marks.fired_until = Some(parse(&row)?),
+                name if name.starts_with(PARKED) => {
+                    let (entity, why): (EntityName, String) = parse(&row)?;
+                    marks.parked.push((entity.into(), why));
+                }
+                name if name.starts_with(UNPUBLISHED) => {
+                    let (id, seq, _): (ConversationId, u64, String) = parse(&row)?;
+                    marks.parked_outboxes.push((id, seq));
+                }
+                // Of a later version.
+                _ => {}
+            }
+        }
+        Ok(marks)
     }
 
     /// The write that arms a timer. One due before `fired_hour` goes into that hour.
@@ -582,6 +571,15 @@ impl Tables {
 fn parse_document<T: DeserializeOwned>(document: &Document) -> Result<(u64, T), ReadError> {
     let value = serde_json::from_slice(&value::open(&document.value)?).map_err(|_| ReadError::Damaged)?;
     Ok((document.version, value))
+}
+
+const SETTLED_UNTIL: &[u8] = b"settled_until";
+const FIRED_UNTIL: &[u8] = b"fired_until";
+const PARKED: &[u8] = b"parked";
+const UNPUBLISHED: &[u8] = b"unpublished";
+
+fn unpublished(id: ConversationId) -> Bytes {
+    [UNPUBLISHED, id.as_bytes()].concat().into()
 }
 
 fn shard_partition(shard: u32) -> Bytes {

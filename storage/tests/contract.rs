@@ -315,9 +315,9 @@ async fn activity_marks_and_timers(engine: Arc<dyn Engine>) {
     engine.write(Tables::activity_write(9, bucket, stamp, &activity)).await.unwrap();
     assert_eq!(tables.activity(9, bucket).await.unwrap(), [activity]);
     engine.write(Tables::mark_write(9, stamp, Mark { epoch: 1, bucket: 3 })).await.unwrap();
-    assert_eq!(tables.mark(9).await.unwrap(), Some(Mark { epoch: 1, bucket: 3 }));
+    assert_eq!(tables.marks(9).await.unwrap().settled, Some(Mark { epoch: 1, bucket: 3 }));
     engine.write(Tables::park_write(9, stamp, &entity, "why")).await.unwrap();
-    assert_eq!(tables.parked(9).await.unwrap(), [(entity.clone(), "why".to_owned())]);
+    assert_eq!(tables.marks(9).await.unwrap().parked, [(entity.clone(), "why".to_owned())]);
     tables.drop_activity(9, bucket, Stamp::new(1, 2)).await.unwrap();
     assert!(tables.activity(9, bucket).await.unwrap().is_empty());
     let due = Timestamp::parse("2026-11-21T10:30:00Z").unwrap();

@@ -87,8 +87,10 @@ async fn changes_and_hints_reach_other_nodes() {
     });
     assert_eq!(heard.await.unwrap(), tenant);
     a.hint_presence(&tenant, "anna", "online", Duration::from_secs(60)).await.unwrap();
-    assert_eq!(b.presence_hint(&tenant, "anna").await.unwrap().as_deref(), Some("online"));
-    assert_eq!(b.presence_hint(&"other".parse().unwrap(), "anna").await.unwrap(), None);
+    let hints = b.presence_hints(&tenant, &["ben", "anna"]).await.unwrap();
+    assert_eq!(hints, [None, Some("online".to_owned())]);
+    assert_eq!(b.presence_hints(&"other".parse().unwrap(), &["anna"]).await.unwrap(), [None]);
+    assert_eq!(b.presence_hints(&tenant, &[]).await.unwrap(), Vec::<Option<String>>::new());
 }
 
 #[tokio::test(flavor = "multi_thread")]

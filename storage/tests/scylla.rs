@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use patchbay_protocol::ids::{CommandId, EntityId};
-use patchbay_storage::log::{Append, LogKey, Logs};
+use patchbay_storage::log::{Append, LogKey, Logs, Snapshot};
 use patchbay_storage::scylla::examine::{Standing, examine};
 use patchbay_storage::scylla::{ConnectError, Scylla, ScyllaConfig, TlsConfig};
 use patchbay_storage::tables::{Activity, DeadLetter, IdKey, Mark, Session, Tables, Timer};
@@ -60,12 +60,16 @@ async fn every_cell_carries_its_writers_stamp() {
     writes.push(Tables::session_write(key, next(), &session));
     writes.push(Tables::session_delete(key, next(), "aa", at));
     writes.push(Tables::dead_letter_write(5, next(), &tenant, &letter));
+    let snapshot = Snapshot { seq: 1, entry_hash: [0; 16], state: Bytes::from_static(b"s") };
+    writes.push(Logs::snapshot_write(key, next(), &snapshot));
     for write in writes {
         engine.write(write).await.unwrap();
     }
     let session = servers::session(&config.nodes.join(",")).await;
     let mut looked = 0;
-    for table in ["log_entries", "refs", "activity", "marks", "timers", "sessions", "dead_letters"] {
+    for table in
+        ["log_entries", "snapshots", "refs", "activity", "marks", "timers", "sessions", "dead_letters"]
+    {
         let question = format!("SELECT WRITETIME(value) FROM {}.{table}", config.keyspace);
         let answer = session.query_unpaged(question, &[]).await.unwrap().into_rows_result().unwrap();
         let stamps: BTreeSet<i64> = answer.rows::<(i64,)>().unwrap().map(|r| r.unwrap().0).collect();

@@ -27,12 +27,13 @@ use patchbay_protocol::ids::{ConversationId, EntityId, InboxId};
 use patchbay_storage::ReadError;
 use patchbay_storage::events::{Delivered, Delivery, Fault, SendError, Sink};
 use patchbay_storage::log::LogKey;
-use patchbay_storage::tables::{Mark, Tables};
+use patchbay_storage::tables::Tables;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use crate::router::{Router, system_command};
 use crate::shard::Shards;
+use crate::shard::activity::unsettled;
 pub use lanes::{LANES_MAX, PARKED_MAX, RECENT_BYTES_MAX, WINDOW};
 use lanes::{Lanes, Next};
 
@@ -282,33 +283,13 @@ impl Outbox {
 
 /// Every conversation with activity of a shard that is not settled, with its lowest seq there.
 async fn look_up(shards: &Shards, shard: u32, swept: u32) -> Result<Found, ReadError> {
-    let tables = &shards.tables;
-    let mark = tables.mark(shard).await?;
-    let mut found: HashMap<ConversationId, u64> = HashMap::new();
-    for epoch in swept + 1..=shards.epoch {
-        let first = match mark {
-            Some(mark) if mark.epoch > epoch => continue,
-            Some(mark) if mark.epoch == epoch => mark.bucket,
-            _ => 0,
-        };
-        let present = (epoch == shards.epoch).then(|| shards.activity.present(shard));
-        for bucket in first.. {
-            if present.is_some_and(|present| bucket > present) {
-                break;
-            }
-            let rows = tables.activity(shard, Mark { epoch, bucket }).await?;
-            if rows.is_empty() && present.is_none() {
-                break;
-            }
-            for row in rows {
-                if let EntityId::Conversation(id) = row.entity {
-                    let lowest = found.entry(id).or_insert(row.lowest);
-                    *lowest = row.lowest.min(*lowest);
-                }
-            }
-        }
-    }
-    Ok((found, tables.parked_outboxes(shard).await?))
+    let marks = shards.tables.marks(shard).await?;
+    let found = unsettled(shards, shard, marks.settled, swept + 1..=shards.epoch).await?;
+    let conversations = found.into_iter().filter_map(|(entity, lowest)| match entity {
+        EntityId::Conversation(id) => Some((id, lowest)),
+        EntityId::Account(..) | EntityId::Agent(..) | EntityId::Inbox(..) => None,
+    });
+    Ok((conversations.collect(), marks.parked_outboxes))
 }
 
 /// The one that publishes.

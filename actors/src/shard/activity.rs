@@ -4,13 +4,17 @@
 //! [`BUCKET_AGE`], and no row goes into bucket k+1 before one row of k is answered: a sweep reads each epoch up to its
 //! first empty bucket. A bucket is settled when every append begun in it is.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use patchbay_protocol::Timestamp;
+use patchbay_protocol::ids::EntityId;
+use patchbay_storage::ReadError;
 use patchbay_storage::tables::Mark;
 
+use super::Shards;
 use crate::clock::Clock;
 
 /// Rows of one bucket.
@@ -108,9 +112,10 @@ impl ActivityLog {
         lock(&self.shards[shard as usize]).settle(bucket, n as usize);
     }
 
-    /// The bucket that appends are begun in now.
-    pub fn present(&self, shard: u32) -> u64 {
-        lock(&self.shards[shard as usize]).bucket
+    /// The bucket that appends are begun in now; none: there was no append yet.
+    fn present(&self, shard: u32) -> Option<u64> {
+        let s = lock(&self.shards[shard as usize]);
+        (s.bucket > 0 || s.begun > 0).then_some(s.bucket)
     }
 
     /// Ends the present bucket when everything in the shard is settled: nobody will write any more.
@@ -137,6 +142,42 @@ impl ActivityLog {
         let before = std::mem::replace(&mut s.settled, settled);
         Some((before, Mark { epoch: self.epoch, bucket: settled }))
     }
+}
+
+/// Every entity with activity of a shard above `mark` in these epochs, with its lowest seq there.
+///
+/// An earlier epoch ends at its first empty bucket; this one's present bucket is known.
+pub async fn unsettled(
+    shards: &Shards,
+    shard: u32,
+    mark: Option<Mark>,
+    epochs: RangeInclusive<u32>,
+) -> Result<HashMap<EntityId, u64>, ReadError> {
+    let mut found: HashMap<EntityId, u64> = HashMap::new();
+    for epoch in epochs {
+        let first = match mark {
+            Some(mark) if mark.epoch > epoch => continue,
+            Some(mark) if mark.epoch == epoch => mark.bucket,
+            Some(_) | None => 0,
+        };
+        let ours = epoch == shards.epoch;
+        let last = match shards.activity.present(shard) {
+            Some(present) if ours => present,
+            None if ours => continue,
+            Some(_) | None => u64::MAX,
+        };
+        for bucket in first..=last {
+            let rows = shards.tables.activity(shard, Mark { epoch, bucket }).await?;
+            if rows.is_empty() && !ours {
+                break;
+            }
+            for row in rows {
+                let lowest = found.entry(row.entity).or_insert(row.lowest);
+                *lowest = row.lowest.min(*lowest);
+            }
+        }
+    }
+    Ok(found)
 }
 
 impl Ticket {

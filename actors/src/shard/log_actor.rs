@@ -156,7 +156,7 @@ impl<E: LogEntity> LogActor<E> {
             Msg::Appended(result) => self.appended(&me, at, result).await,
             Msg::Derived { derivation, seq } if derivation == at.derivation => self.derived(&me, at, seq),
             // Of a state that was thrown away since.
-            Msg::Derived { .. } => {}
+            Msg::Derived { .. } => self.derived_before(&me, at),
             Msg::DeriveDue => {
                 if at.derive == Derive::Waiting {
                     at.derive = Derive::Due;
@@ -453,14 +453,12 @@ impl<E: LogEntity> LogActor<E> {
             if let Some(bucket) = bucket {
                 self.entity.events(&live.state, at.key, bucket, &batch.rows);
             }
-            if at.derive == Derive::Clean {
-                at.derive_later(me);
-            } else if let Derive::Writing { again } = &mut at.derive {
-                *again = true;
-            }
+            self.finish(me, at, batch);
+            self.derive_soon(me, at);
+        } else {
+            self.finish(me, at, batch);
+            self.derive_if_due(me, at);
         }
-        self.finish(me, at, batch);
-        self.derive_if_due(me, at);
     }
 
     /// Answers, and does what was decided. Everything that the answers speak of is durable.
@@ -497,6 +495,7 @@ impl<E: LogEntity> LogActor<E> {
 
     /// Makes ready to be forgotten, and stops when nobody minds.
     async fn idle(&self, me: &ActorRef<Msg<E>>, at: &mut Loop<E>) {
+        self.derive_now(me, at);
         let busy = at.in_flight.is_some()
             || !at.queue.is_empty()
             || !at.ordered.is_empty()
@@ -555,7 +554,10 @@ impl<E: LogEntity> Loop<E> {
         self.phase = Phase::Cold;
         self.frozen = None;
         self.derivation += 1;
-        self.derive = Derive::Clean;
+        self.derive = match self.derive {
+            Derive::Writing { .. } | Derive::Stale => Derive::Stale,
+            Derive::Clean | Derive::Waiting | Derive::Due => Derive::Clean,
+        };
         self.chills += 1;
         if self.chills > CHILLS_MAX {
             return;

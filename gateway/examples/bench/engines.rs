@@ -18,7 +18,7 @@ use patchbay_loadtest::load::{self, Latencies, Plan};
 use patchbay_protocol::client::Encoding;
 use patchbay_protocol::event::{Event, Origin};
 use patchbay_protocol::ids::{CommandId, ConversationId};
-use patchbay_storage::events::Source as _;
+use patchbay_storage::events::{Source as _, Start};
 use patchbay_storage::kafka::{KafkaConfig, KafkaSink, KafkaSource};
 use patchbay_storage::log::{Append, LogKey, Logs};
 use patchbay_storage::model::Model;
@@ -325,7 +325,8 @@ async fn latency(results: &mut Results, server: &Server) {
     let node = Node::start(dir.path(), &kafka_env(&brokers, "latency")).await;
     node.tenant("bench").await;
     let mut source =
-        KafkaSource::join(&KafkaConfig::new(&server.addresses, "latency"), "latency", false).unwrap();
+        KafkaSource::join(&KafkaConfig::new(&server.addresses, "latency"), "latency", Start::Earliest)
+            .unwrap();
     let count = if results.quick { 2_000 } else { 10_000 };
     let reads = tokio::spawn(async move {
         let mut taken = Vec::new();

@@ -7,12 +7,11 @@ use async_trait::async_trait;
 use clap::{Args, Subcommand};
 use patchbay_consumers::consumer::Run;
 use patchbay_consumers::{Consumer, Event, Failure as Undone, FileDeadLetters, Handler, Options};
-use patchbay_storage::events::{Lag, Received, Source, SourceError};
+use patchbay_storage::events::Start;
 use tokio::sync::watch;
 
 use super::run::Stop;
 use super::{ConfigArgs, Failure, runtime, start_logs};
-use crate::config::Config;
 use crate::engines;
 
 /// Consumers of events.
@@ -50,43 +49,6 @@ struct Print {
     dead_letters: PathBuf,
 }
 
-/// Where a group without a place begins.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Start {
-    Earliest,
-    Latest,
-}
-
-/// A member of a group on whichever engine is configured.
-pub(super) struct Member(Box<dyn Source>);
-
-/// Joins a group.
-pub(super) fn join(config: &Config, group: &str, start: Start) -> Result<Member, Failure> {
-    engines::source(config, group, start == Start::Latest).map(Member).map_err(Failure::of_start)
-}
-
-#[async_trait]
-impl Source for Member {
-    async fn next(&mut self) -> Result<Received, SourceError> {
-        self.0.next().await
-    }
-    async fn commit(&mut self, partition: i32, offset: i64) -> Result<(), SourceError> {
-        self.0.commit(partition, offset).await
-    }
-    fn seek(&mut self, partition: i32, offset: i64) -> Result<(), SourceError> {
-        self.0.seek(partition, offset)
-    }
-    fn pause(&mut self) -> Result<(), SourceError> {
-        self.0.pause()
-    }
-    fn resume(&mut self) -> Result<(), SourceError> {
-        self.0.resume()
-    }
-    async fn lag(&mut self) -> Result<Lag, SourceError> {
-        self.0.lag().await
-    }
-}
-
 /// Prints the value, a line each.
 struct Printer;
 
@@ -109,7 +71,7 @@ impl Print {
         start_logs(&config.log);
         runtime()?.block_on(async {
             let mut stop = Stop::new()?;
-            let source = join(&config, &self.group, Start::Earliest)?;
+            let source = engines::source(&config, &self.group, Start::Earliest).map_err(Failure::of_start)?;
             let dead = FileDeadLetters::open(&self.dead_letters)?;
             let (tell, told) = watch::channel(Run::On);
             let mut running = pin!(Consumer::new(source, Printer, dead, Options::new(&self.group)).run(told));

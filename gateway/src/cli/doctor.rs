@@ -184,16 +184,20 @@ fn descriptors(config: &Config) -> Check {
 async fn parked(tables: &Tables, shards: u32) -> Check {
     let mut names = Vec::new();
     for shard in 0..shards {
-        match tables.parked(shard).await {
+        match tables.marks(shard).await {
             Ok(found) => {
-                names.extend(found.into_iter().map(|(entity, why)| format!("{}: {why}", entity.kind())))
+                names.extend(
+                    found.parked.into_iter().map(|(entity, why)| format!("{}: {why}", entity.kind())),
+                );
+                let outbox = |(id, seq)| format!("outbox of {id}: not published from seq {seq} on");
+                names.extend(found.parked_outboxes.into_iter().map(outbox));
             }
             Err(e) => return check("parked", Verdict::Fail, format!("shard {shard} cannot be read: {e}")),
         }
     }
     match names.as_slice() {
         [] => check("parked", Verdict::Ok, "nothing"),
-        names => check("parked", Verdict::Fail, format!("{} damaged: {}", names.len(), names.join("; "))),
+        names => check("parked", Verdict::Fail, format!("{} parked: {}", names.len(), names.join("; "))),
     }
 }
 

@@ -11,12 +11,11 @@ use patchbay_actors::node::note_events_begun;
 use patchbay_protocol::event::{Event, Origin};
 use patchbay_protocol::ids::{AccountId, ConversationId, InboxId, TenantId};
 use patchbay_protocol::{CommandError, Entry, Timestamp};
-use patchbay_storage::events::{Delivered, SendError, Sink, Source};
+use patchbay_storage::events::{Delivered, SendError, Sink, Source as _, Start};
 use patchbay_storage::log::{LogKey, Logs};
 use patchbay_storage::tables::{INBOX_PARTS, Set, Tables};
 use serde_json::{Value, json};
 
-use super::consume::{Start, join};
 use super::run::Stop;
 use super::{ConfigArgs, Failure, runtime, start_logs};
 use crate::config::Config;
@@ -91,7 +90,7 @@ impl Tail {
             let mut stop = Stop::new()?;
             let group = format!("tail-{:016x}", rand::random::<u64>());
             let start = if self.from_start { Start::Earliest } else { Start::Latest };
-            let mut source = join(&config, &group, start)?;
+            let mut source = engines::source(&config, &group, start).map_err(Failure::of_start)?;
             let mut left = self.count.unwrap_or(u64::MAX);
             while left > 0 {
                 let received = tokio::select! {

@@ -14,12 +14,14 @@ use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use bytes::Bytes;
+use patchbay_actors::agent::Presence;
 use patchbay_actors::ports::Publisher;
 use patchbay_protocol::ErrorCode;
 use patchbay_protocol::client::Reply;
 use patchbay_protocol::client::reply::{ClientInfo, JoinLeave, Push};
 use patchbay_protocol::ids::{AgentId, ConversationId, InboxId, TenantId};
 
+use crate::presence::Presences;
 use outbound::{Frames, Outbound};
 
 /// Locks over topics, so that publications of different topics do not wait for each other.
@@ -84,12 +86,13 @@ pub struct Hub {
     names: OnceLock<Names>,
     /// Bytes that wait for all sockets together.
     queued: Arc<AtomicUsize>,
+    presences: Arc<Presences>,
 }
 
 impl Default for Hub {
     fn default() -> Self {
         let parts = (0..PARTS).map(|_| Mutex::default()).collect();
-        Self { parts, names: OnceLock::new(), queued: Arc::default() }
+        Self { parts, names: OnceLock::new(), queued: Arc::default(), presences: Arc::default() }
     }
 }
 
@@ -102,6 +105,11 @@ impl Hub {
     /// How an agent is called, where that is at hand.
     pub fn name(&self, tenant: &TenantId, agent: &AgentId) -> Option<String> {
         self.names.get()?(tenant, agent)
+    }
+
+    /// Which agents are there.
+    pub fn presences(&self) -> &Arc<Presences> {
+        &self.presences
     }
 
     /// Bytes that wait for all sockets together.
@@ -230,5 +238,9 @@ impl Publisher for Hub {
 
     fn agent(&self, tenant: &TenantId, agent: &AgentId, publication: Bytes) {
         self.loose(&Topic::Agent(tenant.clone(), agent.clone()), publication);
+    }
+
+    fn presence(&self, tenant: &TenantId, agent: &AgentId, state: Presence) {
+        self.presences.set(tenant, agent, state);
     }
 }

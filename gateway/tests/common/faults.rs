@@ -93,6 +93,12 @@ impl Load {
         super::until("sends are acked", async || (self.total() >= from + more).then_some(())).await;
     }
 
+    /// How long each took that was begun since.
+    pub fn latencies_since(&self, since: Instant) -> Vec<Duration> {
+        let all = self.latencies.lock().unwrap();
+        all.iter().filter(|(began, _)| *began >= since).map(|(_, took)| *took).collect()
+    }
+
     pub async fn end(mut self) -> Vec<u64> {
         self.stop.store(true, Ordering::Relaxed);
         for writer in self.writers.drain(..) {

@@ -83,6 +83,15 @@ pub struct Received {
 #[error("{0}")]
 pub struct SourceError(pub String);
 
+/// Where a group without a place begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// At the first event that is kept.
+    Earliest,
+    /// Behind the last.
+    Latest,
+}
+
 /// How far a reader is behind.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Lag {
@@ -110,4 +119,31 @@ pub trait Source: Send + 'static {
 
     /// How far behind it is.
     async fn lag(&mut self) -> Result<Lag, SourceError>;
+}
+
+#[async_trait]
+impl Source for Box<dyn Source> {
+    async fn next(&mut self) -> Result<Received, SourceError> {
+        (**self).next().await
+    }
+
+    async fn commit(&mut self, partition: i32, offset: i64) -> Result<(), SourceError> {
+        (**self).commit(partition, offset).await
+    }
+
+    fn seek(&mut self, partition: i32, offset: i64) -> Result<(), SourceError> {
+        (**self).seek(partition, offset)
+    }
+
+    fn pause(&mut self) -> Result<(), SourceError> {
+        (**self).pause()
+    }
+
+    fn resume(&mut self) -> Result<(), SourceError> {
+        (**self).resume()
+    }
+
+    async fn lag(&mut self) -> Result<Lag, SourceError> {
+        (**self).lag().await
+    }
 }

@@ -5,14 +5,14 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use patchbay_protocol::event::Envelope;
+use patchbay_protocol::event::{Envelope, HEADERS};
 use rdkafka::config::FromClientConfig as _;
 use rdkafka::consumer::{Consumer as _, StreamConsumer};
 use rdkafka::message::{BorrowedMessage, Headers as _, Message as _};
 use rdkafka::topic_partition_list::Offset;
 
 use super::{KafkaConfig, why};
-use crate::events::{Lag, Received, Source, SourceError};
+use crate::events::{Lag, Received, Source, SourceError, Start};
 
 /// A question about a partition's end that was not answered by then has failed.
 const ASK_TIMEOUT: Duration = Duration::from_secs(5);
@@ -30,12 +30,16 @@ fn failed(error: &rdkafka::error::KafkaError) -> SourceError {
 }
 
 impl KafkaSource {
-    /// Joins a group. One that has no place yet begins at the first event, or (`latest`) behind the last.
-    pub fn join(config: &KafkaConfig, group: &str, latest: bool) -> Result<Self, SourceError> {
+    /// Joins a group.
+    pub fn join(config: &KafkaConfig, group: &str, start: Start) -> Result<Self, SourceError> {
+        let reset = match start {
+            Start::Earliest => "earliest",
+            Start::Latest => "latest",
+        };
         let mut client = config.client();
         client
             .set("group.id", group)
-            .set("auto.offset.reset", if latest { "latest" } else { "earliest" })
+            .set("auto.offset.reset", reset)
             // A place is told once its effect was had, and not before.
             .set("enable.auto.offset.store", "false")
             .set("enable.auto.commit", "true")
@@ -50,24 +54,12 @@ impl KafkaSource {
     }
 }
 
-/// The attributes that we write, by their names; others are none of ours.
-const NAMES: [&str; 9] = [
-    "ce_specversion",
-    "ce_id",
-    "ce_type",
-    "ce_source",
-    "ce_time",
-    "ce_sequence",
-    "ce_tenant",
-    "content-type",
-    "ce_subject",
-];
-
 fn received(message: &BorrowedMessage<'_>) -> Received {
     let text = |bytes: Option<&[u8]>| String::from_utf8_lossy(bytes.unwrap_or_default()).into_owned();
-    let mut headers = Vec::with_capacity(NAMES.len());
+    let mut headers = Vec::with_capacity(HEADERS.len());
     for header in message.headers().iter().flat_map(|h| h.iter()) {
-        if let Some(name) = NAMES.into_iter().find(|name| *name == header.key) {
+        // Others are none of ours.
+        if let Some(name) = HEADERS.into_iter().find(|name| *name == header.key) {
             headers.push((name, text(header.value)));
         }
     }

@@ -246,19 +246,59 @@ impl Tries {
         Pages { tries: self, statement, values, next: Some(PagingState::start()) }
     }
 
-    /// One try of a conditional write; an error comes with the number of attempts that have left the node.
+    /// A write, which notes its attempts; an error comes with the number of them that have left the node.
+    async fn write(
+        &self,
+        send: impl AsyncFnOnce(Arc<Attempts>) -> Result<QueryResult, ExecutionError>,
+    ) -> Result<QueryResult, (ExecutionError, usize)> {
+        let _place = self.writes.place().await;
+        let attempts = Arc::new(Attempts::default());
+        let answer = send(attempts.clone()).await;
+        Self::judge(&self.writes, answer).map_err(|e| (e, attempts.count()))
+    }
+
+    /// One try of a conditional write.
     async fn conditional(
         &self,
         statement: &PreparedStatement,
         values: impl SerializeRow,
     ) -> Result<QueryResult, (ExecutionError, usize)> {
-        let _place = self.writes.place().await;
-        let attempts = Arc::new(Attempts::default());
         let mut statement = statement.clone();
-        statement.set_history_listener(attempts.clone());
         statement.set_request_timeout(Some(CONDITIONAL_TIMEOUT));
-        let answer = self.session.execute_unpaged(&statement, values).await;
-        Self::judge(&self.writes, answer).map_err(|e| (e, attempts.count()))
+        self.write(async |attempts| {
+            statement.set_history_listener(attempts);
+            self.session.execute_unpaged(&statement, values).await
+        })
+        .await
+    }
+
+    /// A write of one row; tries are made by speculation alone.
+    async fn row(
+        &self,
+        mut statement: PreparedStatement,
+        values: impl SerializeRow,
+    ) -> Result<(), WriteError> {
+        statement.set_retry_policy(Some(Arc::new(FallthroughRetryPolicy)));
+        let answer = self
+            .write(async |attempts| {
+                statement.set_history_listener(attempts);
+                self.session.execute_unpaged(&statement, values).await
+            })
+            .await;
+        answer.map(drop).map_err(|(e, attempts)| outcome::of_write(&e, attempts))
+    }
+
+    /// A write of rows of one partition: there or not, as a whole.
+    async fn rows(&self, mut batch: CqlBatch, values: Vec<WriteValues<'_>>) -> Result<(), WriteError> {
+        batch.set_is_idempotent(true);
+        batch.set_retry_policy(Some(Arc::new(FallthroughRetryPolicy)));
+        let answer = self
+            .write(async |attempts| {
+                batch.set_history_listener(attempts);
+                self.session.batch(&batch, values).await
+            })
+            .await;
+        answer.map(drop).map_err(|(e, attempts)| outcome::of_write(&e, attempts))
     }
 }
 
@@ -413,28 +453,15 @@ fn values<'a>(partition: &'a [u8], row: &'a RowWrite) -> WriteValues<'a> {
 #[async_trait]
 impl Engine for Scylla {
     async fn write(&self, batch: Batch) -> Result<(), WriteError> {
-        let _place = self.tries.writes.place().await;
-        let attempts = Arc::new(Attempts::default());
-        let answer = if let [row] = batch.rows.as_slice() {
-            let mut statement = self.statement(batch.table, row);
-            statement.set_history_listener(attempts.clone());
-            statement.set_retry_policy(Some(Arc::new(FallthroughRetryPolicy)));
-            self.tries.session.execute_unpaged(&statement, values(&batch.partition, row)).await
-        } else {
-            // Rows of one partition are one write of each replica: there or not, as a whole.
-            let mut together = CqlBatch::new(BatchType::Unlogged);
-            together.set_is_idempotent(true);
-            together.set_history_listener(attempts.clone());
-            together.set_retry_policy(Some(Arc::new(FallthroughRetryPolicy)));
-            for row in &batch.rows {
-                together.append_statement(self.statement(batch.table, row));
-            }
-            let values: Vec<WriteValues<'_>> =
-                batch.rows.iter().map(|r| values(&batch.partition, r)).collect();
-            self.tries.session.batch(&together, values).await
-        };
-        let answer = Tries::judge(&self.tries.writes, answer);
-        answer.map(drop).map_err(|e| outcome::of_write(&e, attempts.count()))
+        if let [row] = batch.rows.as_slice() {
+            return self.tries.row(self.statement(batch.table, row), values(&batch.partition, row)).await;
+        }
+        let mut together = CqlBatch::new(BatchType::Unlogged);
+        for row in &batch.rows {
+            together.append_statement(self.statement(batch.table, row));
+        }
+        let values = batch.rows.iter().map(|r| values(&batch.partition, r)).collect();
+        self.tries.rows(together, values).await
     }
 
     async fn get(
@@ -459,14 +486,7 @@ impl Engine for Scylla {
     }
 
     async fn drop_partition(&self, table: Table, partition: Bytes, stamp: Stamp) -> Result<(), WriteError> {
-        let _place = self.tries.writes.place().await;
-        let attempts = Arc::new(Attempts::default());
-        let mut statement = self.rows.drop(table);
-        statement.set_history_listener(attempts.clone());
-        let values = (rows::timestamp(stamp), &partition[..]);
-        let answer =
-            Tries::judge(&self.tries.writes, self.tries.session.execute_unpaged(&statement, values).await);
-        answer.map(drop).map_err(|e| outcome::of_write(&e, attempts.count()))
+        self.tries.row(self.rows.drop(table), (rows::timestamp(stamp), &partition[..])).await
     }
 
     async fn document(&self, key: &DocumentKey) -> Result<Option<Document>, ReadError> {

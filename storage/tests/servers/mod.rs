@@ -4,7 +4,10 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::thread::JoinHandle;
+use std::time::Duration;
 
 use serde_json::Value;
 
@@ -73,6 +76,22 @@ impl Server {
         self.signal(node, "-CONT");
     }
 
+    /// Lets a node run a tenth of the time, until this is dropped.
+    pub fn slow(&self, node: usize) -> Slow {
+        let (pid, over) = (self.pids[node - 1].to_string(), Arc::new(AtomicBool::new(false)));
+        let told = over.clone();
+        let send = move |signal: &str| Command::new("kill").args([signal, &pid]).status().unwrap();
+        let thread = std::thread::spawn(move || {
+            while !told.load(Ordering::Relaxed) {
+                send("-STOP");
+                std::thread::sleep(Duration::from_millis(225));
+                send("-CONT");
+                std::thread::sleep(Duration::from_millis(25));
+            }
+        });
+        Slow { over, thread: Some(thread) }
+    }
+
     /// Starts a node that has ended again, where it was.
     pub fn restart(&mut self, node: usize) {
         let told =
@@ -83,6 +102,19 @@ impl Server {
     /// SIGTERM, and waits.
     pub fn stop(&self, node: usize) {
         run(self.name, &["stop", "--dir", self.dir.to_str().unwrap(), "--node", &node.to_string()]);
+    }
+}
+
+/// A node that is slow.
+pub struct Slow {
+    over: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Drop for Slow {
+    fn drop(&mut self) {
+        self.over.store(true, Ordering::Relaxed);
+        let _ = self.thread.take().map(JoinHandle::join);
     }
 }
 

@@ -13,10 +13,12 @@ use super::message::Msg;
 use super::{LogActor, Loop, Phase};
 use crate::shard::entity::{LogEntity, Then};
 
-/// Derived rows follow an entry after this.
-const DERIVE_PAUSE: Duration = Duration::from_millis(250);
+/// Derived rows follow an entry after this: a message and its first receipts share them.
+const DERIVE_PAUSE: Duration = Duration::from_secs(2);
 /// While entries keep coming they are written this often per entity: more of them share a batch.
-const DERIVE_BUSY_PAUSE: Duration = Duration::from_secs(1);
+const DERIVE_BUSY_PAUSE: Duration = Duration::from_secs(4);
+/// Entries that wait to be derived are held in memory: at so many of them nobody waits any longer.
+const DERIVE_ENTRIES_MAX: usize = 256;
 /// A snapshot is written after so many entries, or more when the filter is large.
 const SNAPSHOT_ENTRIES: u64 = 128;
 
@@ -36,6 +38,9 @@ pub(super) enum Derive {
     Due,
     /// Being written.
     Writing { again: bool },
+    /// What a state that was thrown away had begun is being written. Nothing else is begun meanwhile, however often
+    /// that happens: a store without room has these rows waiting once.
+    Stale,
 }
 
 impl<E: LogEntity> LogActor<E> {
@@ -48,6 +53,10 @@ impl<E: LogEntity> LogActor<E> {
             at.derive = Derive::Clean;
             return;
         };
+        if live.derived == live.confirmed {
+            at.derive = Derive::Clean;
+            return;
+        }
         let Ok(stamp) = self.shards.stamps[at.key.shard as usize].next() else { return };
         let upto = live.confirmed;
         // Of one id the last entry wins. Nothing is in flight: all that is recent is confirmed.
@@ -66,6 +75,35 @@ impl<E: LogEntity> LogActor<E> {
         });
     }
 
+    /// Another entry is to be derived: with those that wait, or with the next ones.
+    pub(super) fn derive_soon(&self, me: &ActorRef<Msg<E>>, at: &mut Loop<E>) {
+        let full = matches!(&at.phase, Phase::Live(live) if live.recent.len() >= DERIVE_ENTRIES_MAX);
+        match at.derive {
+            Derive::Clean => at.derive_after(me, DERIVE_PAUSE),
+            Derive::Waiting if full => at.derive = Derive::Due,
+            Derive::Writing { .. } => at.derive = Derive::Writing { again: true },
+            Derive::Waiting | Derive::Due | Derive::Stale => {}
+        }
+        self.derive_if_due(me, at);
+    }
+
+    /// What an earlier state had begun is written.
+    pub(super) fn derived_before(&self, me: &ActorRef<Msg<E>>, at: &mut Loop<E>) {
+        if at.derive == Derive::Stale {
+            // A state that is not loaded yet sees to it when it is.
+            at.derive = Derive::Due;
+            self.derive_if_due(me, at);
+        }
+    }
+
+    /// Whoever is to be forgotten waits for nobody.
+    pub(super) fn derive_now(&self, me: &ActorRef<Msg<E>>, at: &mut Loop<E>) {
+        if at.derive == Derive::Waiting {
+            at.derive = Derive::Due;
+            self.derive_if_due(me, at);
+        }
+    }
+
     pub(super) fn derived(&self, me: &ActorRef<Msg<E>>, at: &mut Loop<E>, seq: u64) {
         let again = matches!(at.derive, Derive::Writing { again: true });
         at.derive = Derive::Clean;
@@ -79,6 +117,8 @@ impl<E: LogEntity> LogActor<E> {
         self.keep_snapshot(at, frozen);
         if again {
             at.derive_after(me, DERIVE_BUSY_PAUSE);
+            // As many may have come meanwhile as are not waited for.
+            self.derive_soon(me, at);
         }
         settle(at);
     }
@@ -121,12 +161,8 @@ impl<E: LogEntity> LogActor<E> {
 }
 
 impl<E: LogEntity> Loop<E> {
-    /// Writes derived rows once their pause has passed.
-    pub(super) fn derive_later(&mut self, me: &ActorRef<Msg<E>>) {
-        self.derive_after(me, DERIVE_PAUSE);
-    }
-
-    fn derive_after(&mut self, me: &ActorRef<Msg<E>>, pause: Duration) {
+    /// Writes derived rows once the pause has passed.
+    pub(super) fn derive_after(&mut self, me: &ActorRef<Msg<E>>, pause: Duration) {
         self.derive = Derive::Waiting;
         let me = me.clone();
         tokio::spawn(async move {

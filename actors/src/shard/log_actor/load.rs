@@ -133,7 +133,7 @@ impl<E: LogEntity> LogActor<E> {
         {
             at.queue.push_front(Queued::own(command));
         }
-        if live.confirmed > live.derived {
+        if live.confirmed > live.derived && at.derive != Derive::Stale {
             at.derive = Derive::Waiting;
             let _ = me.cast(Msg::DeriveDue);
         }
