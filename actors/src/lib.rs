@@ -16,6 +16,7 @@
 pub mod account;
 pub mod agent;
 pub mod clock;
+pub mod cluster;
 pub mod conversation;
 pub mod desk;
 pub mod directory;

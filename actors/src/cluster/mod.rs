@@ -1,0 +1,10 @@
+//! Who holds which shard, on the store's own consensus (design section 5).
+//!
+//! Everything that decides is pure and driven from outside: a node's own [`lease`], what it makes of others ([`watch`]),
+//! and who should hold what ([`placement`]).
+
+pub mod host;
+pub mod lease;
+pub mod map;
+pub mod placement;
+pub mod watch;
