@@ -295,6 +295,13 @@ const SECTIONS: &[(&str, &[Row])] = &[
             ),
             Row("rows of one append", "APPEND_ROWS_MAX", "", "the rest waits for the next append", ""),
             Row(
+                "the wait for those who went out with the last append, where it took long",
+                "GATHER_PATIENCE",
+                "",
+                "the next append goes without them",
+                "",
+            ),
+            Row(
                 "what is appended and not derived or handed on yet",
                 "DERIVE_ENTRIES_MAX",
                 "live.rs/recent, live.rs/recent_ids, log_actor.rs/tickets, log_actor.rs/ordered",

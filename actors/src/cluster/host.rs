@@ -125,9 +125,14 @@ impl Host {
 
 /// What a map's entry makes of a shard.
 fn step(state: State, slot: Slot, me: Incarnation, shard: u32) -> (State, Option<Action>) {
-    let open = (State::Opening { epoch: slot.epoch }, Some(Action::Open(shard, slot.epoch)));
     let ours = slot.holder == Some(me);
     let wanted = slot.wish.is_none_or(|w| w == me);
+    let open = if wanted {
+        (State::Opening { epoch: slot.epoch }, Some(Action::Open(shard, slot.epoch)))
+    } else {
+        // Nothing of it was begun under this epoch: it goes on to whoever is to have it.
+        (State::Released { epoch: slot.epoch }, (state != State::Elsewhere).then_some(Action::Abandon(shard)))
+    };
     match state {
         State::Elsewhere if ours => open,
         State::Elsewhere => (State::Elsewhere, None),
@@ -167,7 +172,7 @@ mod tests {
         let (ours, leaves, theirs, again) =
             (slot(ME, 3, None), slot(ME, 3, Some(8)), slot(8, 4, None), slot(ME, 5, None));
         for (state, on_ours, on_leaves, on_theirs, on_again) in [
-            (Elsewhere, Opening { epoch }, Opening { epoch }, Elsewhere, Opening { epoch: 5 }),
+            (Elsewhere, Opening { epoch }, Released { epoch }, Elsewhere, Opening { epoch: 5 }),
             (Opening { epoch }, Opening { epoch }, Stopping { epoch }, Elsewhere, Opening { epoch: 5 }),
             (Serving { epoch }, Serving { epoch }, Stopping { epoch }, Elsewhere, Opening { epoch: 5 }),
             (Stopping { epoch }, Stopping { epoch }, Stopping { epoch }, Elsewhere, Opening { epoch: 5 }),

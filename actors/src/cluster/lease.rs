@@ -96,6 +96,11 @@ impl Lease {
         self.from + self.ttl * OWN_TENTHS / 10
     }
 
+    /// From when it runs: when the renewal that the row shows was first sent.
+    pub fn from(&self) -> Tick {
+        self.from
+    }
+
     /// How the node stands at this instant.
     pub fn standing(&self, now: Tick) -> Standing {
         if self.fenced {

@@ -154,7 +154,8 @@ impl ShardMap {
         let targets = self.targets(|slot| slot.holder);
         let mut moving = 0;
         for (slot, target) in self.shards.iter_mut().zip(targets) {
-            slot.wish = match (slot.holder, target) {
+            // A member goes when it holds nothing, or is marked dead.
+            slot.wish = match (slot.holder.filter(|h| self.members.contains_key(h)), target) {
                 // Nobody has to stop.
                 (None, Some(first)) => {
                     *slot = Slot { holder: Some(first), epoch: slot.epoch + 1, wish: None };
@@ -258,8 +259,8 @@ mod tests {
         assert!(!after.members.contains_key(&2));
         let nobody = with(&after, &[Change::Replace(1)]);
         assert_eq!(nobody.held_by(1).count(), 16, "the last that may have written stays named");
-        let next = with(&nobody, &[Change::Join(3, member("c")), Change::Replace(1)]);
-        assert_eq!(next.held_by(3).count(), 16);
+        let next = with(&nobody, &[Change::Join(3, member("c")), plan_all()]);
+        assert_eq!((next.held_by(3).count(), next.shards[0].epoch), (16, nobody.shards[0].epoch + 1));
     }
 
     #[test]

@@ -6,5 +6,6 @@
 pub mod host;
 pub mod lease;
 pub mod map;
+pub mod member;
 pub mod placement;
 pub mod watch;

@@ -19,6 +19,8 @@ use crate::clock::Clock;
 
 /// Rows of one bucket.
 pub const BUCKET_ROWS: usize = 1024;
+/// Parts of a bucket's age over which the first buckets of shards are spread.
+const SPREAD: u32 = 64;
 /// Age of one bucket.
 pub const BUCKET_AGE: Duration = Duration::from_secs(10);
 
@@ -70,16 +72,20 @@ fn lock(shard: &Mutex<Shard>) -> MutexGuard<'_, Shard> {
 impl ActivityLog {
     /// A reign without activity.
     pub fn new(count: u32, epoch: u32, clock: Clock) -> Self {
-        let opened = clock.now();
-        let fresh = || Shard {
+        let now = clock.now();
+        // Buckets of different shards do not begin together: each begins with a write before an ack.
+        let spread = BUCKET_AGE.as_millis() as i64;
+        let fresh = |shard: u32| Shard {
             bucket: 0,
-            opened,
+            opened: Timestamp::from_millis(
+                now.as_millis() - spread * i64::from(shard % SPREAD) / i64::from(SPREAD),
+            ),
             written: HashSet::new(),
             begun: 0,
             open: BTreeMap::new(),
             settled: 0,
         };
-        Self { epoch, clock, shards: (0..count).map(|_| Arc::new(Mutex::new(fresh()))).collect() }
+        Self { epoch, clock, shards: (0..count).map(|shard| Arc::new(Mutex::new(fresh(shard)))).collect() }
     }
 
     /// Begins an append of `entity`.

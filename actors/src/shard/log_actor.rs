@@ -5,6 +5,7 @@
 //! answer. A refused append throws the working state away: it is loaded again from the store.
 
 mod derive;
+mod gather;
 mod live;
 mod load;
 mod message;
@@ -25,12 +26,14 @@ use patchbay_storage::tables::{Activity, Tables, Timer};
 use patchbay_storage::{Batch, WriteError};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use tokio::sync::Mutex;
+use tokio::time::Instant;
 
 use super::Shards;
 use super::activity::Ticket;
 use super::entity::{LogEntity, Now, RowIntent};
 use super::slots::Slots;
 use derive::{Derive, Frozen, settle};
+use gather::Gather;
 use live::Live;
 pub use message::{Handle, Look, Msg, Queued};
 
@@ -67,6 +70,7 @@ struct InFlight<E: LogEntity> {
     timer: Option<Timestamp>,
     /// The shard's first mark, written with it.
     first_mark: Option<i64>,
+    began: Instant,
 }
 
 /// The actor's own state.
@@ -77,6 +81,8 @@ pub struct Loop<E: LogEntity> {
     phase: Phase<E>,
     queue: VecDeque<Box<Queued<E>>>,
     in_flight: Option<InFlight<E>>,
+    /// Who is waited for before the next append.
+    gather: Gather,
     derive: Derive,
     /// The snapshot of what is being derived, written when that is durable, and what is to be told then.
     frozen: Option<Frozen>,
@@ -124,6 +130,7 @@ impl<E: LogEntity> Actor for LogActor<E> {
             phase: Phase::Cold,
             queue: VecDeque::new(),
             in_flight: None,
+            gather: Gather::default(),
             derive: Derive::Clean,
             frozen: None,
             tickets: VecDeque::new(),
@@ -163,6 +170,7 @@ impl<E: LogEntity> LogActor<E> {
                 }
                 self.derive_if_due(&me, at);
             }
+            Msg::Gathered => at.gather.ends(),
             Msg::HandedOn(seq) => {
                 if at.acting == Some(seq) {
                     at.acting = None;
@@ -204,7 +212,7 @@ impl<E: LogEntity> LogActor<E> {
 
     /// Decides what waits, unless an append is under way.
     async fn pump(&self, me: &ActorRef<Msg<E>>, at: &mut Loop<E>) {
-        while at.in_flight.is_none() && !at.queue.is_empty() {
+        while at.in_flight.is_none() && !at.queue.is_empty() && !at.gather.waits(at.queue.len()) {
             if !self.ready(me, at).await {
                 return;
             }
@@ -277,6 +285,7 @@ impl<E: LogEntity> LogActor<E> {
             ticket: None,
             timer: None,
             first_mark: None,
+            began: Instant::now(),
         };
         let mut intents: Vec<RowIntent> = Vec::new();
         let mut payloads: Vec<(CommandId, Bytes)> = Vec::new();
@@ -437,6 +446,13 @@ impl<E: LogEntity> LogActor<E> {
             return;
         }
         at.chills = 0;
+        if let Some(pause) = at.gather.begin(batch.answers.len(), at.queue.len(), batch.began.elapsed()) {
+            let me = me.clone();
+            tokio::spawn(async move {
+                tokio::time::sleep(pause).await;
+                let _ = me.cast(Msg::Gathered);
+            });
+        }
         live.confirmed = batch.last;
         at.confirmed = batch.last;
         if let Some(due) = batch.timer {

@@ -45,6 +45,8 @@ pub enum Msg<E: LogEntity> {
     },
     /// It is time to write derived rows again.
     DeriveDue,
+    /// Nobody is waited for any longer who might go out with the next append.
+    Gathered,
     /// The effect of this seq is done.
     HandedOn(u64),
     /// A wake-up from memory.

@@ -1,0 +1,47 @@
+//! The deterministic simulation: whole clusters in one thread and virtual time, over a store and clocks that misbehave.
+//! Every choice comes from one seed, which stands in every failure.
+//!
+//! `cargo test -p patchbay-actors --test sim` runs [`SEEDS`] seeds, `… --test sim -- SEED` one of them with its story,
+//! `… --test sim -- --hours N` as many as that takes.
+#![allow(clippy::unwrap_used, clippy::print_stdout, clippy::print_stderr)]
+
+mod membership;
+mod random;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::{Duration, Instant};
+
+/// Seeds of an ordinary run.
+const SEEDS: u64 = 200;
+
+fn run(seed: u64, tells: bool) -> Result<membership::Report, String> {
+    catch_unwind(AssertUnwindSafe(|| membership::run(seed, tells))).map_err(|panic| {
+        let text = panic.downcast_ref::<String>().cloned();
+        text.or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned())).unwrap_or_default()
+    })
+}
+
+fn main() {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let number = |text: Option<&String>| text.and_then(|t| t.parse::<u64>().ok());
+    let hours = args.iter().position(|a| a == "--hours").and_then(|at| number(args.get(at + 1)));
+    if let (None, Some(seed)) = (hours, number(args.first())) {
+        println!("{:?}", run(seed, true));
+        return;
+    }
+    let (began, mut seeds, mut total) = (Instant::now(), 0, membership::Report::default());
+    let until = hours.map(|hours| Duration::from_secs(hours * 3600));
+    // One seed fails with its own text; the panic's own would only repeat it.
+    std::panic::set_hook(Box::new(|_| {}));
+    while until.map_or(seeds < SEEDS, |until| began.elapsed() < until) {
+        match run(seeds, false) {
+            Ok(report) => total.add(&report),
+            Err(why) => {
+                eprintln!("seed {seeds}: {why}\nits story: ./x sim {seeds}");
+                std::process::exit(1);
+            }
+        }
+        seeds += 1;
+    }
+    println!("{seeds} seeds in {:.1} s: {total}", began.elapsed().as_secs_f64());
+}
