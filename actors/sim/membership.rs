@@ -6,13 +6,13 @@
 //! nobody is still on the move.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap};
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 use std::fmt;
 use std::time::Duration;
 
 use patchbay_actors::cluster::host::{Action, State};
 use patchbay_actors::cluster::lease::{Answer, Beat, Lease, Row, Standing, Tick};
-use patchbay_actors::cluster::map::{Change, Incarnation, Member, ShardMap};
+use patchbay_actors::cluster::map::{Change, Incarnation, Member, ShardMap, Slot};
 use patchbay_actors::cluster::member::{Ask, Node, Told};
 
 use crate::random::Random;
@@ -25,6 +25,38 @@ const DEADLINE_MS: u64 = 600;
 const FAULTS_UNTIL_MS: u64 = 40_000;
 const END_MS: u64 = 75_000;
 const MOVES_MAX: usize = 8;
+
+/// A deliberate fault of ours: the simulation has to find it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Bug {
+    /// A lease that counts from the answer to its renewal.
+    LeaseFromTheAnswer,
+    /// A lease that is a flag, set when somebody looks.
+    LeaseAsAFlag,
+    /// A mark that does not look which beat was judged.
+    MarkWithoutTheBeat,
+    /// Silence that is judged by half of the TTL.
+    ImpatientObserver,
+    /// A wish that replaces the holder at once.
+    WishReplacesHolder,
+    /// A shard that is served again by whoever has stopped it, under the same epoch, because the release was not answered.
+    UnknownReleaseRefused,
+    /// A change of the holder that keeps the epoch.
+    EpochKept,
+}
+
+impl Bug {
+    /// All of them.
+    pub(crate) const ALL: [Self; 7] = [
+        Self::LeaseFromTheAnswer,
+        Self::LeaseAsAFlag,
+        Self::MarkWithoutTheBeat,
+        Self::ImpatientObserver,
+        Self::WishReplacesHolder,
+        Self::UnknownReleaseRefused,
+        Self::EpochKept,
+    ];
+}
 
 /// What happened in a run.
 #[derive(Debug, Default)]
@@ -72,6 +104,11 @@ struct Process {
     missed: Vec<Told>,
     cut_until: u64,
     back_at: u64,
+    /// What a node with a fault believes of itself: until when it holds its lease, whether it did when it last looked,
+    /// and what it serves although it has stopped it.
+    believes_until: Tick,
+    flag: bool,
+    serves_again: BTreeSet<(u32, u32)>,
 }
 
 /// A request on its way.
@@ -128,9 +165,11 @@ struct World {
     served: BTreeMap<(u32, u32), Incarnation>,
     report: Report,
     tells: bool,
+    bug: Option<Bug>,
 }
 
-pub(crate) fn run(seed: u64, tells: bool) -> Report {
+/// Runs a world; panics with what does not hold.
+pub(crate) fn run(seed: u64, tells: bool, bug: Option<Bug>) -> Report {
     let mut random = Random::new(seed);
     let nodes = random.between(1, 6) as usize;
     let processes = (0..nodes).map(|n| Process {
@@ -142,6 +181,9 @@ pub(crate) fn run(seed: u64, tells: bool) -> Report {
         missed: Vec::new(),
         cut_until: 0,
         back_at: 0,
+        believes_until: Tick::ZERO,
+        flag: false,
+        serves_again: BTreeSet::new(),
     });
     let processes = processes.collect();
     let mut world = World {
@@ -156,6 +198,7 @@ pub(crate) fn run(seed: u64, tells: bool) -> Report {
         served: BTreeMap::new(),
         report: Report::default(),
         tells,
+        bug,
     };
     for n in 0..nodes {
         let at = world.random.between(0, 3_000);
@@ -219,6 +262,9 @@ impl World {
         process.incarnation = incarnation;
         process.missed.clear();
         process.paused_until = 0;
+        process.believes_until = now + TTL * 9 / 10;
+        process.flag = true;
+        process.serves_again.clear();
         self.say(|| format!("n{n} starts as {incarnation}"));
         self.at(self.now, Event::Poll(n, incarnation));
     }
@@ -249,7 +295,10 @@ impl World {
             self.crash(n, 500);
             return;
         }
-        for ask in node.poll(now) {
+        let asks = node.poll(now);
+        let held = node.standing(now) == Standing::Held;
+        self.processes[n].flag = held;
+        for ask in asks {
             let (there, back) = (self.latency(), self.latency());
             let in_time = there + back < DEADLINE_MS;
             if !in_time {
@@ -307,7 +356,8 @@ impl World {
                 let Some(lease) = self.leases.get_mut(who) else {
                     return Told::Marked(*who, Answer::Unknown);
                 };
-                let answer = if lease.0 == Row::Live(*beat) {
+                let unlooked = self.bug == Some(Bug::MarkWithoutTheBeat) && lease.0 != Row::Dead;
+                let answer = if lease.0 == Row::Live(*beat) || unlooked {
                     lease.0 = Row::Dead;
                     Answer::Applied
                 } else {
@@ -329,7 +379,16 @@ impl World {
                             "{before:?} became {after:?}"
                         );
                     }
-                    self.map = (expected + 1, map.clone());
+                    let mut map = map.clone();
+                    for (before, after) in before.iter().zip(&mut map.shards) {
+                        if let (Some(Bug::WishReplacesHolder), Some(wish)) = (self.bug, after.wish) {
+                            *after = Slot { holder: Some(wish), epoch: after.epoch + 1, wish: None };
+                        }
+                        if self.bug == Some(Bug::EpochKept) && before.holder.is_some() {
+                            after.epoch = before.epoch;
+                        }
+                    }
+                    self.map = (expected + 1, map);
                 }
                 Told::Put(Some(applies))
             }
@@ -345,6 +404,7 @@ impl World {
             return;
         }
         let now = self.clock(n);
+        let told = self.misheard(n, now, told);
         let Some(node) = &mut self.processes[n].node else { return };
         for action in node.told(now, told) {
             match action {
@@ -362,6 +422,47 @@ impl World {
                 Action::Abandon(_) => {}
             }
         }
+    }
+
+    /// What a node with a fault makes of what it is told.
+    fn misheard(&mut self, n: usize, now: Tick, told: Told) -> Told {
+        let process = &mut self.processes[n];
+        match told {
+            Told::Renewed(_, Answer::Applied) => {
+                process.believes_until = now + TTL * 9 / 10;
+                told
+            }
+            Told::Watched(who, asked, Some(shown)) => {
+                let long_ago = asked + TTL / 2;
+                let early = self.bug == Some(Bug::ImpatientObserver);
+                Told::Watched(who, if early { long_ago } else { asked }, Some(shown))
+            }
+            Told::Put(None) if self.bug == Some(Bug::UnknownReleaseRefused) => {
+                if let Some(Change::Release(_, stopped)) = process.node.as_ref().and_then(Node::release) {
+                    process.serves_again.extend(stopped);
+                }
+                told
+            }
+            told => told,
+        }
+    }
+
+    /// Whether a process takes itself for the owner of a shard: under which epoch.
+    fn owns(&self, n: usize, shard: u32) -> Option<u32> {
+        let process = &self.processes[n];
+        let node = process.node.as_ref()?;
+        let again = process.serves_again.iter().find(|(s, _)| *s == shard).map(|(_, epoch)| *epoch);
+        let epoch = match node.state(shard) {
+            State::Serving { epoch } => epoch,
+            State::Released { .. } => again?,
+            State::Elsewhere | State::Opening { .. } | State::Stopping { .. } => return None,
+        };
+        let held = match self.bug {
+            Some(Bug::LeaseFromTheAnswer) => self.clock(n) < process.believes_until,
+            Some(Bug::LeaseAsAFlag) => process.flag,
+            _ => node.standing(self.clock(n)) == Standing::Held,
+        };
+        held.then_some(epoch)
     }
 
     fn crash(&mut self, n: usize, back_in: u64) {
@@ -417,11 +518,7 @@ impl World {
         for shard in 0..SHARDS {
             let mut owner = None;
             for n in 0..self.processes.len() {
-                let Some(node) = &self.processes[n].node else { continue };
-                let State::Serving { epoch } = node.state(shard) else { continue };
-                if node.standing(self.clock(n)) != Standing::Held {
-                    continue;
-                }
+                let Some(epoch) = self.owns(n, shard) else { continue };
                 let me = self.processes[n].incarnation;
                 assert!(
                     owner.is_none(),

@@ -201,6 +201,11 @@ impl Node {
         (self.version, &self.map)
     }
 
+    /// What has stopped here and is to be released.
+    pub fn release(&self) -> Option<Change> {
+        self.host.release()
+    }
+
     /// Whether a node that drains holds nothing any more, and everybody can see it.
     pub fn is_drained(&self) -> bool {
         self.drains && self.map.held_by(self.me).next().is_none()

@@ -493,19 +493,22 @@ pub async fn frozen(results: &mut Results) {
         "INSERT INTO frozen.log_entries (partition, place, value) VALUES (?, ?, ?) USING TIMESTAMP ?";
     let insert = session.prepare(insert).await.unwrap();
     let freeze = Duration::from_secs(6);
-    let mut p99 = [0.0; 2];
+    let (mut p99, mut most) = ([0.0; 2], [0; 2]);
     for (which, at) in [("ours", 0), ("driver", 1)] {
         let (latencies, started) = (Latencies::default(), Instant::now());
+        let longest = Arc::new(AtomicU64::new(0));
         let tasks: Vec<_> = (0..12u64)
             .map(|slot| {
                 let (engine, session, insert, latencies) =
                     (engine.clone(), session.clone(), insert.clone(), latencies.clone());
+                let longest = longest.clone();
                 tokio::spawn(async move {
                     let mut n = 0u64;
                     while started.elapsed() < freeze + Duration::from_secs(6) {
                         let place = Bytes::copy_from_slice(&n.to_be_bytes());
                         let partition = Bytes::from(format!("{which}{slot}{}", n % 100));
                         let began = Instant::now();
+                        let meanwhile = (3..9).contains(&started.elapsed().as_secs());
                         if which == "ours" {
                             let cell = Cell::Put(Bytes::from_static(b"x"));
                             let rows = vec![RowWrite { clustering: place, stamp: Stamp::new(1, 1), cell }];
@@ -515,8 +518,9 @@ pub async fn frozen(results: &mut Results) {
                             let values = (&partition[..], &place[..], &b"x"[..], 1i64);
                             while session.execute_unpaged(&insert, values).await.is_err() {}
                         }
-                        if (3..9).contains(&started.elapsed().as_secs()) {
+                        if meanwhile {
                             latencies.note(began.elapsed());
+                            longest.fetch_max(began.elapsed().as_millis() as u64, Ordering::Relaxed);
                         }
                         n += 1;
                     }
@@ -531,10 +535,11 @@ pub async fn frozen(results: &mut Results) {
             task.await.unwrap();
         }
         p99[at] = Quantiles::of(&latencies).p99_ms;
+        most[at] = longest.load(Ordering::Relaxed);
     }
     let conditions = format!(
-        "three Cassandra nodes, RF 3, 12 writers, one node frozen for 6 s: p99 of writes meanwhile {:.0} ms, with the driver's defaults {:.0} ms",
-        p99[0], p99[1]
+        "three Cassandra nodes, RF 3, 12 writers, one node frozen for 6 s: p99 of writes begun meanwhile {:.0} ms and the longest {} ms, with the driver's defaults {:.0} and {} ms",
+        p99[0], most[0], p99[1], most[1]
     );
     results.note("frozen_store_node_p99_ms", p99[0], "ms", Goal::AtMost(1500.0), &conditions, None);
 }
