@@ -56,21 +56,14 @@ pub(crate) struct Agents {
     next: Option<String>,
 }
 
-async fn shown(api: &Api, tenant: &TenantId, found: Vec<(AgentId, directory::Agent)>) -> Vec<Agent> {
-    let ids: Vec<AgentId> = found.iter().map(|(id, _)| id.clone()).collect();
-    let hints = api.presences.hints(tenant, &ids).await;
-    let shown = |((id, a), presence): ((AgentId, directory::Agent), _)| Agent {
-        id: id.to_string(),
-        name: a.name,
-        role: a.role,
-        inboxes: a.inboxes.iter().map(InboxId::to_string).collect(),
-        presence,
-    };
-    found.into_iter().zip(hints).map(shown).collect()
+fn shown(id: &AgentId, a: directory::Agent, presence: Option<Presence>) -> Agent {
+    let inboxes = a.inboxes.iter().map(InboxId::to_string).collect();
+    Agent { id: id.to_string(), name: a.name, role: a.role, inboxes, presence }
 }
 
-async fn one(api: &Api, tenant: &TenantId, id: AgentId, found: directory::Agent) -> Result<Agent, Failure> {
-    shown(api, tenant, vec![(id, found)]).await.pop().ok_or(ErrorCode::Internal.into())
+async fn one(api: &Api, tenant: &TenantId, id: AgentId, found: directory::Agent) -> Agent {
+    let hint = api.presences.hints(tenant, std::slice::from_ref(&id)).await.pop();
+    shown(&id, found, hint.flatten())
 }
 
 /// Creates or replaces an agent.
@@ -96,7 +89,7 @@ pub(crate) async fn put(
     let document =
         directory::Agent { name: display_name(new.name)?, role: new.role, inboxes, not_before: None };
     let was = api.directory().put_agent(&tenant, &id, &document).await?;
-    Ok((created(was), Json(one(&api, &tenant, id, document).await?)))
+    Ok((created(was), Json(one(&api, &tenant, id, document).await)))
 }
 
 /// An agent.
@@ -108,7 +101,7 @@ pub(crate) async fn get(
 ) -> Result<Json<Agent>, Failure> {
     let id: AgentId = name(&agent)?;
     let found = api.directory().agent(&tenant, &id).await?.ok_or(ErrorCode::NotFound)?;
-    Ok(Json(one(&api, &tenant, id, found).await?))
+    Ok(Json(one(&api, &tenant, id, found).await))
 }
 
 /// Agents, by id.
@@ -121,8 +114,11 @@ pub(crate) async fn list(
     let limit = page(q.limit);
     let found = api.directory().agents(&tenant, q.after.as_deref().unwrap_or(""), limit).await?;
     let next = next(&found, limit);
-    let found = found.into_iter().filter_map(|(id, a)| Some((id.parse().ok()?, a))).collect();
-    Ok(Json(Agents { agents: shown(&api, &tenant, found).await, next }))
+    let (ids, found): (Vec<AgentId>, Vec<_>) =
+        found.into_iter().filter_map(|(id, a)| Some((id.parse::<AgentId>().ok()?, a))).unzip();
+    let hints = api.presences.hints(&tenant, &ids).await;
+    let agents = ids.iter().zip(found).zip(hints).map(|((id, a), hint)| shown(id, a, hint)).collect();
+    Ok(Json(Agents { agents, next }))
 }
 
 /// Removes an agent; its open sockets close.

@@ -295,21 +295,20 @@ impl Node {
         if let Some(map) = self.host.release().and_then(|change| self.map.with(&change)) {
             return Some(map);
         }
-        if let Some(map) = self.map.with(&Change::Drain(self.me, self.drains)) {
-            return Some(map);
+        if self.map.members.get(&self.me).is_some_and(|m| m.draining != self.drains) {
+            return self.map.with(&Change::Drain(self.me, self.drains));
         }
-        let (of, plan) =
-            self.plan.take().filter(|(of, _)| *of == self.version).unwrap_or_else(|| {
-                (self.version, self.map.with(&Change::Plan { moves_max: self.moves_max }))
-            });
-        self.plan = Some((of, plan.clone()));
-        let Some(plan) = plan else {
+        if self.plan.as_ref().is_none_or(|(of, _)| *of != self.version) {
+            let change = Change::Plan { moves_max: self.moves_max };
+            self.plan = Some((self.version, self.map.with(&change)));
+        }
+        let Some((_, Some(plan))) = &self.plan else {
             self.plan_wanted = None;
             return None;
         };
         let since = *self.plan_wanted.get_or_insert(now);
         let first = self.map.members.keys().find(|n| !self.dead.contains(n)) == Some(&self.me);
-        (first || now >= since + PROPOSER_PATIENCE).then_some(plan)
+        (first || now >= since + PROPOSER_PATIENCE).then(|| plan.clone())
     }
 
     /// Learns what came of a question, or what else happened; says what is to be done about shards.

@@ -469,10 +469,12 @@ impl<E: LogEntity> LogActor<E> {
             if let Some(bucket) = bucket {
                 self.entity.events(&live.state, at.key, bucket, &batch.rows);
             }
-            self.finish(me, at, batch);
+        }
+        let appended = !batch.rows.is_empty();
+        self.finish(me, at, batch);
+        if appended {
             self.derive_soon(me, at);
         } else {
-            self.finish(me, at, batch);
             self.derive_if_due(me, at);
         }
     }

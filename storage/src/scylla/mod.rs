@@ -257,6 +257,14 @@ impl Tries {
         Self::judge(&self.writes, answer).map_err(|e| (e, attempts.count()))
     }
 
+    /// A plain write: what is not known of it was perhaps applied.
+    async fn plain(
+        &self,
+        send: impl AsyncFnOnce(Arc<Attempts>) -> Result<QueryResult, ExecutionError>,
+    ) -> Result<(), WriteError> {
+        self.write(send).await.map(drop).map_err(|(e, attempts)| outcome::of_write(&e, attempts))
+    }
+
     /// One try of a conditional write.
     async fn conditional(
         &self,
@@ -279,26 +287,22 @@ impl Tries {
         values: impl SerializeRow,
     ) -> Result<(), WriteError> {
         statement.set_retry_policy(Some(Arc::new(FallthroughRetryPolicy)));
-        let answer = self
-            .write(async |attempts| {
-                statement.set_history_listener(attempts);
-                self.session.execute_unpaged(&statement, values).await
-            })
-            .await;
-        answer.map(drop).map_err(|(e, attempts)| outcome::of_write(&e, attempts))
+        self.plain(async |attempts| {
+            statement.set_history_listener(attempts);
+            self.session.execute_unpaged(&statement, values).await
+        })
+        .await
     }
 
     /// A write of rows of one partition: there or not, as a whole.
     async fn rows(&self, mut batch: CqlBatch, values: Vec<WriteValues<'_>>) -> Result<(), WriteError> {
         batch.set_is_idempotent(true);
         batch.set_retry_policy(Some(Arc::new(FallthroughRetryPolicy)));
-        let answer = self
-            .write(async |attempts| {
-                batch.set_history_listener(attempts);
-                self.session.batch(&batch, values).await
-            })
-            .await;
-        answer.map(drop).map_err(|(e, attempts)| outcome::of_write(&e, attempts))
+        self.plain(async |attempts| {
+            batch.set_history_listener(attempts);
+            self.session.batch(&batch, values).await
+        })
+        .await
     }
 }
 

@@ -39,6 +39,10 @@ fn pids(told: &Value) -> Vec<u32> {
     nodes.map(|n| n["pid"].as_u64().and_then(|p| u32::try_from(p).ok()).unwrap_or(0)).collect()
 }
 
+fn send(pid: u32, signal: &str) -> bool {
+    Command::new("kill").args([signal, &pid.to_string()]).status().unwrap().success()
+}
+
 impl Server {
     /// Starts one with a directory of its own; `more` goes to its script.
     pub fn start(name: &'static str, nodes: usize, more: &[&str]) -> Self {
@@ -57,8 +61,7 @@ impl Server {
     }
 
     fn signal(&self, node: usize, signal: &str) {
-        let pid = self.pids[node - 1].to_string();
-        assert!(Command::new("kill").args([signal, &pid]).status().unwrap().success());
+        assert!(send(self.pids[node - 1], signal));
     }
 
     /// SIGKILL of one node, from 1.
@@ -78,14 +81,13 @@ impl Server {
 
     /// Lets a node run a tenth of the time, until this is dropped.
     pub fn slow(&self, node: usize) -> Slow {
-        let (pid, over) = (self.pids[node - 1].to_string(), Arc::new(AtomicBool::new(false)));
+        let (pid, over) = (self.pids[node - 1], Arc::new(AtomicBool::new(false)));
         let told = over.clone();
-        let send = move |signal: &str| Command::new("kill").args([signal, &pid]).status().unwrap();
         let thread = std::thread::spawn(move || {
             while !told.load(Ordering::Relaxed) {
-                send("-STOP");
+                send(pid, "-STOP");
                 std::thread::sleep(Duration::from_millis(225));
-                send("-CONT");
+                send(pid, "-CONT");
                 std::thread::sleep(Duration::from_millis(25));
             }
         });

@@ -25,7 +25,7 @@ pub(super) enum Gather {
 impl Gather {
     /// An append has answered so many, while others have come: how long to wait for those to come back, if at all.
     pub(super) fn begin(&mut self, answered: usize, waiting: usize, took: Duration) -> Option<Duration> {
-        if answered + waiting < 2 || took < SLOW || *self != Self::Nobody {
+        if answered + waiting < 2 || took < SLOW {
             return None;
         }
         *self = Self::Until(answered + waiting);
