@@ -192,7 +192,7 @@ pub(crate) fn run(seed: u64, tells: bool, bug: Option<Bug>) -> Report {
         count: 0,
         events: BinaryHeap::new(),
         leases: BTreeMap::new(),
-        map: (0, ShardMap::new(SHARDS)),
+        map: (0, ShardMap::new(SHARDS, 0, 0)),
         processes,
         incarnations: 0,
         served: BTreeMap::new(),
@@ -382,7 +382,8 @@ impl World {
                     let mut map = map.clone();
                     for (before, after) in before.iter().zip(&mut map.shards) {
                         if let (Some(Bug::WishReplacesHolder), Some(wish)) = (self.bug, after.wish) {
-                            *after = Slot { holder: Some(wish), epoch: after.epoch + 1, wish: None };
+                            *after =
+                                Slot { holder: Some(wish), epoch: after.epoch + 1, wish: None, ..*after };
                         }
                         if self.bug == Some(Bug::EpochKept) && before.holder.is_some() {
                             after.epoch = before.epoch;
@@ -408,7 +409,7 @@ impl World {
         let Some(node) = &mut self.processes[n].node else { return };
         for action in node.told(now, told) {
             match action {
-                Action::Open(shard, epoch) => {
+                Action::Open(shard, epoch, _) => {
                     let wait = self.random.between(1, 400);
                     self.at(self.now + wait, Event::Tell(n, incarnation, Told::Opened(shard, epoch)));
                 }

@@ -2,6 +2,7 @@
 //! an earlier incarnation left behind is ended when the agent is loaded.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 use patchbay_protocol::ids::{AgentId, EntityId, TenantId};
@@ -109,12 +110,17 @@ impl Agent {
         Self { publisher, shards }
     }
 
+    fn incarnation(&self) -> u64 {
+        u64::from(self.shards.incarnation.load(Ordering::Relaxed))
+    }
+
     fn key(&self, id: &EntityId) -> LogKey {
         LogKey { entity: id.key(), shard: id.shard(self.shards.count) }
     }
 
     fn stamp(&self, key: LogKey) -> Result<patchbay_storage::Stamp, CommandError> {
-        self.shards.stamps[key.shard as usize].next().map_err(|_| CommandError::unavailable())
+        let reign = self.shards.reign(key.shard).ok_or_else(CommandError::unavailable)?;
+        reign.stamp().map_err(|_| CommandError::unavailable())
     }
 
     /// Writes a session's row. A disk that is full keeps nobody from coming and going: the row follows when there is
@@ -151,7 +157,7 @@ impl SoftEntity for Agent {
             self.shards.tables.sessions(key).await.map_err(|_| CommandError::unavailable())?;
         let mut sessions = Vec::new();
         for session in left {
-            if session.incarnation == u64::from(self.shards.epoch) {
+            if session.incarnation == self.incarnation() {
                 sessions.push(session);
                 continue;
             }
@@ -179,11 +185,8 @@ impl SoftEntity for Agent {
                 if state.sessions.len() >= SESSIONS_MAX {
                     return Err(CommandError::overloaded(1000));
                 }
-                let session = Session {
-                    connection,
-                    incarnation: u64::from(self.shards.epoch),
-                    since: self.shards.clock.now(),
-                };
+                let session =
+                    Session { connection, incarnation: self.incarnation(), since: self.shards.clock.now() };
                 self.write(Tables::session_write(key, self.stamp(key)?, &session)).await;
                 state.sessions.push(session);
             }

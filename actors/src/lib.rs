@@ -22,6 +22,7 @@ pub mod desk;
 pub mod directory;
 pub mod inbox;
 pub mod intake;
+mod keeper;
 pub mod memory;
 pub mod node;
 pub mod outbox;

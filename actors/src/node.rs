@@ -1,8 +1,7 @@
 //! A single node: every entity lives here. The composition of this crate, and its [`Router`].
 
-use std::collections::HashSet;
-use std::sync::atomic::Ordering;
-use std::sync::{Arc, Weak};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use futures_util::StreamExt as _;
@@ -10,50 +9,48 @@ use patchbay_protocol::CommandError;
 use patchbay_protocol::command::{Command, Reply, Request};
 use patchbay_protocol::ids::{AccountId, AgentId, ConversationId, EntityId, InboxId, TenantId};
 use patchbay_storage::events::{Delivered, Sink};
-use patchbay_storage::tables::{Mark, Tables, Timer, hour_of};
+use patchbay_storage::tables::Tables;
 use patchbay_storage::{CLUSTER, CasOutcome, DocumentKey, Engine, ReadError, WriteError};
+use tokio::sync::{mpsc, oneshot};
 
 use crate::account::{Account, AccountCommand, AccountReply, OutboundConfig};
 use crate::agent::{Agent, AgentCommand, AgentReply};
 use crate::clock::Clock;
+use crate::cluster::host::Action;
+use crate::cluster::map::ShardMap;
+use crate::cluster::member::Told;
+use crate::cluster::runtime::{ClusterConfig, Membership};
+use crate::cluster::store::Store;
+use crate::cluster::switch::{Local, Parcel, Place, Switch};
 use crate::conversation::Conversation;
 use crate::directory::Directory;
 use crate::inbox::{Inbox, InboxCommand, InboxReply};
+use crate::keeper;
 use crate::memory::{self, Caches, Memory};
 use crate::outbox::{LANES_MAX, Outbox};
 use crate::ports::{MediaFetcher, NoMedia, Provider, Publisher};
 use crate::router::{Answer, Router, system_command};
 use crate::shard::Shards;
-use crate::shard::activity::unsettled;
-use crate::shard::slots::Slots;
+use crate::shard::slots::{Refused, Slots};
 use crate::shard::soft::SoftSlots;
 
-/// Shards read at once by a start.
-const SHARDS_READ_AT_ONCE: usize = 64;
-/// Between two moves of the marks over what is settled: a mark that moved with every bucket would be a row for each
-/// message of a quiet shard.
-const SETTLE_LOOK: Duration = Duration::from_secs(20);
-/// Between two looks whether what earlier incarnations left is published.
-const PUBLISHED_LOOK: Duration = Duration::from_millis(250);
 /// Between two looks whether publishing may begin.
 const BEGIN_PAUSE: Duration = Duration::from_secs(1);
 /// Entities woken at once by a sweep or by timers.
-const WAKE_AT_ONCE: usize = 64;
+pub(crate) const WAKE_AT_ONCE: usize = 64;
 
+/// A node that ends gives its shards away for so long; what it has left then is taken over.
+const DRAIN_PATIENCE: Duration = Duration::from_secs(20);
 /// Between two looks at the calls under way of a node that stops.
 const FINISH_LOOK: Duration = Duration::from_millis(20);
 /// Between two looks at entities that write what is derived of them, and then their snapshots.
 const SNAPSHOT_LOOK: Duration = Duration::from_millis(100);
 /// Looks without a change after which those that are left have something to do that does not end.
 const SNAPSHOT_LOOKS: u32 = 6;
-/// Between two tries of what the store or an entity did not answer.
-const RETRY_PAUSE: Duration = Duration::from_secs(5);
 /// Memory is looked at least this often.
 const MEMORY_LOOK: Duration = Duration::from_secs(1);
 /// Entities that are busy beyond which nobody else is let in while memory is spent.
 const CROWD_MIN: usize = 1_000;
-/// Timers are looked at least this often.
-const TIMER_LOOK: Duration = Duration::from_secs(60);
 
 /// Where events go.
 pub struct Events {
@@ -94,6 +91,8 @@ pub struct NodeConfig {
     pub idle_after: Duration,
     /// Whether memory is short: then whoever has nothing to do is forgotten at once.
     pub memory: memory::Gauge,
+    /// Its place in the cluster.
+    pub cluster: ClusterConfig,
 }
 
 impl NodeConfig {
@@ -115,6 +114,7 @@ impl NodeConfig {
             outbound: OutboundConfig::default(),
             idle_after: Duration::from_secs(120),
             memory: Box::new(|| Memory::Enough),
+            cluster: ClusterConfig::default(),
         }
     }
 }
@@ -148,6 +148,11 @@ pub struct Node {
     agents: Arc<SoftSlots<Agent>>,
     inboxes: Arc<SoftSlots<Inbox>>,
     outbox: Option<Arc<Outbox>>,
+    switch: Arc<Switch>,
+    membership: Mutex<Option<Arc<Membership>>>,
+    leaving: AtomicBool,
+    engine: Arc<dyn Engine>,
+    cluster: ClusterConfig,
     idle_after: Duration,
     memory: memory::Gauge,
     caches: Caches,
@@ -194,7 +199,8 @@ async fn is_fresh(tables: &Tables) -> Result<bool, StartError> {
     Ok(found.map_err(|_| StartError::Store)?.is_none())
 }
 
-async fn next_incarnation(tables: &Tables) -> Result<u32, StartError> {
+/// A number that rises with every start of every node of the cluster.
+pub(crate) async fn next_incarnation(tables: &Tables) -> Result<u32, StartError> {
     loop {
         let found =
             tables.document::<u32>(&cluster_document("incarnation")).await.map_err(|_| StartError::Store)?;
@@ -223,9 +229,8 @@ impl Node {
         if config.events.is_some() && is_fresh(&tables).await? {
             note_events_begun(&tables).await.map_err(|_| StartError::Store)?;
         }
-        let epoch = next_incarnation(&tables).await?;
-        let shards = Shards::new(config.shards, epoch, tables, config.clock);
-        let directory = Arc::new(Directory::new(config.engine));
+        let shards = Shards::new(config.shards, 0, tables, config.clock);
+        let directory = Arc::new(Directory::new(config.engine.clone()));
         let (outbox, delivered) =
             config.events.map(|e| (Outbox::new(shards.clone(), e.sink, e.lanes_max), e.delivered)).unzip();
         let (publisher, media) = (config.publisher.clone(), config.media.clone());
@@ -237,6 +242,11 @@ impl Node {
             agents: SoftSlots::new(Agent::new(config.publisher.clone(), shards.clone())),
             inboxes: SoftSlots::new(Inbox::new(config.publisher, directory.clone(), config.clock)),
             outbox,
+            switch: Switch::new(config.shards),
+            membership: Mutex::default(),
+            leaving: AtomicBool::new(false),
+            engine: config.engine,
+            cluster: config.cluster,
             idle_after: config.idle_after,
             memory: config.memory,
             caches: Caches::default(),
@@ -248,20 +258,87 @@ impl Node {
         let router: Weak<dyn Router> = Arc::downgrade(&(node.clone() as Arc<dyn Router>));
         node.conversations.entity().set_router(router.clone());
         node.accounts.entity().set_router(router.clone());
-        let hour = load_timers(&node).await.map_err(|_| StartError::Store)?;
-        tokio::spawn(sweep(Arc::downgrade(&node)));
-        tokio::spawn(move_settled(Arc::downgrade(&node)));
+        let local: Weak<dyn Local> = Arc::downgrade(&(node.clone() as Arc<dyn Local>));
+        node.switch.set_local(local);
+        let switch = node.switch.clone();
+        node.conversations.set_give_back(Box::new(move |id, command, reply| {
+            if let EntityId::Conversation(id) = id {
+                switch.returned(Parcel::Conversation(*id, Box::new(command), reply));
+            }
+        }));
+        let switch = node.switch.clone();
+        node.accounts.set_give_back(Box::new(move |id, command, reply| {
+            if let EntityId::Account(tenant, account) = id {
+                switch.returned(Parcel::Account(tenant.clone(), account.clone(), Box::new(command), reply));
+            }
+        }));
+        let actions = node.join().await?;
         if let Some(delivered) = delivered {
             tokio::spawn(begin_outbox(Arc::downgrade(&node), router, delivered));
         }
-        tokio::spawn(run_timers(Arc::downgrade(&node), hour));
+        keeper::start(&node, actions).await;
         tokio::spawn(passivate(Arc::downgrade(&node)));
         Ok(node)
+    }
+
+    /// Comes into the cluster as a new incarnation.
+    pub(crate) async fn join(&self) -> Result<mpsc::Receiver<Action>, StartError> {
+        let tables = &self.shards.tables;
+        let incarnation = next_incarnation(tables).await?;
+        // A store of before there was a map: epochs were numbers of incarnations.
+        let settled =
+            tables.document::<u32>(&cluster_document("swept")).await.map_err(|_| StartError::Store)?;
+        let first = ShardMap::new(self.shards.count, incarnation - 1, settled.map_or(0, |(_, n)| n));
+        let store = Store::new(self.engine.clone(), self.cluster.ttl);
+        let joined = Membership::join(incarnation, &self.cluster, store, first).await;
+        let (membership, actions) = joined.map_err(|_| StartError::Store)?;
+        self.shards.incarnation.store(incarnation, Ordering::Relaxed);
+        *self.membership.lock().unwrap_or_else(PoisonError::into_inner) = Some(membership);
+        Ok(actions)
+    }
+
+    /// Its membership in the cluster.
+    pub fn membership(&self) -> Option<Arc<Membership>> {
+        self.membership.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether nobody else can be in the cluster.
+    pub(crate) fn is_alone(&self) -> bool {
+        self.engine.is_exclusive()
+    }
+
+    /// Whether the shard of an entity is served here and stays.
+    fn is_open(&self, entity: &EntityId) -> bool {
+        self.shards.reign(entity.shard(self.shards.count)).is_some_and(|reign| !reign.is_leaving())
+    }
+
+    /// Whether this node ends.
+    pub(crate) fn is_leaving(&self) -> bool {
+        self.leaving.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn conversations(&self) -> &Arc<Slots<Conversation>> {
+        &self.conversations
+    }
+
+    pub(crate) fn accounts(&self) -> &Arc<Slots<Account>> {
+        &self.accounts
+    }
+
+    /// Forgets everybody without a log of a shard that is another node's now.
+    pub(crate) fn close_soft(&self, shard: u32) {
+        self.agents.close(shard, self.shards.count);
+        self.inboxes.close(shard, self.shards.count);
     }
 
     /// The documents of tenants.
     pub fn directory(&self) -> &Arc<Directory> {
         &self.directory
+    }
+
+    /// The way to entities wherever they live.
+    pub fn switch(&self) -> &Arc<Switch> {
+        &self.switch
     }
 
     /// What is not published yet; none: nothing is published.
@@ -274,6 +351,28 @@ impl Node {
         &self.caches
     }
 
+    /// Gives its shards to others, at the rate at which the cluster moves any. False: it could not, since nobody takes
+    /// them or `patience` is over; what it still has it goes on serving.
+    pub async fn drain(&self, patience: Duration) -> bool {
+        let Some(membership) = self.membership().filter(|_| !self.is_alone()) else { return false };
+        membership.tell(Told::Drain(true)).await;
+        let me = membership.incarnation();
+        let mut maps = membership.maps();
+        let given = maps.wait_for(|(_, map)| {
+            let others = map.members.iter().any(|(n, member)| *n != me && !member.draining);
+            map.held_by(me).next().is_none() || !others
+        });
+        let _ = tokio::time::timeout(patience, given).await;
+        membership.map().1.held_by(me).next().is_none()
+    }
+
+    /// Takes shards again.
+    pub async fn undrain(&self) {
+        if let Some(membership) = self.membership() {
+            membership.tell(Told::Drain(false)).await;
+        }
+    }
+
     /// What all entities share.
     pub fn shards(&self) -> &Arc<Shards> {
         &self.shards
@@ -281,7 +380,7 @@ impl Node {
 
     /// This start's number.
     pub fn incarnation(&self) -> u32 {
-        self.shards.epoch
+        self.shards.incarnation.load(Ordering::Relaxed)
     }
 
     /// A log's identity: 8 characters of a hash of the store's identity and the conversation.
@@ -311,8 +410,10 @@ impl Node {
     /// Before the process ends: begins no call to a provider any more, waits for those under way and for their
     /// outcomes to be told, and lets every entity write its snapshot. What is left when its caller gives up is found
     /// in the logs by the next start.
-    pub async fn finish(&self) {
-        self.accounts.entity().stop_calling();
+    pub async fn finish(self: &Arc<Self>) {
+        self.leaving.store(true, Ordering::Relaxed);
+        self.drain(DRAIN_PATIENCE).await;
+        self.shards.reigns().for_each(|reign| reign.leaves());
         for id in self.accounts.active() {
             loop {
                 let status = match self.accounts.send(&id, AccountCommand::Status) {
@@ -336,30 +437,11 @@ impl Node {
         if let Some(outbox) = &self.outbox {
             outbox.flush().await;
         }
-        if self.shards.swept.load(Ordering::Relaxed) {
-            // Whoever starts next has nobody to wake where nothing is left to do.
-            let closed =
-                (0..self.shards.count).filter_map(|shard| Some((shard, self.shards.activity.close(shard)?)));
-            let marks = futures_util::stream::iter(closed.collect::<Vec<_>>());
-            marks
-                .for_each_concurrent(WAKE_AT_ONCE, |(shard, (from, mark))| self.settle(shard, from, mark))
-                .await;
-        }
-    }
-
-    /// Moves a shard's mark, and drops the buckets that it leaves.
-    async fn settle(&self, shard: u32, from: u64, mark: Mark) {
-        let Ok(stamp) = self.shards.stamps[shard as usize].next() else { return };
-        if self.shards.logs.write_if_room(Tables::mark_write(shard, stamp, mark)).await.is_ok() {
-            for bucket in from..mark.bucket {
-                // What a lost drop leaves is read and found settled by the next sweep.
-                let _ = self.shards.tables.drop_activity(shard, Mark { bucket, ..mark }, stamp).await;
-            }
-        }
+        keeper::finish(self).await;
     }
 
     /// Wakes an entity and waits for its answer.
-    async fn wake(&self, id: &EntityId) -> bool {
+    pub(crate) async fn wake(&self, id: &EntityId) -> bool {
         let mut pause = Duration::from_millis(50);
         for _ in 0..10 {
             let woken = match id {
@@ -386,7 +468,7 @@ impl Node {
     }
 
     /// Wakes entities; returns those that did not answer.
-    async fn wake_all(&self, entities: impl IntoIterator<Item = EntityId>) -> Vec<EntityId> {
+    pub(crate) async fn wake_all(&self, entities: impl IntoIterator<Item = EntityId>) -> Vec<EntityId> {
         let woken = futures_util::stream::iter(entities).map(|id| async move { (self.wake(&id).await, id) });
         woken
             .buffer_unordered(WAKE_AT_ONCE)
@@ -398,7 +480,17 @@ impl Node {
 
 impl Router for Node {
     fn conversation(&self, id: ConversationId, command: Command) -> Result<Answer<Reply>, CommandError> {
-        self.conversations.send(&EntityId::Conversation(id), command)
+        let (reply, answer) = oneshot::channel();
+        let mut parcel = (command, reply);
+        if self.switch.is_quiet() {
+            match self.conversations.hand(&EntityId::Conversation(id), parcel.0, parcel.1) {
+                Ok(()) => return Ok(answer.into()),
+                Err(Refused::Error(error, _)) => return Err(error),
+                Err(Refused::Elsewhere(command, reply)) => parcel = (command, reply),
+            }
+        }
+        self.switch.send(Parcel::Conversation(id, Box::new(parcel.0), parcel.1))?;
+        Ok(answer.into())
     }
 
     fn account(
@@ -407,7 +499,9 @@ impl Router for Node {
         account: &AccountId,
         command: AccountCommand,
     ) -> Result<Answer<AccountReply>, CommandError> {
-        self.accounts.send(&EntityId::Account(tenant.clone(), account.clone()), command)
+        let (reply, answer) = oneshot::channel();
+        self.switch.send(Parcel::Account(tenant.clone(), account.clone(), Box::new(command), reply))?;
+        Ok(answer.into())
     }
 
     fn agent(
@@ -416,7 +510,9 @@ impl Router for Node {
         agent: &AgentId,
         command: AgentCommand,
     ) -> Result<Answer<AgentReply>, CommandError> {
-        self.agents.send(&EntityId::Agent(tenant.clone(), agent.clone()), command)
+        let (reply, answer) = oneshot::channel();
+        self.switch.send(Parcel::Agent(tenant.clone(), agent.clone(), Box::new(command), reply))?;
+        Ok(answer.into())
     }
 
     fn inbox(
@@ -425,7 +521,9 @@ impl Router for Node {
         inbox: &InboxId,
         command: InboxCommand,
     ) -> Result<Answer<InboxReply>, CommandError> {
-        self.inboxes.send(&EntityId::Inbox(tenant.clone(), inbox.clone()), command)
+        let (reply, answer) = oneshot::channel();
+        self.switch.send(Parcel::Inbox(tenant.clone(), inbox.clone(), Box::new(command), reply))?;
+        Ok(answer.into())
     }
 
     fn is_full(&self, tenant: &TenantId, account: &AccountId) -> bool {
@@ -433,38 +531,54 @@ impl Router for Node {
     }
 }
 
-/// Wakes every entity that an earlier incarnation may have left with something to derive or hand on, until all have
-/// answered; only then may marks of this reign be written.
-async fn sweep(node: Weak<Node>) {
-    let mut left: Option<HashSet<EntityId>> = None;
-    loop {
-        let Some(strong) = node.upgrade() else { return };
-        if left.is_none() {
-            left = unfinished(&strong).await.ok();
+impl Local for Node {
+    fn place(&self, shard: u32) -> Place {
+        if self.shards.reign(shard).is_some() {
+            return Place::Here;
         }
-        if let Some(entities) = left.take() {
-            let remaining: HashSet<EntityId> = strong.wake_all(entities).await.into_iter().collect();
-            let published = strong.outbox.as_ref().is_none_or(|outbox| outbox.has_caught_up());
-            if remaining.is_empty() && published && swept(&strong).await.is_some() {
-                strong.shards.swept.store(true, Ordering::Relaxed);
-                return;
-            }
-            let only_events = remaining.is_empty();
-            left = Some(remaining);
-            if only_events {
-                drop(strong);
-                tokio::time::sleep(PUBLISHED_LOOK).await;
-                continue;
-            }
+        let Some(membership) = self.membership() else { return Place::Nowhere };
+        let holder = membership.map().1.shards.get(shard as usize).and_then(|slot| slot.holder);
+        match holder {
+            Some(other) if other != membership.incarnation() => Place::There(other),
+            Some(_) | None => Place::Nowhere,
         }
-        drop(strong);
-        tokio::time::sleep(RETRY_PAUSE).await;
     }
-}
 
-/// The incarnation up to which nothing is left to do.
-async fn swept_up_to(tables: &Tables) -> Result<u32, ReadError> {
-    Ok(tables.document::<u32>(&cluster_document("swept")).await?.map_or(0, |(_, n)| n))
+    fn hand(&self, parcel: Parcel) -> Result<(), Parcel> {
+        let entity = parcel.entity();
+        match parcel {
+            Parcel::Conversation(id, command, reply) => {
+                match self.conversations.hand(&entity, *command, reply) {
+                    Ok(()) => {}
+                    Err(Refused::Error(error, reply)) => drop(reply.send(Err(error))),
+                    Err(Refused::Elsewhere(command, reply)) => {
+                        return Err(Parcel::Conversation(id, Box::new(command), reply));
+                    }
+                }
+            }
+            Parcel::Account(tenant, account, command, reply) => {
+                match self.accounts.hand(&entity, *command, reply) {
+                    Ok(()) => {}
+                    Err(Refused::Error(error, reply)) => drop(reply.send(Err(error))),
+                    Err(Refused::Elsewhere(command, reply)) => {
+                        return Err(Parcel::Account(tenant, account, Box::new(command), reply));
+                    }
+                }
+            }
+            parcel if !self.is_open(&entity) => return Err(parcel),
+            Parcel::Agent(.., command, reply) => {
+                if let Err((error, reply)) = self.agents.hand(&entity, *command, reply) {
+                    drop(reply.send(Err(error)));
+                }
+            }
+            Parcel::Inbox(.., command, reply) => {
+                if let Err((error, reply)) = self.inboxes.hand(&entity, *command, reply) {
+                    drop(reply.send(Err(error)));
+                }
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Begins to publish; in a store that was written before there were events not before those are published by
@@ -473,10 +587,9 @@ async fn begin_outbox(node: Weak<Node>, router: Weak<dyn Router>, delivered: Del
     loop {
         let Some(strong) = node.upgrade() else { return };
         let Some(outbox) = strong.outbox.clone() else { return };
-        let tables = &strong.shards.tables;
-        if let (Ok(true), Ok(swept)) = (events_begun(tables).await, swept_up_to(tables).await) {
+        if let Ok(true) = events_begun(&strong.shards.tables).await {
             outbox.wait_for_replay(false);
-            outbox.begin(router, swept, delivered);
+            outbox.begin(router, delivered);
             return;
         }
         outbox.wait_for_replay(true);
@@ -495,45 +608,6 @@ pub async fn note_events_begun(tables: &Tables) -> Result<(), WriteError> {
     tables.put_document(cluster_document("events"), None, &true).await.map(drop)
 }
 
-/// Moves the marks of shards whose buckets are settled, once everything of earlier incarnations is in hand.
-async fn move_settled(node: Weak<Node>) {
-    loop {
-        tokio::time::sleep(SETTLE_LOOK).await;
-        let Some(strong) = node.upgrade() else { return };
-        if !strong.shards.swept.load(Ordering::Relaxed) {
-            continue;
-        }
-        let moved: Vec<_> = (0..strong.shards.count)
-            .filter_map(|shard| Some((shard, strong.shards.activity.newly_settled(shard)?)))
-            .collect();
-        futures_util::stream::iter(moved)
-            .for_each_concurrent(WAKE_AT_ONCE, |(shard, (from, mark))| strong.settle(shard, from, mark))
-            .await;
-    }
-}
-
-/// Every entity with activity of earlier incarnations that is not settled.
-async fn unfinished(node: &Node) -> Result<HashSet<EntityId>, ReadError> {
-    let (tables, epoch) = (&node.shards.tables, node.shards.epoch);
-    let done = swept_up_to(tables).await?;
-    let of_shard = |shard: u32| async move {
-        unsettled(&node.shards, shard, tables.marks(shard).await?.settled, done + 1..=epoch - 1).await
-    };
-    let mut found = HashSet::new();
-    if done + 1 == epoch {
-        return Ok(found);
-    }
-    let mut shards =
-        futures_util::stream::iter(0..node.shards.count).map(of_shard).buffer_unordered(SHARDS_READ_AT_ONCE);
-    while let Some(of_shard) = shards.next().await {
-        found.extend(of_shard?.into_keys());
-    }
-    if !found.is_empty() {
-        tracing::info!(entities = found.len(), "waking what an earlier incarnation left");
-    }
-    Ok(found)
-}
-
 /// Whether an entity has answered a wake-up, or is parked, which its own row says.
 fn settled<T>(outcome: Result<T, CommandError>) -> bool {
     let parked = |e: &CommandError| {
@@ -542,109 +616,6 @@ fn settled<T>(outcome: Result<T, CommandError>) -> bool {
     match outcome {
         Ok(_) => true,
         Err(e) => parked(&e),
-    }
-}
-
-/// Notes that everything before this incarnation is in hand: woken entities have activity of this epoch, which covers
-/// what they have still to do.
-async fn swept(node: &Node) -> Option<()> {
-    let (tables, epoch) = (&node.shards.tables, node.shards.epoch);
-    let version = tables.document::<u32>(&cluster_document("swept")).await.ok()?.map(|(v, _)| v);
-    match tables.put_document(cluster_document("swept"), version, &(epoch - 1)).await.ok()? {
-        CasOutcome::Applied => Some(()),
-        CasOutcome::Refused(_) => None,
-    }
-}
-
-/// Fires timers. What fires looks, and does nothing when it has moved. One that is not answered fires again.
-async fn run_timers(node: Weak<Node>, mut hour: i64) {
-    let places = Arc::new(tokio::sync::Semaphore::new(WAKE_AT_ONCE));
-    loop {
-        let Some(strong) = node.upgrade() else { return };
-        let (shards, timers) = (strong.shards.clone(), strong.shards.timers.clone());
-        let now = shards.clock.now();
-        for Timer { entity, due } in timers.take_due(now) {
-            let (_, hold) = timers.hold(entity.shard(shards.count), due, now);
-            let (node, places) = (Arc::downgrade(&strong), places.clone());
-            tokio::spawn(async move {
-                // Until it is acked its row is one that whoever comes after us reads.
-                while let Some(strong) = node.upgrade() {
-                    let Ok(place) = places.acquire().await else { break };
-                    let woken = strong.wake(&entity).await;
-                    drop((place, strong));
-                    if woken {
-                        break;
-                    }
-                    tokio::time::sleep(RETRY_PAUSE).await;
-                }
-                drop(hold);
-            });
-        }
-        if hour_of(now) > hour {
-            match read_hours(&strong, hour + 2, hour_of(now) + 1).await {
-                Ok(()) => hour = hour_of(now),
-                Err(_) => tracing::warn!("timers of the next hour cannot be read yet"),
-            }
-        }
-        move_marks(&strong, hour).await;
-        drop(strong);
-        let next = timers.next_due().map_or(TIMER_LOOK, |at| at.since(shards.clock.now())).min(TIMER_LOOK);
-        tokio::select! {
-            () = tokio::time::sleep(next) => {}
-            () = timers.changed() => {}
-        }
-    }
-}
-
-/// Reads the timers of every hour that has not been left, up to the next one. Before any entity can arm another.
-async fn load_timers(node: &Node) -> Result<i64, ReadError> {
-    let (tables, timers) = (&node.shards.tables, &node.shards.timers);
-    let present = hour_of(node.shards.clock.now());
-    timers.reads_up_to(present + 1);
-    let of_shard = |shard: u32| async move {
-        let Some(from) = tables.marks(shard).await?.fired_until else { return Ok(()) };
-        timers.marked(shard, from);
-        for hour in from..=present + 1 {
-            for timer in tables.timers(shard, hour).await? {
-                timers.arm(timer);
-            }
-        }
-        Ok(())
-    };
-    let mut shards =
-        futures_util::stream::iter(0..node.shards.count).map(of_shard).buffer_unordered(SHARDS_READ_AT_ONCE);
-    while let Some(read) = shards.next().await {
-        read?;
-    }
-    drop(shards);
-    Ok(present)
-}
-
-/// Reads the timers of hours that have come near.
-async fn read_hours(node: &Node, from: i64, to: i64) -> Result<(), ReadError> {
-    let (tables, timers) = (&node.shards.tables, &node.shards.timers);
-    timers.reads_up_to(to);
-    for shard in timers.marked_shards() {
-        for hour in from..=to {
-            for timer in tables.timers(shard, hour).await? {
-                timers.arm(timer);
-            }
-        }
-    }
-    Ok(())
-}
-
-/// Leaves the hours in which nothing is under way any more.
-async fn move_marks(node: &Node, present: i64) {
-    let (tables, timers) = (&node.shards.tables, &node.shards.timers);
-    for (shard, from, to) in timers.movable(present) {
-        let Ok(stamp) = node.shards.stamps[shard as usize].next() else { continue };
-        node.shards.logs.write_until_answered(Tables::fired_write(shard, stamp, to)).await;
-        timers.marked(shard, to);
-        for hour in from..to {
-            // What a lost drop leaves is never read again.
-            let _ = tables.drop_timers(shard, hour, stamp).await;
-        }
     }
 }
 

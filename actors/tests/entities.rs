@@ -297,18 +297,12 @@ async fn after_an_end_in_order_nobody_is_woken() {
     for n in 0..20 {
         w.writes(&format!("3460000{n:04}"), &format!("wamid.{n}")).await;
     }
-    until("what was there is in hand", async || {
-        w.node.shards().swept.load(std::sync::atomic::Ordering::Relaxed).then_some(())
-    })
-    .await;
+    until("what was there is in hand", async || w.node.shards().are_swept().then_some(())).await;
     w.node.finish().await;
     assert_eq!(w.node.active_count(), 0);
     let (model, clock) = (w.model.clone(), w.clock);
     let w = World::on(model, clock).await;
-    until("the next one has looked", async || {
-        w.node.shards().swept.load(std::sync::atomic::Ordering::Relaxed).then_some(())
-    })
-    .await;
+    until("the next one has looked", async || w.node.shards().are_swept().then_some(())).await;
     assert_eq!(w.node.active_count(), 0, "nothing was left to do");
     assert_eq!(w.entries("34600000003").await.len(), 2, "and everything is there");
 }

@@ -244,10 +244,7 @@ async fn an_outage_holds_nobody_up_and_its_marks() {
     assert_eq!(topic.count(), published, "still away");
     topic.weather(Weather::default());
     all_published(&world, &topic, &threads).await;
-    until("earlier incarnations are done with", async || {
-        world.node.outbox().unwrap().has_caught_up().then_some(())
-    })
-    .await;
+    until("earlier incarnations are done with", async || world.node.shards().are_swept().then_some(())).await;
 }
 
 #[tokio::test(start_paused = true)]

@@ -9,12 +9,12 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use patchbay_actors::clock::Clock;
-use patchbay_actors::shard::Shards;
 use patchbay_actors::shard::entity::{Decision, Derived, Found, LogEntity, Lookup, Now};
 use patchbay_actors::shard::log_actor::Handle;
 use patchbay_actors::shard::slots::{
     Answer, ENTITY_IN_FLIGHT_MAX, FAILURES_MAX, LONG_PAUSE, SHARD_IN_FLIGHT_MAX, Slots,
 };
+use patchbay_actors::shard::{Reign, Shards};
 use patchbay_protocol::ids::{CommandId, EntityId};
 use patchbay_protocol::{CommandError, ErrorCode, Timestamp};
 use patchbay_storage::log::{Append, LogKey};
@@ -145,6 +145,7 @@ struct World {
 async fn world_on(model: Model, epoch: u32, words: Words) -> World {
     let clock = Clock::from(Timestamp::from_seconds(1_000_000));
     let shards = Shards::new(SHARDS, epoch, Tables::new(Arc::new(model.clone())), clock);
+    (0..SHARDS).for_each(|shard| drop(shards.begin(Reign::new(shard, epoch, 0, clock))));
     World { slots: Slots::start(words, shards.clone()).await.unwrap(), shards, model }
 }
 

@@ -11,6 +11,7 @@ use futures_util::StreamExt as _;
 use serde::Serialize;
 use utoipa::ToSchema;
 
+use patchbay_actors::cluster::map::Slot;
 use patchbay_protocol::{CommandError, ErrorCode};
 
 use crate::Api;
@@ -69,10 +70,11 @@ pub(crate) async fn nodes(State(api): State<Arc<Api>>, _: Operator) -> Result<Js
 #[utoipa::path(get, path = "/api/v1/cluster/shards", responses((status = 200, body = ClusterShards)), security(("key" = [])))]
 pub(crate) async fn shards(State(api): State<Arc<Api>>, _: Operator) -> Result<Json<ClusterShards>, Failure> {
     let node = api.desk.node();
-    let (holder, epoch) = (node.incarnation(), node.shards().epoch);
-    Ok(Json(ClusterShards {
-        shards: (0..node.shards().count).map(|shard| ClusterShard { shard, holder, epoch }).collect(),
-    }))
+    let Some(membership) = node.membership() else { return Ok(Json(ClusterShards { shards: Vec::new() })) };
+    let (_, map) = membership.map();
+    let shard =
+        |(shard, slot): (u32, &Slot)| Some(ClusterShard { shard, holder: slot.holder?, epoch: slot.epoch });
+    Ok(Json(ClusterShards { shards: (0u32..).zip(&map.shards).filter_map(shard).collect() }))
 }
 
 /// A backup of this moment: every row and every file, with a digest at its end.

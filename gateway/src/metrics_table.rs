@@ -97,6 +97,12 @@ pub const METRICS: &[Row] = &[
         "Conversations with entries that are not published, as far as they are told apart.",
     ),
     (
+        "patchbay_shards_waiting_commands",
+        Kind::Gauge,
+        "",
+        "Commands that wait for a shard which is on its way from one node to another.",
+    ),
+    (
         "patchbay_outbox_parked_conversations",
         Kind::Gauge,
         "",

@@ -1,6 +1,7 @@
 //! What an engine must do, small enough to be implemented three times.
 
 use std::ops::Bound;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -235,6 +236,23 @@ pub trait Engine: Send + Sync + 'static {
         expected: Option<u64>,
         value: Option<Bytes>,
     ) -> Result<CasOutcome, WriteError>;
+
+    /// One try of the same, which is waited for no longer than `patience`: past it nobody knows.
+    async fn try_compare_and_set(
+        &self,
+        key: DocumentKey,
+        expected: Option<u64>,
+        value: Option<Bytes>,
+        patience: Duration,
+    ) -> Result<CasOutcome, WriteError> {
+        let change = self.compare_and_set(key, expected, value);
+        tokio::time::timeout(patience, change).await.unwrap_or(Err(WriteError::Unknown))
+    }
+
+    /// Whether no other process can write to this store while it is open here.
+    fn is_exclusive(&self) -> bool {
+        false
+    }
 
     /// Documents of a scope and kind with ids after `after`, ascending by id.
     async fn documents(

@@ -13,6 +13,8 @@ use bytes::Bytes;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
+use tokio::sync::watch;
+
 use crate::engine::{
     Batch, CasOutcome, Cell, Document, DocumentKey, Engine, ReadError, Row, RowWrite, Scan, Table, WriteError,
 };
@@ -86,6 +88,9 @@ struct Inner {
 #[derive(Clone)]
 pub struct Model {
     inner: Arc<Mutex<Inner>>,
+    shared: bool,
+    /// Whether what is asked by way of this handle does not reach the store.
+    cut: watch::Sender<bool>,
 }
 
 enum Fate {
@@ -114,7 +119,27 @@ impl Model {
             rows_by_table: BTreeMap::new(),
             stop_after: None,
         };
-        Self { inner: Arc::new(Mutex::new(inner)) }
+        Self { inner: Arc::new(Mutex::new(inner)), shared: false, cut: watch::Sender::new(false) }
+    }
+
+    /// Another way to the same store, which can be cut by itself.
+    pub fn apart(&self) -> Self {
+        Self { cut: watch::Sender::new(false), ..self.clone() }
+    }
+
+    /// From now on nothing that is asked this way reaches the store; or what was asked meanwhile reaches it, late.
+    pub fn cut(&self, cut: bool) {
+        self.cut.send_replace(cut);
+    }
+
+    async fn reach(&self) {
+        // It ends with this handle.
+        let _ = self.cut.subscribe().wait_for(|cut| !cut).await;
+    }
+
+    /// The same store as one that several nodes write to at once.
+    pub fn shared(self) -> Self {
+        Self { shared: true, ..self }
     }
 
     /// From now on, what goes wrong.
@@ -202,6 +227,7 @@ impl Default for Model {
 #[async_trait]
 impl Engine for Model {
     async fn write(&self, batch: Batch) -> Result<(), WriteError> {
+        self.reach().await;
         *self.lock().rows_by_table.entry(batch.table).or_default() += batch.rows.len() as u64;
         match self.fate(Some(batch.table)) {
             Fate::Work(delay) => {
@@ -234,6 +260,7 @@ impl Engine for Model {
         partition: &Bytes,
         clustering: &Bytes,
     ) -> Result<Option<Row>, ReadError> {
+        self.reach().await;
         if self.read_fails() {
             return Err(ReadError::Unavailable);
         }
@@ -242,6 +269,7 @@ impl Engine for Model {
     }
 
     async fn scan(&self, scan: Scan) -> Result<Vec<Row>, ReadError> {
+        self.reach().await;
         if self.read_fails() {
             return Err(ReadError::Unavailable);
         }
@@ -277,15 +305,21 @@ impl Engine for Model {
     }
 
     async fn drop_partition(&self, table: Table, partition: Bytes, stamp: Stamp) -> Result<(), WriteError> {
+        self.reach().await;
         self.lock().store.rows.retain(|(t, p, _), (at, _)| *t != table || *p != partition || *at > stamp);
         Ok(())
     }
 
     async fn document(&self, key: &DocumentKey) -> Result<Option<Document>, ReadError> {
+        self.reach().await;
         if self.read_fails() {
             return Err(ReadError::Unavailable);
         }
         Ok(self.lock().store.documents.get(key).cloned())
+    }
+
+    fn is_exclusive(&self) -> bool {
+        !self.shared
     }
 
     async fn compare_and_set(
@@ -294,6 +328,7 @@ impl Engine for Model {
         expected: Option<u64>,
         value: Option<Bytes>,
     ) -> Result<CasOutcome, WriteError> {
+        self.reach().await;
         let fate = self.fate(None);
         if matches!(fate, Fate::Refuse | Fate::Lose) {
             return Err(WriteError::Unknown);
@@ -321,6 +356,7 @@ impl Engine for Model {
         after: &str,
         limit: usize,
     ) -> Result<Vec<(String, Document)>, ReadError> {
+        self.reach().await;
         if self.read_fails() {
             return Err(ReadError::Unavailable);
         }

@@ -2,7 +2,6 @@
 
 use std::borrow::Cow;
 use std::panic::AssertUnwindSafe;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use futures_util::FutureExt as _;
@@ -34,7 +33,7 @@ pub(super) async fn act(
     match effect {
         Effect::Call(outbound) => {
             // Whatever fails on our side after this point, nobody knows whether the provider has seen it.
-            let verdict = AssertUnwindSafe(call(shared, tenant, account, &outbound))
+            let verdict = AssertUnwindSafe(call(shared, tenant, account, &outbound, me))
                 .catch_unwind()
                 .await
                 .unwrap_or(Verdict::Unknown);
@@ -65,9 +64,16 @@ fn not_ready(title: &str) -> Verdict {
     Verdict::Retry { error, after_ms: Some(1000), scope: Backoff::Account }
 }
 
-async fn call(shared: &Account, tenant: &TenantId, account: &AccountId, outbound: &Outbound) -> Verdict {
-    if shared.stopping.load(Ordering::Relaxed) {
-        return not_ready("the node stops");
+async fn call(
+    shared: &Account,
+    tenant: &TenantId,
+    account: &AccountId,
+    outbound: &Outbound,
+    me: &Handle<Account>,
+) -> Verdict {
+    // The attempt is on record; the lease is asked last.
+    if !me.may_begin() {
+        return not_ready("its shard goes to another node");
     }
     let document = match shared.directory.account(tenant, account).await {
         Ok(Some(document)) => document,

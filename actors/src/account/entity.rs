@@ -1,7 +1,6 @@
 //! The account as an entity.
 
 use std::collections::HashSet;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
@@ -78,8 +77,6 @@ pub struct Account {
     pub(super) directory: Arc<Directory>,
     pub(super) provider: Arc<dyn Provider>,
     pub(super) router: OnceLock<Weak<dyn Router>>,
-    /// The node stops: no call is begun any more.
-    pub(super) stopping: AtomicBool,
     /// Places of signals under way.
     pub(super) signals: Semaphore,
     full: Mutex<HashSet<[u8; 16]>>,
@@ -93,7 +90,6 @@ impl Account {
             directory,
             provider,
             router: OnceLock::new(),
-            stopping: AtomicBool::new(false),
             signals: Semaphore::new(SIGNALS_MAX),
             full: Mutex::default(),
         }
@@ -102,11 +98,6 @@ impl Account {
     /// Says how to reach other entities; once.
     pub fn set_router(&self, router: Weak<dyn Router>) {
         let _ = self.router.set(router);
-    }
-
-    /// From now on no call is begun; what is under way ends.
-    pub fn stop_calling(&self) {
-        self.stopping.store(true, Ordering::Relaxed);
     }
 
     /// Whether an account holds as much as it may.
@@ -243,6 +234,10 @@ impl LogEntity for Account {
 
     fn may_passivate(state: &State) -> bool {
         state.sends.is_empty() && state.kept.is_empty()
+    }
+
+    fn may_leave(state: &State) -> bool {
+        state.calling == 0
     }
 
     fn is_handed_on(_: &Effect) -> bool {

@@ -15,6 +15,8 @@
 //! Invariant: a shard that was stopped is never served again under that epoch, whatever became of its release: only a
 //! map that names us under a higher one opens it.
 
+use std::collections::BTreeMap;
+
 use super::map::{Change, Incarnation, ShardMap, Slot};
 
 /// Where a shard stands at this node.
@@ -47,8 +49,8 @@ pub enum State {
 /// What is to be done about a shard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// Read what is needed, and serve it under this epoch.
-    Open(u32, u32),
+    /// Read what is needed, and serve it: the shard, under which epoch, and up to which nothing is left to do.
+    Open(u32, u32, u32),
     /// Take nothing new, let what is under way end, and say when that is so.
     Stop(u32),
     /// It is another's: forget everything of it, at once.
@@ -60,12 +62,14 @@ pub enum Action {
 pub struct Host {
     me: Incarnation,
     shards: Vec<State>,
+    /// Up to which epoch nothing is left to do of a shard, where the map does not say so yet.
+    settled: BTreeMap<u32, u32>,
 }
 
 impl Host {
     /// A node that has nothing yet.
     pub fn new(me: Incarnation, shards: u32) -> Self {
-        Self { me, shards: vec![State::Elsewhere; shards as usize] }
+        Self { me, shards: vec![State::Elsewhere; shards as usize], settled: BTreeMap::new() }
     }
 
     /// Where a shard stands.
@@ -81,6 +85,10 @@ impl Host {
             let (next, action) = step(*state, *slot, self.me, shard);
             *state = next;
             actions.extend(action);
+            let told = self.settled.get(&shard).is_some_and(|s| *s <= slot.settled);
+            if told || next == State::Elsewhere {
+                self.settled.remove(&shard);
+            }
         }
         actions
     }
@@ -103,6 +111,19 @@ impl Host {
         }
     }
 
+    /// Of a shard that is ours nothing is left to do of reigns up to this epoch.
+    pub fn settled(&mut self, shard: u32, epoch: u32) {
+        if self.state(shard) != State::Elsewhere {
+            self.settled.insert(shard, epoch);
+        }
+    }
+
+    /// The change that says so, where the map does not yet.
+    pub fn settle(&self) -> Option<Change> {
+        let all: Vec<(u32, u32)> = self.settled.iter().map(|(shard, epoch)| (*shard, *epoch)).collect();
+        (!all.is_empty()).then_some(Change::Settle(self.me, all))
+    }
+
     /// The change that releases everything that has stopped, if anything has. Sent again until the map shows it.
     pub fn release(&self) -> Option<Change> {
         let of = |(shard, state): (u32, &State)| match state {
@@ -119,6 +140,7 @@ impl Host {
         let all =
             (0u32..).zip(&self.shards).filter(|(_, s)| ours(s)).map(|(n, _)| Action::Abandon(n)).collect();
         self.shards.fill(State::Elsewhere);
+        self.settled.clear();
         all
     }
 }
@@ -128,7 +150,7 @@ fn step(state: State, slot: Slot, me: Incarnation, shard: u32) -> (State, Option
     let ours = slot.holder == Some(me);
     let wanted = slot.wish.is_none_or(|w| w == me);
     let open = if wanted {
-        (State::Opening { epoch: slot.epoch }, Some(Action::Open(shard, slot.epoch)))
+        (State::Opening { epoch: slot.epoch }, Some(Action::Open(shard, slot.epoch, slot.settled)))
     } else {
         // Nothing of it was begun under this epoch: it goes on to whoever is to have it.
         (State::Released { epoch: slot.epoch }, (state != State::Elsewhere).then_some(Action::Abandon(shard)))
@@ -162,7 +184,7 @@ mod tests {
     const ME: Incarnation = 7;
 
     fn slot(holder: Incarnation, epoch: u32, wish: Option<Incarnation>) -> Slot {
-        Slot { holder: Some(holder), epoch, wish }
+        Slot { holder: Some(holder), epoch, wish, settled: 0 }
     }
 
     #[test]
@@ -184,7 +206,7 @@ mod tests {
                 let (found, action) = step(state, entry, ME, 0);
                 assert_eq!(found, next, "{state:?} meets {entry:?}");
                 let wanted = match (state, next) {
-                    (_, Opening { epoch }) if state != next => Some(Action::Open(0, epoch)),
+                    (_, Opening { epoch }) if state != next => Some(Action::Open(0, epoch, 0)),
                     (Opening { .. } | Serving { .. }, Stopping { .. }) => Some(Action::Stop(0)),
                     (Opening { .. } | Serving { .. } | Stopping { .. } | Released { .. }, Elsewhere) => {
                         Some(Action::Abandon(0))
@@ -199,9 +221,9 @@ mod tests {
     #[test]
     fn what_has_stopped_is_released_until_the_map_shows_it() {
         let mut host = Host::new(ME, 2);
-        let mut map = ShardMap::new(2);
+        let mut map = ShardMap::new(2, 0, 0);
         map.shards = vec![slot(ME, 1, None), slot(ME, 1, None)];
-        assert_eq!(host.map(&map), [Action::Open(0, 1), Action::Open(1, 1)]);
+        assert_eq!(host.map(&map), [Action::Open(0, 1, 0), Action::Open(1, 1, 0)]);
         host.opened(0, 1);
         host.opened(1, 9);
         assert_eq!(
@@ -219,7 +241,7 @@ mod tests {
         assert_eq!(host.map(&map), []);
         assert_eq!(host.release(), Some(release.clone()));
         let map = map.with(&release).unwrap();
-        assert_eq!(host.map(&map), [Action::Open(0, 2)]);
+        assert_eq!(host.map(&map), [Action::Open(0, 2, 0)]);
         assert_eq!(host.fenced(), [Action::Abandon(0), Action::Abandon(1)]);
         assert_eq!(host.state(0), State::Elsewhere);
     }

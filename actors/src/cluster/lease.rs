@@ -101,6 +101,11 @@ impl Lease {
         self.from
     }
 
+    /// What its row is known to have shown last.
+    pub fn shown(&self) -> Beat {
+        self.shown
+    }
+
     /// How the node stands at this instant.
     pub fn standing(&self, now: Tick) -> Standing {
         if self.fenced {

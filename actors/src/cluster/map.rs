@@ -39,21 +39,23 @@ pub struct Slot {
     pub epoch: u32,
     /// Who should own it next, where that is another.
     pub wish: Option<Incarnation>,
+    /// Of reigns up to this epoch nothing is left to do: whoever comes next looks for nothing there.
+    pub settled: u32,
 }
 
 /// As it is stored: short, since there are a thousand of them.
 #[derive(Serialize, Deserialize)]
-struct Entry(Option<Incarnation>, u32, #[serde(default)] Option<Incarnation>);
+struct Entry(Option<Incarnation>, u32, Option<Incarnation>, u32);
 
 impl From<Entry> for Slot {
-    fn from(Entry(holder, epoch, wish): Entry) -> Self {
-        Self { holder, epoch, wish }
+    fn from(Entry(holder, epoch, wish, settled): Entry) -> Self {
+        Self { holder, epoch, wish, settled }
     }
 }
 
 impl From<Slot> for Entry {
     fn from(slot: Slot) -> Self {
-        Self(slot.holder, slot.epoch, slot.wish)
+        Self(slot.holder, slot.epoch, slot.wish, slot.settled)
     }
 }
 
@@ -85,12 +87,22 @@ pub enum Change {
     /// Its holder has stopped these, under these epochs: whoever is wished for has them now. Where nobody is, or nobody
     /// who lives, the holder takes them up again, under another epoch.
     Release(Incarnation, Vec<(u32, u32)>),
+    /// Of these, which it holds, nothing is left to do of reigns up to these epochs.
+    Settle(Incarnation, Vec<(u32, u32)>),
+}
+
+impl Slot {
+    /// Held by another now, under the next epoch.
+    fn given(self, holder: Incarnation) -> Self {
+        Self { holder: Some(holder), epoch: self.epoch + 1, wish: None, ..self }
+    }
 }
 
 impl ShardMap {
-    /// Shards that nobody has held yet.
-    pub fn new(shards: u32) -> Self {
-        let fresh = Slot { holder: None, epoch: 0, wish: None };
+    /// Shards that nobody holds, in a store where epochs up to `epoch` were used and nothing is left to do of those up to
+    /// `settled`.
+    pub fn new(shards: u32, epoch: u32, settled: u32) -> Self {
+        let fresh = Slot { holder: None, epoch, wish: None, settled };
         Self { members: BTreeMap::new(), shards: vec![fresh; shards as usize] }
     }
 
@@ -111,6 +123,7 @@ impl ShardMap {
             Change::Replace(dead) => map.replace(*dead),
             Change::Plan { moves_max } => map.wish(*moves_max),
             Change::Release(owner, shards) => map.release(*owner, shards),
+            Change::Settle(owner, shards) => map.settle(*owner, shards),
         }
         (map != *self).then_some(map)
     }
@@ -134,7 +147,15 @@ impl ShardMap {
                 continue;
             }
             let next = slot.wish.filter(|w| self.members.contains_key(w)).unwrap_or(owner);
-            self.shards[*shard as usize] = Slot { holder: Some(next), epoch: epoch + 1, wish: None };
+            self.shards[*shard as usize] = slot.given(next);
+        }
+    }
+
+    fn settle(&mut self, owner: Incarnation, shards: &[(u32, u32)]) {
+        for (shard, settled) in shards {
+            if let Some(slot) = self.shards.get_mut(*shard as usize).filter(|s| s.holder == Some(owner)) {
+                slot.settled = slot.settled.max(*settled).min(slot.epoch);
+            }
         }
     }
 
@@ -145,7 +166,7 @@ impl ShardMap {
             if slot.holder == Some(dead) {
                 // Nobody is left: it stays named until somebody comes.
                 let Some(next) = slot.wish.or(target) else { continue };
-                *slot = Slot { holder: Some(next), epoch: slot.epoch + 1, wish: None };
+                *slot = slot.given(next);
             }
         }
     }
@@ -158,7 +179,7 @@ impl ShardMap {
             slot.wish = match (slot.holder.filter(|h| self.members.contains_key(h)), target) {
                 // Nobody has to stop.
                 (None, Some(first)) => {
-                    *slot = Slot { holder: Some(first), epoch: slot.epoch + 1, wish: None };
+                    *slot = slot.given(first);
                     continue;
                 }
                 (Some(holder), Some(target)) if holder != target && moving < moves_max => {
@@ -215,7 +236,7 @@ mod tests {
 
     fn two() -> ShardMap {
         let first = [Change::Join(1, member("a")), plan_all()];
-        let map = with(&ShardMap::new(16), &first);
+        let map = with(&ShardMap::new(16, 0, 0), &first);
         assert_eq!(map.held_by(1).count(), 16);
         with(&map, &[Change::Join(2, member("b")), plan_all()])
     }
@@ -228,7 +249,7 @@ mod tests {
         assert_eq!((from, to), (1, 2));
         let release = Change::Release(1, vec![(shard, 1)]);
         let after = map.with(&release).unwrap();
-        assert_eq!(after.shards[shard as usize], Slot { holder: Some(2), epoch: 2, wish: None });
+        assert_eq!(after.shards[shard as usize], Slot { holder: Some(2), epoch: 2, wish: None, settled: 0 });
         assert_eq!(after.with(&release), None, "sent again it changes nothing");
         assert_eq!(map.with(&Change::Release(2, vec![(shard, 1)])), None, "nobody releases for another");
         assert_eq!(map.with(&Change::Release(1, vec![(shard, 0)])), None, "nor under another epoch");
@@ -241,7 +262,7 @@ mod tests {
         // Whoever was to have it went away meanwhile.
         let alone = with(&map, &[Change::Replace(2)]);
         let after = with(&alone, &[Change::Release(1, vec![(shard, 1)])]);
-        assert_eq!(after.shards[shard as usize], Slot { holder: Some(1), epoch: 2, wish: None });
+        assert_eq!(after.shards[shard as usize], Slot { holder: Some(1), epoch: 2, wish: None, settled: 0 });
     }
 
     #[test]
@@ -276,8 +297,17 @@ mod tests {
     }
 
     #[test]
+    fn only_its_holder_says_that_nothing_is_left_to_do_and_never_of_what_is_to_come() {
+        let map = two();
+        let after = map.with(&Change::Settle(1, vec![(0, 1), (1, 9)])).unwrap();
+        assert_eq!((after.shards[0].settled, after.shards[1].settled), (1, 1));
+        assert_eq!(after.with(&Change::Settle(2, vec![(2, 1)])), None);
+        assert_eq!(after.with(&Change::Settle(1, vec![(0, 0)])), None, "nor does it go back");
+    }
+
+    #[test]
     fn moves_are_limited() {
-        let map = with(&ShardMap::new(64), &[Change::Join(1, member("a")), plan_all()]);
+        let map = with(&ShardMap::new(64, 0, 0), &[Change::Join(1, member("a")), plan_all()]);
         let map = with(&map, &[Change::Join(2, member("b")), Change::Plan { moves_max: 5 }]);
         assert_eq!(map.moves().count(), 5);
         assert_eq!(map.with(&Change::Plan { moves_max: 5 }), None, "and the plan rests until they are done");
@@ -285,7 +315,7 @@ mod tests {
 
     #[test]
     fn it_is_short_when_stored_and_reads_back() {
-        let map = with(&ShardMap::new(1024), &[Change::Join(1, member("a")), plan_all()]);
+        let map = with(&ShardMap::new(1024, 0, 0), &[Change::Join(1, member("a")), plan_all()]);
         let text = serde_json::to_string(&map).unwrap();
         assert!(text.len() < 16 * 1024, "{}", text.len());
         assert_eq!(serde_json::from_str::<ShardMap>(&text).unwrap(), map);

@@ -17,16 +17,19 @@ use super::lease::{Answer, Beat, Lease, Renewal, Row, Standing, Tick};
 use super::map::{Change, Incarnation, Member, ShardMap};
 use super::watch::{Verdict, Watch};
 
-/// Between two renewals of the lease.
-pub const RENEW_EVERY: Duration = Duration::from_secs(1);
+/// Between two renewals of the lease, in tenths of its TTL.
+const RENEW_TENTHS: u32 = 4;
 /// Between two reads of a watched node's lease.
 pub const WATCH_EVERY: Duration = Duration::from_millis(500);
 /// Nodes that watch each node.
 pub const WATCHERS: usize = 3;
-/// The map is read this often although nobody has told of a newer one: those who know of it may know nothing of us.
-const READ_MAP_EVERY: Duration = Duration::from_secs(10);
+/// The map is read once in so many TTLs although nobody has told of a newer one: those who know of it may know nothing
+/// of us.
+const READ_MAP_TTLS: u32 = 4;
 /// Between two tries of a change of the map that was not applied.
 const RETRY_PAUSE: Duration = Duration::from_millis(50);
+/// Between two changes of the map that say no more than that nothing is left to do of earlier reigns.
+const SETTLE_EVERY: Duration = Duration::from_secs(1);
 /// A plan that the first node does not propose is proposed by the others after this.
 const PROPOSER_PATIENCE: Duration = Duration::from_secs(3);
 
@@ -75,6 +78,8 @@ pub enum Told {
     Opened(u32, u32),
     /// A shard has stopped and finished.
     Stopped(u32, u32),
+    /// Of a shard nothing is left to do of reigns up to this epoch.
+    Settled(u32, u32),
     /// It is to give away everything, or to take again.
     Drain(bool),
 }
@@ -140,6 +145,7 @@ pub struct Node {
     plan_wanted: Option<Tick>,
     moves_max: usize,
     drains: bool,
+    settles_at: Tick,
     host: Host,
 }
 
@@ -159,7 +165,7 @@ impl Node {
             member,
             ttl,
             lease,
-            renewals: Pace::at(now + RENEW_EVERY),
+            renewals: Pace::at(now + ttl * RENEW_TENTHS / 10),
             own_unknown: false,
             reads_own: Pace::at(now),
             watched: BTreeMap::new(),
@@ -169,7 +175,7 @@ impl Node {
             version,
             map,
             heard: version,
-            reads_map: Pace::at(now + READ_MAP_EVERY),
+            reads_map: Pace::at(now + ttl * READ_MAP_TTLS),
             read_map_at: now,
             puts: Pace::at(now),
             putting: None,
@@ -177,6 +183,7 @@ impl Node {
             plan_wanted: None,
             moves_max,
             drains: false,
+            settles_at: now,
             host,
         }
     }
@@ -189,6 +196,11 @@ impl Node {
     /// Until when its lease is held, if nothing more is learnt.
     pub fn held_until(&self) -> Tick {
         self.lease.until()
+    }
+
+    /// Which incarnation it is, and what its lease is known to have shown last.
+    pub fn beat(&self) -> (Incarnation, Beat) {
+        (self.me, self.lease.shown())
     }
 
     /// Where a shard stands here.
@@ -211,13 +223,27 @@ impl Node {
         self.drains && self.map.held_by(self.me).next().is_none()
     }
 
+    /// When there is something to ask next, if nothing is told before.
+    pub fn next(&self, now: Tick) -> Tick {
+        let restless = self.heard > self.version
+            || self.puts.under_way
+            || now < self.puts.due
+            || self.plan_wanted.is_some()
+            || self.own_unknown
+            || self.host.settle().is_some()
+            || self.host.release().is_some();
+        let paces = [self.renewals, self.reads_map].into_iter().chain(self.watched.values().map(|w| w.pace));
+        let due = paces.filter(|pace| !pace.under_way).map(|pace| pace.due);
+        due.chain(restless.then_some(now + RETRY_PAUSE)).min().unwrap_or(now + self.ttl)
+    }
+
     /// What to ask now.
     pub fn poll(&mut self, now: Tick) -> Vec<Ask> {
         let mut asks = Vec::new();
         if self.lease.standing(now) == Standing::Fenced {
             return asks;
         }
-        if self.renewals.begin(now, RENEW_EVERY) {
+        if self.renewals.begin(now, self.ttl * RENEW_TENTHS / 10) {
             asks.extend(self.lease.renew(now).map(|renewal| Ask::Renew(renewal, self.version)));
         }
         if self.own_unknown && self.reads_own.begin(now, RETRY_PAUSE) {
@@ -227,7 +253,7 @@ impl Node {
         if self.heard > self.version {
             self.reads_map.due = self.reads_map.due.min(self.read_map_at + RETRY_PAUSE);
         }
-        if self.reads_map.begin(now, READ_MAP_EVERY) {
+        if self.reads_map.begin(now, self.ttl * READ_MAP_TTLS) {
             self.read_map_at = now;
             asks.push(Ask::ReadMap);
         }
@@ -292,8 +318,15 @@ impl Node {
         if let Some(map) = self.dead.iter().find_map(|dead| self.map.with(&Change::Replace(*dead))) {
             return Some(map);
         }
-        if let Some(map) = self.host.release().and_then(|change| self.map.with(&change)) {
+        // What is settled goes with what is released: once released it is another's to say.
+        let settled = self.host.settle().and_then(|change| self.map.with(&change));
+        let before = settled.as_ref().unwrap_or(&self.map);
+        if let Some(map) = self.host.release().and_then(|change| before.with(&change)) {
             return Some(map);
+        }
+        if settled.is_some() && now >= self.settles_at {
+            self.settles_at = now + SETTLE_EVERY;
+            return settled;
         }
         if self.map.members.get(&self.me).is_some_and(|m| m.draining != self.drains) {
             return self.map.with(&Change::Drain(self.me, self.drains));
@@ -352,7 +385,10 @@ impl Node {
                 self.puts.end();
                 let put = self.putting.take();
                 match (applied, put) {
-                    (Some(true), Some((expected, map))) => return self.takes(expected + 1, map),
+                    (Some(true), Some((expected, map))) => {
+                        self.puts.due = now;
+                        return self.takes(expected + 1, map);
+                    }
                     // What stands there is read; what may still come of it is met by the next change.
                     _ => self.heard = self.heard.max(self.version + 1),
                 }
@@ -360,6 +396,7 @@ impl Node {
             Told::Heard(version) => self.heard = self.heard.max(version),
             Told::Opened(shard, epoch) => self.host.opened(shard, epoch),
             Told::Stopped(shard, epoch) => self.host.stopped(shard, epoch),
+            Told::Settled(shard, epoch) => self.host.settled(shard, epoch),
             Told::Drain(drains) => self.drains = drains,
         }
         if self.lease.standing(now) == Standing::Fenced { self.host.fenced() } else { Vec::new() }

@@ -8,4 +8,8 @@ pub mod lease;
 pub mod map;
 pub mod member;
 pub mod placement;
+pub mod runtime;
+pub mod store;
+pub mod switch;
+pub mod ticks;
 pub mod watch;

@@ -15,7 +15,7 @@ use patchbay_protocol::receipt::MessageStatus;
 use patchbay_protocol::{CommandError, Timestamp};
 use patchbay_storage::Stamp;
 use patchbay_storage::log::LogKey;
-use patchbay_storage::tables::{IdKey, Tables};
+use patchbay_storage::tables::{IdKey, Mark, Tables};
 use serde_json::json;
 
 use super::{commands, ids, state::State};
@@ -333,7 +333,7 @@ impl LogEntity for Conversation {
         self.outbox.is_some()
     }
 
-    fn events(&self, state: &State, key: LogKey, bucket: u64, rows: &[(u64, Bytes)]) {
+    fn events(&self, state: &State, key: LogKey, bucket: Mark, rows: &[(u64, Bytes)]) {
         let (Some(outbox), Some(home)) = (&self.outbox, &state.home) else { return };
         let (inbox, _) = self.directory.presentation(home);
         let (tenant, account) = (home.tenant.clone(), home.account.clone());

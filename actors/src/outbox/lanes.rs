@@ -7,6 +7,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use patchbay_protocol::event::{Event, Origin};
 use patchbay_protocol::ids::{ConversationId, InboxId};
+use patchbay_storage::tables::Mark;
 
 /// Conversations with something unpublished that are told apart; past it a shard's are looked up in the store again.
 pub const LANES_MAX: usize = 100_000;
@@ -23,7 +24,7 @@ const TURN: usize = 64;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Claim {
     last: u64,
-    bucket: u64,
+    bucket: Mark,
     appends: u32,
 }
 
@@ -31,7 +32,7 @@ struct Claim {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Settle {
     pub(super) shard: u32,
-    pub(super) bucket: u64,
+    pub(super) bucket: Mark,
     pub(super) appends: u32,
 }
 
@@ -66,6 +67,8 @@ impl Lane {
 /// How a shard's unpublished entries are known.
 #[derive(Debug, PartialEq, Eq)]
 enum Phase {
+    /// It is another node's.
+    Elsewhere,
     /// By its activity rows alone.
     Behind,
     /// They are being looked up; what is new is noted and waits.
@@ -77,12 +80,29 @@ enum Phase {
 #[derive(Debug)]
 struct Shard {
     phase: Phase,
+    /// Under which it is ours.
+    epoch: u32,
     /// Unsettled appends of which nothing else is kept, by bucket.
-    debts: BTreeMap<u64, u32>,
+    debts: BTreeMap<Mark, u32>,
     /// Lanes that the last look has found and that are not published yet.
     looked_up: usize,
-    /// Whether that look has ended the time before this incarnation.
+    /// Whether what earlier reigns left is not published yet.
     first_look: bool,
+}
+
+impl Shard {
+    /// Another node's.
+    fn elsewhere() -> Self {
+        Self { phase: Phase::Elsewhere, epoch: 0, debts: BTreeMap::new(), looked_up: 0, first_look: true }
+    }
+
+    fn is_quiet(&self) -> bool {
+        match self.phase {
+            Phase::Elsewhere => true,
+            Phase::Live => self.debts.is_empty(),
+            Phase::Behind | Phase::LookingUp => false,
+        }
+    }
 }
 
 /// What is to be done next.
@@ -108,18 +128,14 @@ pub(super) struct Lanes {
     recent_bytes: usize,
     generation: u32,
     settled: Vec<Settle>,
-    /// Shards whose entries of earlier incarnations are not published yet.
-    unlooked: usize,
     lanes_max: usize,
 }
 
 impl Lanes {
     pub(super) fn new(shards: u32, lanes_max: usize) -> Self {
-        let behind =
-            || Shard { phase: Phase::Behind, debts: BTreeMap::new(), looked_up: 0, first_look: true };
         Self {
             lanes: HashMap::new(),
-            shards: (0..shards).map(|_| behind()).collect(),
+            shards: (0..shards).map(|_| Shard::elsewhere()).collect(),
             ready: VecDeque::new(),
             suspects: VecDeque::new(),
             parked: HashMap::new(),
@@ -127,7 +143,6 @@ impl Lanes {
             recent_bytes: 0,
             generation: 0,
             settled: Vec::new(),
-            unlooked: shards as usize,
             lanes_max,
         }
     }
@@ -148,14 +163,35 @@ impl Lanes {
         self.generation
     }
 
-    /// Whether everything of earlier incarnations is published.
-    pub(super) fn has_caught_up(&self) -> bool {
-        self.unlooked == 0
+    /// Whether everything of earlier reigns of a shard is published.
+    pub(super) fn has_caught_up(&self, shard: u32) -> bool {
+        self.shards.get(shard as usize).is_some_and(|s| s.phase != Phase::Elsewhere && !s.first_look)
+    }
+
+    /// A shard is ours.
+    pub(super) fn open(&mut self, shard: u32, epoch: u32) {
+        self.close(shard);
+        if let Some(at) = self.shards.get_mut(shard as usize) {
+            (at.phase, at.epoch) = (Phase::Behind, epoch);
+        }
+    }
+
+    /// A shard is another's: everything of it is forgotten, also what is under way, which is heard as nobody's.
+    pub(super) fn close(&mut self, shard: u32) {
+        let ours = |id: &ConversationId| id.shard(self.shards.len() as u32) == shard;
+        let gone: Vec<ConversationId> = self.lanes.keys().copied().filter(ours).collect();
+        self.parked.retain(|id, _| !ours(id));
+        for id in gone {
+            self.forget(id);
+        }
+        if let Some(at) = self.shards.get_mut(shard as usize) {
+            *at = Shard::elsewhere();
+        }
     }
 
     /// Whether nothing is left to publish.
     pub(super) fn is_empty(&self) -> bool {
-        self.lanes.is_empty() && self.shards.iter().all(|s| s.phase == Phase::Live && s.debts.is_empty())
+        self.lanes.is_empty() && self.shards.iter().all(Shard::is_quiet)
     }
 
     /// Entries that their owner has confirmed, ascending, of an append in a bucket. True: somebody must be woken.
@@ -164,7 +200,7 @@ impl Lanes {
         origin: &Arc<Origin>,
         inbox: &InboxId,
         shard: u32,
-        bucket: u64,
+        bucket: Mark,
         rows: &[(u64, Bytes)],
     ) -> bool {
         let (Some((first, _)), Some((last, _))) = (rows.first(), rows.last()) else { return false };
@@ -175,6 +211,9 @@ impl Lanes {
             return true;
         }
         let live = match self.shards[shard as usize].phase {
+            Phase::Elsewhere => return false,
+            // Of a reign that has ended.
+            _ if self.shards[shard as usize].epoch != bucket.epoch => return false,
             Phase::Behind => {
                 *self.shards[shard as usize].debts.entry(bucket).or_default() += 1;
                 return false;
@@ -223,7 +262,7 @@ impl Lanes {
         true
     }
 
-    fn settle(&mut self, shard: u32, bucket: u64, appends: u32) {
+    fn settle(&mut self, shard: u32, bucket: Mark, appends: u32) {
         self.settled.push(Settle { shard, bucket, appends });
     }
 
@@ -235,6 +274,9 @@ impl Lanes {
     /// Forgets what of a shard is not under way: its activity rows have it.
     fn fall_behind(&mut self, shard: u32) {
         let at = &mut self.shards[shard as usize];
+        if at.phase == Phase::Elsewhere {
+            return;
+        }
         at.phase = Phase::Behind;
         let forgotten: Vec<ConversationId> = self
             .lanes
@@ -275,19 +317,25 @@ impl Lanes {
 
     /// The look was not answered: it is begun again later.
     pub(super) fn break_look(&mut self, shard: u32) {
-        self.shards[shard as usize].phase = Phase::Behind;
-        self.fall_behind(shard);
+        if self.shards[shard as usize].phase == Phase::LookingUp {
+            self.fall_behind(shard);
+        }
     }
 
     /// What a look has found: conversations with the lowest seq that may not be published, and those that are parked.
     pub(super) fn end_look(
         &mut self,
-        shard: u32,
+        (shard, epoch): (u32, u32),
         found: HashMap<ConversationId, u64>,
         parked: &[(ConversationId, u64)],
     ) {
         if self.shards[shard as usize].phase != Phase::LookingUp {
             // It fell behind meanwhile: another look finds everything.
+            return;
+        }
+        if self.shards[shard as usize].epoch != epoch {
+            // It was another's meanwhile.
+            self.fall_behind(shard);
             return;
         }
         for (id, from) in parked {
@@ -330,9 +378,7 @@ impl Lanes {
         for (bucket, appends) in std::mem::take(&mut at.debts) {
             self.settled.push(Settle { shard, bucket, appends });
         }
-        if std::mem::take(&mut at.first_look) {
-            self.unlooked -= 1;
-        }
+        at.first_look = false;
     }
 
     /// What the owner of a conversation says; none: it does not exist, and has nothing to publish.
@@ -537,6 +583,8 @@ mod tests {
     #[test]
     fn a_look_that_was_overtaken_leaves_nothing_behind_and_another_is_begun() {
         let mut lanes = Lanes::new(1, 2);
+        lanes.open(0, 1);
+        let bucket = Mark { epoch: 1, bucket: 0 };
         let (inbox, entry) = ("main".parse().unwrap(), Bytes::from_static(b"{}"));
         let origin = |n: u8| {
             let conversation = ConversationId::from_bytes([n; 16]);
@@ -545,10 +593,10 @@ mod tests {
         assert_eq!(lanes.begin_look(), Some(0));
         // One more than are told apart, while the store is being read.
         for n in 1..=3 {
-            lanes.offer(&origin(n), &inbox, 0, 0, &[(1, entry.clone())]);
+            lanes.offer(&origin(n), &inbox, 0, bucket, &[(1, entry.clone())]);
         }
         let found = HashMap::from([(origin(1).conversation, 1)]);
-        lanes.end_look(0, found, &[]);
+        lanes.end_look((0, 1), found, &[]);
         assert_eq!((lanes.len(), lanes.recent_bytes), (0, 0));
         assert_eq!(lanes.begin_look(), Some(0), "the next look finds everything");
     }

@@ -24,10 +24,10 @@ use futures_util::stream::FuturesUnordered;
 use patchbay_protocol::command::{Reply, Request};
 use patchbay_protocol::event::{Event, Origin};
 use patchbay_protocol::ids::{ConversationId, EntityId, InboxId};
-use patchbay_storage::ReadError;
 use patchbay_storage::events::{Delivered, Delivery, Fault, SendError, Sink};
 use patchbay_storage::log::LogKey;
-use patchbay_storage::tables::Tables;
+use patchbay_storage::tables::{Mark, Tables};
+use patchbay_storage::{ReadError, Stamp};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
@@ -63,8 +63,6 @@ pub struct Outbox {
     shards: Arc<Shards>,
     sink: Arc<dyn Sink>,
     router: OnceLock<Weak<dyn Router>>,
-    /// Everything of earlier incarnations above this epoch is looked at.
-    swept: OnceLock<u32>,
     trouble: Mutex<Option<String>>,
     /// Entries of before there were events wait for their replay.
     unreplayed: AtomicBool,
@@ -90,7 +88,7 @@ fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
 enum Done {
     Told(ConversationId, Option<Option<(Origin, InboxId, u64)>>),
     Read(ConversationId, u32, u64, Result<Vec<Bytes>, ReadError>),
-    Looked(u32, Result<Found, ReadError>),
+    Looked(u32, Result<(u32, Found), ReadError>),
 }
 
 /// Conversations with the seq from which on they may not be published; and those that are parked.
@@ -105,7 +103,6 @@ impl Outbox {
             shards,
             sink,
             router: OnceLock::new(),
-            swept: OnceLock::new(),
             trouble: Mutex::new(Some("it has not answered yet".into())),
             unreplayed: AtomicBool::new(false),
             moved: Mutex::new(Instant::now()),
@@ -113,11 +110,22 @@ impl Outbox {
         })
     }
 
-    /// Begins: whatever is above the marks of epochs after `swept` is looked up, and then whatever comes is published.
-    pub fn begin(self: &Arc<Self>, router: Weak<dyn Router>, swept: u32, delivered: Delivered) {
+    /// Begins: of each shard that is opened whatever is above its marks is looked up, and then whatever comes is
+    /// published.
+    pub fn begin(self: &Arc<Self>, router: Weak<dyn Router>, delivered: Delivered) {
         let _ = self.router.set(router);
-        let _ = self.swept.set(swept);
         tokio::spawn(run(Arc::downgrade(self), delivered));
+    }
+
+    /// A shard is ours, under this epoch.
+    pub fn open(&self, shard: u32, epoch: u32) {
+        lock(&self.lanes).open(shard, epoch);
+        self.news.notify_one();
+    }
+
+    /// A shard is another's: what is left of it is published there.
+    pub fn close(&self, shard: u32) {
+        lock(&self.lanes).close(shard);
     }
 
     /// Confirmed entries of one append, ascending, and the bucket of their shard that waits for them.
@@ -126,7 +134,7 @@ impl Outbox {
         origin: &Arc<Origin>,
         inbox: &InboxId,
         shard: u32,
-        bucket: u64,
+        bucket: Mark,
         rows: &[(u64, Bytes)],
     ) {
         if lock(&self.lanes).offer(origin, inbox, shard, bucket, rows) {
@@ -167,9 +175,9 @@ impl Outbox {
         lock(&self.lanes).len()
     }
 
-    /// Whether everything of earlier incarnations is published.
-    pub fn has_caught_up(&self) -> bool {
-        lock(&self.lanes).has_caught_up()
+    /// Whether everything of earlier reigns of a shard is published.
+    pub fn has_caught_up(&self, shard: u32) -> bool {
+        lock(&self.lanes).has_caught_up(shard)
     }
 
     /// Conversations whose outbox is parked.
@@ -190,7 +198,9 @@ impl Outbox {
     fn settle(&self) {
         let settled = lock(&self.lanes).take_settled();
         for s in settled {
-            self.shards.activity.settle(s.shard, s.bucket, s.appends);
+            if let Some(reign) = self.shards.reign(s.shard).filter(|r| r.epoch() == s.bucket.epoch) {
+                reign.activity.settle(s.bucket.bucket, s.appends);
+            }
         }
     }
 
@@ -235,9 +245,8 @@ impl Outbox {
 
     fn look(&self, shard: u32) -> BoxFuture<'static, Done> {
         let shards = self.shards.clone();
-        let swept = self.swept.get().copied().unwrap_or_default();
         Box::pin(async move {
-            let found = look_up(&shards, shard, swept).await;
+            let found = look_up(&shards, shard).await;
             if found.is_err() {
                 tokio::time::sleep(LOOK).await;
             }
@@ -264,16 +273,20 @@ impl Outbox {
         let shard = id.shard(self.shards.count);
         tracing::error!(conversation = %id, seq, why, "an event is never taken: its conversation's outbox is parked");
         metrics::counter!("patchbay_outbox_parked_total").increment(1);
-        if let Ok(stamp) = self.shards.stamps[shard as usize].next() {
+        if let Some(stamp) = self.stamp(shard) {
             let row = Tables::park_outbox_write(shard, stamp, id, seq, why);
             self.shards.logs.write_until_answered(row).await;
         }
         lock(&self.lanes).park(id, seq);
     }
 
+    fn stamp(&self, shard: u32) -> Option<Stamp> {
+        self.shards.reign(shard)?.stamp().ok()
+    }
+
     async fn unparked(&self, id: ConversationId) {
         let shard = id.shard(self.shards.count);
-        if let Ok(stamp) = self.shards.stamps[shard as usize].next() {
+        if let Some(stamp) = self.stamp(shard) {
             let row = Tables::unpark_outbox_write(shard, stamp, id);
             self.shards.logs.write_until_answered(row).await;
         }
@@ -281,15 +294,18 @@ impl Outbox {
     }
 }
 
-/// Every conversation with activity of a shard that is not settled, with its lowest seq there.
-async fn look_up(shards: &Shards, shard: u32, swept: u32) -> Result<Found, ReadError> {
+/// Every conversation with activity of a shard that is not settled, with its lowest seq there; and under which epoch
+/// that is so.
+async fn look_up(shards: &Shards, shard: u32) -> Result<(u32, Found), ReadError> {
+    // What is found of one that was lost meanwhile is wanted by nobody.
+    let Some(reign) = shards.reign(shard) else { return Ok(Default::default()) };
     let marks = shards.tables.marks(shard).await?;
-    let found = unsettled(shards, shard, marks.settled, swept + 1..=shards.epoch).await?;
+    let found = unsettled(&shards.tables, &reign, marks.settled, reign.up_to_now()).await?;
     let conversations = found.into_iter().filter_map(|(entity, lowest)| match entity {
         EntityId::Conversation(id) => Some((id, lowest)),
         EntityId::Account(..) | EntityId::Agent(..) | EntityId::Inbox(..) => None,
     });
-    Ok((conversations.collect(), marks.parked_outboxes))
+    Ok((reign.epoch(), (conversations.collect(), marks.parked_outboxes)))
 }
 
 /// The one that publishes.
@@ -432,10 +448,10 @@ impl Publisher {
             Done::Told(id, None) => lanes.unanswered(id),
             Done::Read(id, generation, after, Ok(rows)) => lanes.read(id, generation, after, rows),
             Done::Read(id, _, _, Err(_)) => lanes.unanswered(id),
-            Done::Looked(shard, Ok((found, parked))) => {
+            Done::Looked(shard, Ok((epoch, (found, parked)))) => {
                 self.looks -= 1;
                 self.rows.extend(parked.iter().map(|(id, _)| *id));
-                lanes.end_look(shard, found, &parked);
+                lanes.end_look((shard, epoch), found, &parked);
             }
             Done::Looked(shard, Err(_)) => {
                 self.looks -= 1;

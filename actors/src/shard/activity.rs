@@ -5,16 +5,15 @@
 //! first empty bucket. A bucket is settled when every append begun in it is.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use patchbay_protocol::Timestamp;
 use patchbay_protocol::ids::EntityId;
 use patchbay_storage::ReadError;
-use patchbay_storage::tables::Mark;
+use patchbay_storage::tables::{Mark, Tables};
 
-use super::Shards;
+use super::Reign;
 use crate::clock::Clock;
 
 /// Rows of one bucket.
@@ -48,11 +47,11 @@ impl Shard {
     }
 }
 
-/// The activity of every shard of this reign.
+/// The activity of one reign of a shard.
 pub struct ActivityLog {
     epoch: u32,
     clock: Clock,
-    shards: Vec<Arc<Mutex<Shard>>>,
+    shard: Arc<Mutex<Shard>>,
 }
 
 /// An append that is begun and not yet settled.
@@ -63,6 +62,8 @@ pub struct Ticket {
     /// Whether the entity's row of this bucket has to be written first.
     pub needs_row: bool,
     entity: [u8; 16],
+    /// Whether its events hold the bucket beside it, until the outbox settles them.
+    events: bool,
 }
 
 fn lock(shard: &Mutex<Shard>) -> MutexGuard<'_, Shard> {
@@ -71,11 +72,11 @@ fn lock(shard: &Mutex<Shard>) -> MutexGuard<'_, Shard> {
 
 impl ActivityLog {
     /// A reign without activity.
-    pub fn new(count: u32, epoch: u32, clock: Clock) -> Self {
+    pub fn new(shard: u32, epoch: u32, clock: Clock) -> Self {
         let now = clock.now();
         // Buckets of different shards do not begin together: each begins with a write before an ack.
         let spread = BUCKET_AGE.as_millis() as i64;
-        let fresh = |shard: u32| Shard {
+        let fresh = Shard {
             bucket: 0,
             opened: Timestamp::from_millis(
                 now.as_millis() - spread * i64::from(shard % SPREAD) / i64::from(SPREAD),
@@ -85,13 +86,12 @@ impl ActivityLog {
             open: BTreeMap::new(),
             settled: 0,
         };
-        Self { epoch, clock, shards: (0..count).map(|shard| Arc::new(Mutex::new(fresh(shard)))).collect() }
+        Self { epoch, clock, shard: Arc::new(Mutex::new(fresh)) }
     }
 
     /// Begins an append of `entity`.
-    pub fn begin(&self, shard: u32, entity: [u8; 16]) -> Ticket {
-        let cell = self.shards[shard as usize].clone();
-        let mut s = lock(&cell);
+    pub fn begin(&self, entity: [u8; 16]) -> Ticket {
+        let mut s = lock(&self.shard);
         let now = self.clock.now();
         let full = s.begun >= BUCKET_ROWS || now.since(s.opened) >= BUCKET_AGE;
         if full && !s.written.is_empty() {
@@ -105,41 +105,47 @@ impl ActivityLog {
         let bucket = s.bucket;
         *s.open.entry(bucket).or_default() += 1;
         drop(s);
-        Ticket { shard: cell, bucket: Mark { epoch: self.epoch, bucket }, needs_row, entity }
+        let bucket = Mark { epoch: self.epoch, bucket };
+        Ticket { shard: self.shard.clone(), bucket, needs_row, entity, events: false }
     }
 
     /// Another reason for a bucket not to be settled, until [`Self::settle`].
-    pub fn hold(&self, shard: u32, bucket: u64) {
-        *lock(&self.shards[shard as usize]).open.entry(bucket).or_default() += 1;
+    pub fn hold(&self, bucket: u64) {
+        *lock(&self.shard).open.entry(bucket).or_default() += 1;
     }
 
     /// `n` reasons less.
-    pub fn settle(&self, shard: u32, bucket: u64, n: u32) {
-        lock(&self.shards[shard as usize]).settle(bucket, n as usize);
+    pub fn settle(&self, bucket: u64, n: u32) {
+        lock(&self.shard).settle(bucket, n as usize);
     }
 
     /// The bucket that appends are begun in now; none: there was no append yet.
-    fn present(&self, shard: u32) -> Option<u64> {
-        let s = lock(&self.shards[shard as usize]);
+    fn present(&self) -> Option<u64> {
+        let s = lock(&self.shard);
         (s.bucket > 0 || s.begun > 0).then_some(s.bucket)
     }
 
+    /// Whether everything that was begun is settled.
+    pub fn is_settled(&self) -> bool {
+        lock(&self.shard).open.is_empty()
+    }
+
     /// Ends the present bucket when everything in the shard is settled: nobody will write any more.
-    pub fn close(&self, shard: u32) -> Option<(u64, Mark)> {
+    pub fn close(&self) -> Option<(u64, Mark)> {
         {
-            let mut s = lock(&self.shards[shard as usize]);
+            let mut s = lock(&self.shard);
             if s.begun > 0 && s.open.is_empty() {
                 s.bucket += 1;
                 s.written.clear();
                 s.begun = 0;
             }
         }
-        self.newly_settled(shard)
+        self.newly_settled()
     }
 
     /// How far the shard is settled, when that has moved since it was last asked, and from where.
-    pub fn newly_settled(&self, shard: u32) -> Option<(u64, Mark)> {
-        let mut s = lock(&self.shards[shard as usize]);
+    pub fn newly_settled(&self) -> Option<(u64, Mark)> {
+        let mut s = lock(&self.shard);
         let lowest_open = s.open.keys().next().copied().unwrap_or(s.bucket);
         let settled = lowest_open.min(s.bucket);
         if settled <= s.settled {
@@ -154,10 +160,10 @@ impl ActivityLog {
 ///
 /// An earlier epoch ends at its first empty bucket; this one's present bucket is known.
 pub async fn unsettled(
-    shards: &Shards,
-    shard: u32,
+    tables: &Tables,
+    reign: &Reign,
     mark: Option<Mark>,
-    epochs: RangeInclusive<u32>,
+    epochs: impl IntoIterator<Item = u32>,
 ) -> Result<HashMap<EntityId, u64>, ReadError> {
     let mut found: HashMap<EntityId, u64> = HashMap::new();
     for epoch in epochs {
@@ -166,14 +172,14 @@ pub async fn unsettled(
             Some(mark) if mark.epoch == epoch => mark.bucket,
             Some(_) | None => 0,
         };
-        let ours = epoch == shards.epoch;
-        let last = match shards.activity.present(shard) {
+        let ours = epoch == reign.epoch();
+        let last = match reign.activity.present() {
             Some(present) if ours => present,
             None if ours => continue,
             Some(_) | None => u64::MAX,
         };
         for bucket in first..=last {
-            let rows = shards.tables.activity(shard, Mark { epoch, bucket }).await?;
+            let rows = tables.activity(reign.shard, Mark { epoch, bucket }).await?;
             if rows.is_empty() && !ours {
                 break;
             }
@@ -195,6 +201,17 @@ impl Ticket {
         }
     }
 
+    /// Its events are another reason for its bucket not to be settled: the outbox says when they are published.
+    pub fn hold_events(&mut self) {
+        self.events = true;
+        *lock(&self.shard).open.entry(self.bucket.bucket).or_default() += 1;
+    }
+
+    /// The append was refused: nothing follows from it, and nothing will be published.
+    pub fn withdraw(self) {
+        lock(&self.shard).settle(self.bucket.bucket, 1 + usize::from(self.events));
+    }
+
     /// Everything that follows from the append is durable and handed on. A ticket that is dropped without this (its
     /// actor died) keeps the mark where it is.
     pub fn settle(self) {
@@ -208,20 +225,20 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_bucket_is_settled_when_every_append_begun_in_it_is() {
-        let log = ActivityLog::new(1, 1, Clock::from(Timestamp::from_seconds(0)));
-        let first = log.begin(0, [1; 16]);
+        let log = ActivityLog::new(0, 1, Clock::from(Timestamp::from_seconds(0)));
+        let first = log.begin([1; 16]);
         assert!(first.needs_row);
         tokio::time::advance(BUCKET_AGE).await;
-        let early = log.begin(0, [2; 16]);
+        let early = log.begin([2; 16]);
         assert_eq!(early.bucket.bucket, 0, "no row of bucket 0 is answered yet");
         first.row_written();
-        let next = log.begin(0, [1; 16]);
+        let next = log.begin([1; 16]);
         assert_eq!((next.bucket.bucket, next.needs_row), (1, true));
-        assert_eq!(log.newly_settled(0), None);
+        assert_eq!(log.newly_settled(), None);
         first.settle();
-        assert_eq!(log.newly_settled(0), None, "one is still open");
+        assert_eq!(log.newly_settled(), None, "one is still open");
         early.settle();
-        assert_eq!(log.newly_settled(0), Some((0, Mark { epoch: 1, bucket: 1 })));
-        assert_eq!(log.newly_settled(0), None);
+        assert_eq!(log.newly_settled(), Some((0, Mark { epoch: 1, bucket: 1 })));
+        assert_eq!(log.newly_settled(), None);
     }
 }

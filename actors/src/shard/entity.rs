@@ -8,7 +8,7 @@ use bytes::Bytes;
 use patchbay_protocol::ids::{CommandId, EntityId};
 use patchbay_protocol::{CommandError, Timestamp};
 use patchbay_storage::log::LogKey;
-use patchbay_storage::tables::IdKey;
+use patchbay_storage::tables::{IdKey, Mark};
 use patchbay_storage::{Batch, Stamp};
 
 use super::log_actor::Handle;
@@ -167,6 +167,11 @@ pub trait LogEntity: Sized + Send + Sync + 'static {
     /// The state of a snapshot.
     fn thaw(&self, id: &EntityId, snapshot: &[u8]) -> Option<Self::State>;
 
+    /// Whether nothing is under way outside of which it has still to hear.
+    fn may_leave(_: &Self::State) -> bool {
+        true
+    }
+
     /// Confirmed entries, to be shown.
     fn publish(&self, id: &EntityId, state: &Self::State, entries: &[(u64, Bytes)]);
 
@@ -176,7 +181,7 @@ pub trait LogEntity: Sized + Send + Sync + 'static {
     }
 
     /// Confirmed entries of one append in a bucket of its shard, to be published as events.
-    fn events(&self, _: &Self::State, _: LogKey, _bucket: u64, _: &[(u64, Bytes)]) {}
+    fn events(&self, _: &Self::State, _: LogKey, _bucket: Mark, _: &[(u64, Bytes)]) {}
 
     /// Rows derived from the state, rewritten after entries at leisure.
     fn derived(&self, state: &Self::State, key: LogKey, stamp: Stamp) -> Derived;

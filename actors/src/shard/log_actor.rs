@@ -28,10 +28,10 @@ use ractor::{Actor, ActorProcessingErr, ActorRef};
 use tokio::sync::Mutex;
 use tokio::time::Instant;
 
-use super::Shards;
 use super::activity::Ticket;
 use super::entity::{LogEntity, Now, RowIntent};
 use super::slots::Slots;
+use super::{Reign, Shards};
 use derive::{Derive, Frozen, settle};
 use gather::Gather;
 use live::Live;
@@ -77,6 +77,8 @@ struct InFlight<E: LogEntity> {
 pub struct Loop<E: LogEntity> {
     id: EntityId,
     key: LogKey,
+    /// Under which it writes, as long as it lives.
+    reign: Arc<Reign>,
     gate: Arc<Mutex<()>>,
     phase: Phase<E>,
     queue: VecDeque<Box<Queued<E>>>,
@@ -98,6 +100,8 @@ pub struct Loop<E: LogEntity> {
     derivation: u64,
     /// The last seq that this actor had answered.
     confirmed: u64,
+    /// Its shard goes to another node: it takes nothing new, and ends when nothing is under way.
+    leaving: bool,
 }
 
 /// A wake-up that is armed; dropping it disarms it.
@@ -115,17 +119,18 @@ impl Drop for Alarm {
 impl<E: LogEntity> Actor for LogActor<E> {
     type Msg = Msg<E>;
     type State = Loop<E>;
-    type Arguments = (EntityId, Arc<Mutex<()>>);
+    type Arguments = (EntityId, Arc<Reign>, Arc<Mutex<()>>);
 
     async fn pre_start(
         &self,
         _: ActorRef<Msg<E>>,
-        (id, gate): Self::Arguments,
+        (id, reign, gate): Self::Arguments,
     ) -> Result<Loop<E>, ActorProcessingErr> {
         let key = LogKey { entity: id.key(), shard: id.shard(self.shards.count) };
         Ok(Loop {
             id,
             key,
+            reign,
             gate,
             phase: Phase::Cold,
             queue: VecDeque::new(),
@@ -140,6 +145,7 @@ impl<E: LogEntity> Actor for LogActor<E> {
             chills: 0,
             derivation: 0,
             confirmed: 0,
+            leaving: false,
         })
     }
 
@@ -197,6 +203,11 @@ impl<E: LogEntity> LogActor<E> {
                 Box::pin(self.idle(&me, at)).await;
                 return;
             }
+            Msg::Leave => at.leaving = true,
+        }
+        if at.leaving {
+            Box::pin(self.leave(&me, at)).await;
+            return;
         }
         self.pump(&me, at).await;
         self.arm_wake(&me, at);
@@ -206,18 +217,61 @@ impl<E: LogEntity> LogActor<E> {
         }
     }
 
-    fn handle_of(&self, me: &ActorRef<Msg<E>>, key: LogKey) -> Handle<E> {
-        Handle { actor: me.clone(), shards: self.shards.clone(), key }
+    fn handle_of(&self, me: &ActorRef<Msg<E>>, at: &Loop<E>) -> Handle<E> {
+        Handle { actor: me.clone(), shards: self.shards.clone(), key: at.key, reign: at.reign.clone() }
     }
 
     /// Decides what waits, unless an append is under way.
     async fn pump(&self, me: &ActorRef<Msg<E>>, at: &mut Loop<E>) {
         while at.in_flight.is_none() && !at.queue.is_empty() && !at.gather.waits(at.queue.len()) {
+            if !at.reign.is_held().await {
+                at.leaving = true;
+                Box::pin(self.leave(me, at)).await;
+                return;
+            }
             if !self.ready(me, at).await {
                 return;
             }
             self.decide_batch(me, at).await;
         }
+    }
+
+    /// Hands back what is not decided, and ends when nothing is under way, or when nothing of it counts any more.
+    async fn leave(&self, me: &ActorRef<Msg<E>>, at: &mut Loop<E>) {
+        let Some(slots) = self.slots.upgrade() else { return me.stop(Some("left".into())) };
+        let held = at.reign.is_held_now();
+        if held && at.in_flight.is_some() {
+            // What was asked since goes back behind what came of this.
+            return;
+        }
+        // Nothing of what is under way counts any more; whoever asked asks the successor, by the same ids.
+        for (queued, _) in at.in_flight.take().into_iter().flat_map(|f| f.answers) {
+            slots.give_back(&at.id, *queued);
+        }
+        let (own, asked): (Vec<_>, Vec<_>) = at.queue.drain(..).partition(|q| q.reply.is_none());
+        asked.into_iter().for_each(|queued| slots.give_back(&at.id, *queued));
+        if held {
+            // What came of what it has begun is noted by it still.
+            at.queue = own.into_iter().filter(|q| !E::is_wake(&q.command)).collect();
+            while at.in_flight.is_none() && !at.queue.is_empty() {
+                if !self.ready(me, at).await {
+                    return;
+                }
+                self.decide_batch(me, at).await;
+            }
+            self.derive_now(me, at);
+            let calls = matches!(&at.phase, Phase::Live(live) if !E::may_leave(&live.state));
+            let acts = at.acting.is_some() || !at.ordered.is_empty();
+            if at.in_flight.is_some() || at.derive != Derive::Clean || acts || calls {
+                return;
+            }
+            if let Some(write) = self.snapshot(at) {
+                // Without room it goes without: the log has everything.
+                let _ = self.shards.logs.write_if_room(write).await;
+            }
+        }
+        slots.left(at.key.entity, me.get_id());
+        me.stop(Some("left".into()));
     }
 
     /// Loads the entity if that is needed. False: what waited was refused.
@@ -268,7 +322,7 @@ impl<E: LogEntity> LogActor<E> {
     async fn park(&self, at: &Loop<E>, reason: &str) {
         metrics::counter!("patchbay_actors_parked_total", "kind" => at.id.kind()).increment(1);
         tracing::error!(kind = at.id.kind(), shard = at.key.shard, reason, "an entity is parked");
-        if let Ok(stamp) = self.shards.stamps[at.key.shard as usize].next() {
+        if let Ok(stamp) = at.reign.stamp() {
             self.shards
                 .logs
                 .write_until_answered(Tables::park_write(at.key.shard, stamp, &at.id, reason))
@@ -363,8 +417,7 @@ impl<E: LogEntity> LogActor<E> {
             self.finish(me, at, batch);
             return;
         }
-        let stamps = &self.shards.stamps[at.key.shard as usize];
-        let (Ok(stamp), Ok(beside)) = (stamps.next(), stamps.next()) else {
+        let (Ok(stamp), Ok(beside)) = (at.reign.stamp(), at.reign.stamp()) else {
             batch.answers.drain(..).for_each(|(queued, _)| answer(queued, Err(CommandError::unavailable())));
             at.chill();
             return;
@@ -376,9 +429,9 @@ impl<E: LogEntity> LogActor<E> {
             live.last_hash = entry_hash(payload);
             let first = live.confirmed + 1;
             append = Some(Append::new(at.key, stamp, first, live.confirmed, &payloads));
-            let ticket = self.shards.activity.begin(at.key.shard, at.key.entity);
+            let mut ticket = at.reign.activity.begin(at.key.entity);
             if self.entity.publishes() {
-                self.shards.activity.hold(at.key.shard, ticket.bucket.bucket);
+                ticket.hold_events();
             }
             if ticket.needs_row {
                 let activity = Activity { entity: at.id.clone(), lowest: first };
@@ -423,6 +476,11 @@ impl<E: LogEntity> LogActor<E> {
     }
 
     async fn appended(&self, me: &ActorRef<Msg<E>>, at: &mut Loop<E>, result: Result<(), WriteError>) {
+        // The clock is asked after the store has answered: what a successor may not see is shown to nobody.
+        if !at.reign.is_held().await {
+            at.leaving = true;
+            return;
+        }
         let Some(mut batch) = at.in_flight.take() else { return };
         let Phase::Live(live) = &mut at.phase else { return };
         if let (Some(ticket), true) = (&batch.ticket, result.is_ok()) {
@@ -437,10 +495,7 @@ impl<E: LogEntity> LogActor<E> {
             };
             batch.answers.drain(..).for_each(|(queued, _)| answer(queued, Err(error.clone())));
             if let Some(ticket) = batch.ticket {
-                if self.entity.publishes() {
-                    self.shards.activity.settle(at.key.shard, ticket.bucket.bucket, 1);
-                }
-                ticket.settle();
+                ticket.withdraw();
             }
             at.chill();
             return;
@@ -462,7 +517,7 @@ impl<E: LogEntity> LogActor<E> {
             }
             self.shards.timers.arm(Timer { entity: at.id.clone(), due });
         }
-        let bucket = batch.ticket.as_ref().map(|t| t.bucket.bucket);
+        let bucket = batch.ticket.as_ref().map(|t| t.bucket);
         at.tickets.extend(batch.ticket.take().map(|t| (batch.last, t)));
         if !batch.rows.is_empty() {
             self.entity.publish(&at.id, &live.state, &batch.rows);
@@ -488,7 +543,7 @@ impl<E: LogEntity> LogActor<E> {
             if E::is_handed_on(&effect) {
                 at.ordered.push_back((seq, effect));
             } else {
-                let (entity, id, handle) = (self.entity.clone(), at.id.clone(), self.handle_of(me, at.key));
+                let (entity, id, handle) = (self.entity.clone(), at.id.clone(), self.handle_of(me, at));
                 tokio::spawn(async move { entity.act(&id, effect, handle).await });
             }
         }
@@ -503,7 +558,7 @@ impl<E: LogEntity> LogActor<E> {
         let Some((seq, effect)) = at.ordered.pop_front() else { return };
         at.acting = Some(seq);
         let (entity, id, handle, me) =
-            (self.entity.clone(), at.id.clone(), self.handle_of(me, at.key), me.clone());
+            (self.entity.clone(), at.id.clone(), self.handle_of(me, at), me.clone());
         let act: Pin<Box<dyn Future<Output = ()> + Send>> = Box::pin(async move {
             entity.act(&id, effect, handle).await;
             let _ = me.cast(Msg::HandedOn(seq));

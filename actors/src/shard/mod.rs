@@ -4,8 +4,8 @@
 //! supervisor, bounded in commands in flight per entity and per shard, passivated when idle. A [`log_actor`] is the
 //! one loop around every entity with a log: load, decide, append, apply, act.
 //!
-//! Beside them, per shard: stamps, [`activity`] (which entity wrote where, so that a successor finds what is not yet
-//! derived and handed on) and [`timers`].
+//! A node owns a shard for a [`Reign`]: its stamps, its [`activity`] (which entity wrote where, so that a successor
+//! finds what is not yet derived and handed on) and its [`timers`].
 
 pub mod activity;
 pub mod entity;
@@ -15,53 +15,182 @@ pub mod slots;
 pub mod soft;
 pub mod timers;
 
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use patchbay_storage::Stamps;
 use patchbay_storage::log::Logs;
+use patchbay_storage::stamp::OutOfStamps;
 use patchbay_storage::tables::Tables;
+use patchbay_storage::{Stamp, Stamps};
 
 use crate::clock::Clock;
+use crate::cluster::lease::Standing;
+use crate::cluster::runtime::Membership;
+
+/// A node's ownership of a shard, from its opening to its end. Whoever acts for the shard holds this and nothing newer:
+/// what outlives it goes on writing under its stamps, which lose.
+pub struct Reign {
+    /// Of which shard.
+    pub shard: u32,
+    /// Which entity wrote where.
+    pub activity: activity::ActivityLog,
+    stamps: Stamps,
+    /// Up to this epoch nothing is left to do.
+    settled: u32,
+    /// Whether what earlier reigns left is in hand.
+    swept: AtomicBool,
+    /// Whether it is about to end: nothing new is begun.
+    leaving: AtomicBool,
+    /// Whether it is over: nothing of it is shown any more, and nothing more is written.
+    over: AtomicBool,
+    /// The lease that it holds by; none: nobody else can be there.
+    membership: Option<Arc<Membership>>,
+}
+
+impl Reign {
+    /// A reign that begins now, where nothing is left to do of reigns up to `settled`.
+    pub fn new(shard: u32, epoch: u32, settled: u32, clock: Clock) -> Self {
+        Self {
+            shard,
+            activity: activity::ActivityLog::new(shard, epoch, clock),
+            stamps: Stamps::new(epoch),
+            settled,
+            swept: AtomicBool::new(false),
+            leaving: AtomicBool::new(false),
+            over: AtomicBool::new(false),
+            membership: None,
+        }
+    }
+
+    /// The same, for as long as this lease lasts.
+    pub fn under(self, membership: Arc<Membership>) -> Self {
+        Self { membership: Some(membership), ..self }
+    }
+
+    /// Whether what leaves the node now, leaves it under this reign. Waits while the lease is lapsed; false: it is over.
+    pub async fn is_held(&self) -> bool {
+        let held = match &self.membership {
+            Some(membership) => membership.is_held().await,
+            None => true,
+        };
+        held && !self.over.load(Ordering::Acquire)
+    }
+
+    /// The same, of this instant.
+    pub fn is_held_now(&self) -> bool {
+        let held = self.membership.as_ref().is_none_or(|m| m.standing() == Standing::Held);
+        held && !self.over.load(Ordering::Acquire)
+    }
+
+    /// Begins nothing new outside any more.
+    pub fn leaves(&self) {
+        self.leaving.store(true, Ordering::Release);
+    }
+
+    /// Whether it is about to end.
+    pub fn is_leaving(&self) -> bool {
+        self.leaving.load(Ordering::Acquire)
+    }
+
+    /// Ends it.
+    pub fn ends(&self) {
+        self.over.store(true, Ordering::Release);
+    }
+
+    /// Its epoch.
+    pub fn epoch(&self) -> u32 {
+        self.stamps.epoch()
+    }
+
+    /// The stamp of the next write.
+    pub fn stamp(&self) -> Result<Stamp, OutOfStamps> {
+        if self.over.load(Ordering::Acquire) { Err(OutOfStamps) } else { self.stamps.next() }
+    }
+
+    /// Earlier reigns that may have left something.
+    pub fn before(&self) -> std::ops::Range<u32> {
+        self.settled + 1..self.epoch()
+    }
+
+    /// Those, and this one.
+    pub fn up_to_now(&self) -> std::ops::RangeInclusive<u32> {
+        self.settled + 1..=self.epoch()
+    }
+
+    /// Whether what they left is in hand: before that no mark of this reign is written over theirs.
+    pub fn is_swept(&self) -> bool {
+        self.swept.load(Ordering::Acquire)
+    }
+
+    /// What earlier reigns left is in hand.
+    pub fn has_swept(&self) {
+        self.swept.store(true, Ordering::Release);
+    }
+}
 
 /// What every entity of a node shares.
 pub struct Shards {
     /// How many shards there are: a power of two.
     pub count: u32,
-    /// This reign's epoch, the same for all shards of a single node.
-    pub epoch: u32,
+    /// This start's number; another one when the cluster had to do without this node for a while.
+    pub incarnation: AtomicU32,
     /// The logs.
     pub logs: Logs,
     /// The tables.
     pub tables: Tables,
     /// What time it is.
     pub clock: Clock,
-    /// Stamps by shard.
-    pub stamps: Vec<Stamps>,
-    /// Activity by shard.
-    pub activity: activity::ActivityLog,
-    /// Whether what earlier reigns left is in hand: before that no mark of this reign is written over theirs.
-    pub swept: AtomicBool,
     /// Whether nobody else may become active: see [`crate::memory`].
     pub crowded: AtomicBool,
     /// Timers of all shards.
     pub timers: Arc<timers::Timers>,
+    reigns: Vec<Mutex<Option<Arc<Reign>>>>,
 }
 
 impl Shards {
-    /// The shards of a reign that begins now.
-    pub fn new(count: u32, epoch: u32, tables: Tables, clock: Clock) -> Arc<Self> {
+    /// The shards of a node that owns none yet.
+    pub fn new(count: u32, incarnation: u32, tables: Tables, clock: Clock) -> Arc<Self> {
         Arc::new(Self {
             count,
-            epoch,
+            incarnation: AtomicU32::new(incarnation),
             logs: Logs::new(tables.engine().clone()),
-            stamps: (0..count).map(|_| Stamps::new(epoch)).collect(),
-            activity: activity::ActivityLog::new(count, epoch, clock),
-            swept: AtomicBool::new(false),
             crowded: AtomicBool::new(false),
-            timers: Arc::new(timers::Timers::default()),
+            timers: Arc::default(),
+            reigns: (0..count).map(|_| Mutex::default()).collect(),
             tables,
             clock,
         })
+    }
+
+    /// The reign over a shard; none: it is another node's.
+    pub fn reign(&self, shard: u32) -> Option<Arc<Reign>> {
+        self.reigns.get(shard as usize)?.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Every reign.
+    pub fn reigns(&self) -> impl Iterator<Item = Arc<Reign>> {
+        (0..self.count).filter_map(|shard| self.reign(shard))
+    }
+
+    /// Whether there are any, and what earlier ones left is in hand for all of them.
+    pub fn are_swept(&self) -> bool {
+        self.reigns().next().is_some() && self.reigns().all(|reign| reign.is_swept())
+    }
+
+    /// Begins a reign.
+    pub fn begin(&self, reign: Reign) -> Arc<Reign> {
+        self.end(reign.shard);
+        let reign = Arc::new(reign);
+        if let Some(at) = self.reigns.get(reign.shard as usize) {
+            *at.lock().unwrap_or_else(PoisonError::into_inner) = Some(reign.clone());
+        }
+        reign
+    }
+
+    /// Ends the reign over a shard.
+    pub fn end(&self, shard: u32) -> Option<Arc<Reign>> {
+        let reign = self.reigns.get(shard as usize)?.lock().unwrap_or_else(PoisonError::into_inner).take()?;
+        reign.ends();
+        Some(reign)
     }
 }

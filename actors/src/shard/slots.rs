@@ -4,7 +4,7 @@
 //! [`SHARD_IN_FLIGHT_MAX`] per shard; past it the caller gets `overloaded` with `retry_after_ms`.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
@@ -14,9 +14,9 @@ use ractor::{Actor, ActorCell, ActorId, ActorProcessingErr, ActorRef, ActorRunti
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-use super::Shards;
 use super::entity::LogEntity;
 use super::log_actor::{LogActor, Msg, Queued};
+use super::{Reign, Shards};
 
 /// Commands in flight per entity.
 pub const ENTITY_IN_FLIGHT_MAX: u32 = 512;
@@ -50,6 +50,14 @@ impl<T> From<oneshot::Receiver<Result<T, CommandError>>> for Answer<T> {
     fn from(answer: oneshot::Receiver<Result<T, CommandError>>) -> Self {
         Self(answer)
     }
+}
+
+/// Why a command was not taken.
+pub enum Refused<E: LogEntity> {
+    /// Its shard is another node's, or about to be: it comes back with whom to answer.
+    Elsewhere(E::Command, ReplyTo<E>),
+    /// For good; whom to tell.
+    Error(CommandError, ReplyTo<E>),
 }
 
 /// A place among the commands in flight.
@@ -96,12 +104,20 @@ struct Map<E: LogEntity> {
     gates: HashMap<[u8; 16], Weak<tokio::sync::Mutex<()>>>,
 }
 
+/// Takes back a command that was not decided, with whom to answer.
+pub type GiveBack<E> = Box<dyn Fn(&EntityId, <E as LogEntity>::Command, ReplyTo<E>) + Send + Sync>;
+/// Whom to answer.
+pub type ReplyTo<E> = oneshot::Sender<Result<<E as LogEntity>::Reply, CommandError>>;
+
 /// The actors of one kind of entity.
 pub struct Slots<E: LogEntity> {
     entity: Arc<E>,
     shards: Arc<Shards>,
     map: Mutex<Map<E>>,
     shard_load: Vec<Arc<AtomicU32>>,
+    /// Shards that take nothing new.
+    closed: Vec<AtomicBool>,
+    give_back: OnceLock<GiveBack<E>>,
     supervisor: OnceLock<ActorCell>,
     me: Weak<Self>,
 }
@@ -112,8 +128,17 @@ impl<E: LogEntity> Slots<E> {
         let shard_load = (0..shards.count).map(|_| Arc::default()).collect();
         let map = Map { slots: HashMap::new(), by_actor: HashMap::new(), gates: HashMap::new() };
         let (entity, map, supervisor) = (Arc::new(entity), Mutex::new(map), OnceLock::new());
-        let slots =
-            Arc::new_cyclic(|me| Self { entity, shards, map, shard_load, supervisor, me: me.clone() });
+        let closed = (0..shards.count).map(|_| AtomicBool::new(false)).collect();
+        let slots = Arc::new_cyclic(|me| Self {
+            entity,
+            shards,
+            map,
+            shard_load,
+            closed,
+            give_back: OnceLock::new(),
+            supervisor,
+            me: me.clone(),
+        });
         let (supervisor, _) = Actor::spawn(None, Supervisor(Arc::downgrade(&slots)), ()).await?;
         // Set once, here.
         let _ = slots.supervisor.set(supervisor.get_cell());
@@ -129,26 +154,116 @@ impl<E: LogEntity> Slots<E> {
         self.map.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Who takes commands that came for a shard that is another node's now. Until somebody does they are refused.
+    pub fn set_give_back(&self, give_back: GiveBack<E>) {
+        let _ = self.give_back.set(give_back);
+    }
+
+    pub(super) fn give_back(&self, id: &EntityId, queued: Queued<E>) {
+        let Queued { command, reply, permit, .. } = queued;
+        drop(permit);
+        // What it told itself is told again by its log.
+        let Some(reply) = reply else { return };
+        match self.give_back.get() {
+            Some(give_back) => give_back(id, command, reply),
+            None => drop(reply.send(Err(CommandError::unavailable()))),
+        }
+    }
+
+    /// Takes nothing new for a shard, and asks everybody there to end.
+    pub fn close(&self, shard: u32) {
+        let map = self.lock();
+        if let Some(closed) = self.closed.get(shard as usize) {
+            closed.store(true, Ordering::Release);
+        }
+        for slot in map.slots.values() {
+            if let Slot::Active(active) = slot
+                && active.id.shard(self.shards.count) == shard
+            {
+                let _ = active.actor.cast(Msg::Leave);
+            }
+        }
+    }
+
+    /// Takes commands for a shard again.
+    pub fn reopen(&self, shard: u32) {
+        let mut map = self.lock();
+        // Whoever rested under an earlier reign has nothing to do with this one.
+        let count = self.shards.count;
+        map.slots.retain(|_, slot| !matches!(slot, Slot::Active(active) if active.id.shard(count) == shard));
+        if let Some(closed) = self.closed.get(shard as usize) {
+            closed.store(false, Ordering::Release);
+        }
+    }
+
+    /// How many are active in a shard.
+    pub fn active_in(&self, shard: u32) -> usize {
+        let count = self.shards.count;
+        let is = |s: &&Slot<E>| matches!(s, Slot::Active(active) if active.id.shard(count) == shard);
+        self.lock().slots.values().filter(is).count()
+    }
+
+    /// An actor ends because its shard is another node's.
+    pub(super) fn left(&self, key: [u8; 16], actor: ActorId) {
+        let mut map = self.lock();
+        if matches!(map.slots.get(&key), Some(Slot::Active(a)) if a.actor.get_id() == actor) {
+            map.slots.remove(&key);
+            map.gates.remove(&key);
+        }
+    }
+
     /// Hands a command to an entity, in order with every other command handed to it by the same caller. Returns at
     /// once; the answer comes when everything that it speaks of is durable.
     pub fn send(&self, id: &EntityId, command: E::Command) -> Result<Answer<E::Reply>, CommandError> {
-        let key = id.key();
-        let shard = &self.shard_load[id.shard(self.shards.count) as usize];
+        let (reply, answer) = oneshot::channel();
+        match self.hand(id, command, reply) {
+            Ok(()) => Ok(Answer(answer)),
+            Err(Refused::Elsewhere(..)) => Err(CommandError::unavailable()),
+            Err(Refused::Error(error, _)) => Err(error),
+        }
+    }
+
+    /// The same, answered to `reply`; what is not for this node comes back.
+    pub fn hand(&self, id: &EntityId, command: E::Command, reply: ReplyTo<E>) -> Result<(), Refused<E>> {
+        let shard = id.shard(self.shards.count);
+        let mut map = self.lock();
+        if self.closed[shard as usize].load(Ordering::Acquire) {
+            return Err(Refused::Elsewhere(command, reply));
+        }
+        let is_new = !matches!(map.slots.get(&id.key()), Some(Slot::Active(_)));
+        let reign = if is_new { self.shards.reign(shard) } else { None };
+        if is_new && reign.is_none() {
+            return Err(Refused::Elsewhere(command, reply));
+        }
+        let (actor, permit) = match self.admit(&mut map, id, shard, reign) {
+            Ok(admitted) => admitted,
+            Err(error) => return Err(Refused::Error(error, reply)),
+        };
+        let queued = Box::new(Queued { command, reply: Some(reply), permit: Some(permit), failures: 0 });
+        // An actor that ended this instant takes what it is told with it: its caller hears that nobody knows.
+        let _ = actor.cast(Msg::Command(queued));
+        Ok(())
+    }
+
+    /// A place among the commands in flight of an entity, who is activated if it is not there.
+    fn admit(
+        &self,
+        map: &mut Map<E>,
+        id: &EntityId,
+        shard: u32,
+        reign: Option<Arc<Reign>>,
+    ) -> Result<(ActorRef<Msg<E>>, Permit), CommandError> {
+        let load = &self.shard_load[shard as usize];
         let overloaded = || {
             metrics::counter!("patchbay_actors_overloaded_total", "kind" => id.kind()).increment(1);
             CommandError::overloaded(RETRY_AFTER_MS)
         };
-        let mut map = self.lock();
-        let is_new = !matches!(map.slots.get(&key), Some(Slot::Active(_)));
-        if is_new && (shard.load(Ordering::Relaxed) >= SHARD_IN_FLIGHT_MAX || !self.may_grow(&map)) {
+        if reign.is_some() && (load.load(Ordering::Relaxed) >= SHARD_IN_FLIGHT_MAX || !self.may_grow(map)) {
             return Err(overloaded());
         }
-        let (actor, in_flight) = self.activate(&mut map, id, key)?;
-        let permit = Permit::take(&in_flight, shard).ok_or_else(overloaded)?;
-        let (reply, answer) = oneshot::channel();
-        let queued = Box::new(Queued { command, reply: Some(reply), permit: Some(permit), failures: 0 });
-        actor.cast(Msg::Command(queued)).map_err(|_| CommandError::overloaded(RETRY_AFTER_MS))?;
-        Ok(Answer(answer))
+        let (actor, in_flight) = self.activate(map, id, id.key(), reign)?;
+        let permit = Permit::take(&in_flight, load).ok_or_else(overloaded)?;
+        Ok((actor, permit))
     }
 
     /// Whether another entity may become active: not past [`ACTIVE_MAX`], nor while memory is short for good.
@@ -161,6 +276,7 @@ impl<E: LogEntity> Slots<E> {
         map: &mut Map<E>,
         id: &EntityId,
         key: [u8; 16],
+        reign: Option<Arc<Reign>>,
     ) -> Result<(ActorRef<Msg<E>>, Arc<AtomicU32>), CommandError> {
         let now = Instant::now();
         let failures = match map.slots.get_mut(&key) {
@@ -175,10 +291,11 @@ impl<E: LogEntity> Slots<E> {
             Some(Slot::Resting { failures, .. }) => *failures,
             None => 0,
         };
+        let reign = reign.ok_or_else(CommandError::unavailable)?;
         let gate = map.gates.get(&key).and_then(Weak::upgrade).unwrap_or_default();
         map.gates.insert(key, Arc::downgrade(&gate));
         let supervisor = self.supervisor.get().ok_or_else(|| CommandError::overloaded(RETRY_AFTER_MS))?;
-        let args = (id.clone(), gate);
+        let args = (id.clone(), reign, gate);
         let actor =
             LogActor { entity: self.entity.clone(), shards: self.shards.clone(), slots: self.me.clone() };
         // Without a name nothing can be taken already.

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use patchbay_protocol::CommandError;
 use patchbay_protocol::ids::EntityId;
-use ractor::{Actor, ActorProcessingErr, ActorRef, ActorRuntime};
+use ractor::{Actor, ActorProcessingErr, ActorRef, ActorRuntime, ActorStatus};
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
@@ -103,8 +103,32 @@ impl<E: SoftEntity> SoftSlots<E> {
 
     /// Hands a command to an entity.
     pub fn send(&self, id: &EntityId, command: E::Command) -> Result<Answer<E::Reply>, CommandError> {
+        let (reply, answer) = oneshot::channel();
+        self.hand(id, command, reply).map(|()| Answer::from(answer)).map_err(|(error, _)| error)
+    }
+
+    /// The same, answered to `reply`; whom to tell when it is refused.
+    pub fn hand(
+        &self,
+        id: &EntityId,
+        command: E::Command,
+        reply: ReplyTo<E>,
+    ) -> Result<(), (CommandError, ReplyTo<E>)> {
+        match self.admit(id) {
+            Ok((actor, permit)) => {
+                // An actor that ended this instant takes what it is told with it.
+                let _ = actor.cast(Msg::Command(command, Some(reply), Some(permit)));
+                Ok(())
+            }
+            Err(error) => Err((error, reply)),
+        }
+    }
+
+    fn admit(&self, id: &EntityId) -> Result<(ActorRef<Msg<E>>, Permit), CommandError> {
         let mut map = self.lock();
-        if !map.contains_key(id) {
+        let ended =
+            |s: &Slot<E>| matches!(s.actor.get_status(), ActorStatus::Stopping | ActorStatus::Stopped);
+        if map.get(id).is_none_or(ended) {
             let actor = SoftActor { entity: self.entity.clone(), slots: self.me.clone() };
             let (actor, _) = ActorRuntime::spawn_instant(None, actor, id.clone())
                 .map_err(|_| CommandError::overloaded(RETRY_AFTER_MS))?;
@@ -116,13 +140,7 @@ impl<E: SoftEntity> SoftSlots<E> {
         if slot.in_flight.fetch_update(Ordering::Relaxed, Ordering::Relaxed, below).is_err() {
             return Err(CommandError::overloaded(RETRY_AFTER_MS));
         }
-        let permit = Permit(slot.in_flight.clone());
-        let (reply, answer) = oneshot::channel();
-        if slot.actor.cast(Msg::Command(command, Some(reply), Some(permit))).is_err() {
-            map.remove(id);
-            return Err(CommandError::overloaded(RETRY_AFTER_MS));
-        }
-        Ok(Answer::from(answer))
+        Ok((slot.actor.clone(), Permit(slot.in_flight.clone())))
     }
 
     /// Asks everything that was not used for `idle` to end.
@@ -131,6 +149,11 @@ impl<E: SoftEntity> SoftSlots<E> {
         for slot in self.lock().values().filter(|s| now.duration_since(s.used) >= idle) {
             let _ = slot.actor.cast(Msg::Idle);
         }
+    }
+
+    /// Forgets everybody of a shard that is another node's now. What they are at ends by itself.
+    pub fn close(&self, shard: u32, count: u32) {
+        self.lock().retain(|id, _| id.shard(count) != shard);
     }
 
     fn release(&self, id: &EntityId) -> bool {

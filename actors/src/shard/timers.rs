@@ -127,6 +127,18 @@ impl Timers {
         self.lock().shards.iter().filter(|(_, s)| s.marked).map(|(shard, _)| *shard).collect()
     }
 
+    /// A shard is another node's now: whatever of it waits, waits there.
+    pub fn forget(&self, shard: u32, count: u32) {
+        let mut inner = self.lock();
+        inner.due.retain(|(_, entity)| entity.shard(count) != shard);
+        inner.shards.remove(&shard);
+    }
+
+    /// The last hour whose rows are read, or are about to be.
+    pub fn read_up_to(&self) -> i64 {
+        self.read_up_to.load(Ordering::Acquire)
+    }
+
     /// Shards whose mark may move, from where to where, in the hour `present`.
     pub fn movable(&self, present: i64) -> Vec<(u32, i64, i64)> {
         let inner = self.lock();

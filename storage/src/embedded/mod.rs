@@ -285,6 +285,11 @@ impl Engine for Embedded {
         self.ask(|reply| Job::CompareAndSet { key, expected, value, reply }).await
     }
 
+    /// The directory is locked.
+    fn is_exclusive(&self) -> bool {
+        true
+    }
+
     async fn documents(
         &self,
         scope: &str,

@@ -188,6 +188,27 @@ impl Documents<'_> {
         }
     }
 
+    /// One try, which is waited for no longer than `patience`.
+    pub(super) async fn try_once(
+        &self,
+        key: &DocumentKey,
+        expected: Option<u64>,
+        value: Option<&Bytes>,
+        patience: Duration,
+    ) -> Result<CasOutcome, WriteError> {
+        let writer: [u8; 16] = rand::random();
+        let tried = tokio::time::timeout(patience, self.attempt(key, expected, value, &writer)).await;
+        match tried.unwrap_or(Try::Unknown) {
+            Try::Applied => Ok(CasOutcome::Applied),
+            Try::Refused(found) if found.as_ref().is_some_and(|f| f.writer == writer[..]) => {
+                Ok(CasOutcome::Applied)
+            }
+            Try::Refused(found) => Ok(CasOutcome::Refused(found.and_then(Stored::document))),
+            Try::NotBegun => Err(WriteError::Refused),
+            Try::Unknown => Err(WriteError::Unknown),
+        }
+    }
+
     async fn attempt(
         &self,
         key: &DocumentKey,

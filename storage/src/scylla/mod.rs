@@ -506,6 +506,16 @@ impl Engine for Scylla {
         self.documents().compare_and_set(&key, expected, value.as_ref()).await
     }
 
+    async fn try_compare_and_set(
+        &self,
+        key: DocumentKey,
+        expected: Option<u64>,
+        value: Option<Bytes>,
+        patience: Duration,
+    ) -> Result<CasOutcome, WriteError> {
+        self.documents().try_once(&key, expected, value.as_ref(), patience).await
+    }
+
     async fn documents(
         &self,
         scope: &str,

@@ -57,7 +57,7 @@ impl<E: LogEntity> LogActor<E> {
             at.derive = Derive::Clean;
             return;
         }
-        let Ok(stamp) = self.shards.stamps[at.key.shard as usize].next() else { return };
+        let Ok(stamp) = at.reign.stamp() else { return };
         let upto = live.confirmed;
         // Of one id the last entry wins. Nothing is in flight: all that is recent is confirmed.
         let last: Vec<(IdKey, u64)> = live.recent_ids.iter().map(|(id, seq)| (*id, *seq)).collect();
@@ -137,7 +137,7 @@ impl<E: LogEntity> LogActor<E> {
         if open.is_some_and(|seq| seq <= snapshot.seq) || snapshot.seq <= live.snapshot_seq {
             return;
         }
-        let Ok(stamp) = self.shards.stamps[at.key.shard as usize].next() else { return };
+        let Ok(stamp) = at.reign.stamp() else { return };
         live.snapshot_seq = snapshot.seq;
         let (logs, write) = (self.shards.logs.clone(), Logs::snapshot_write(at.key, stamp, &snapshot));
         tokio::spawn(async move { logs.write_until_answered(write).await });
@@ -154,7 +154,7 @@ impl<E: LogEntity> LogActor<E> {
         {
             return None;
         }
-        let stamp = self.shards.stamps[at.key.shard as usize].next().ok()?;
+        let stamp = at.reign.stamp().ok()?;
         live.snapshot_seq = live.confirmed;
         Some(Logs::snapshot_write(at.key, stamp, &live.snapshot()))
     }

@@ -27,9 +27,9 @@ impl<E: LogEntity> LogActor<E> {
         // An append that a lost actor left behind is answered first.
         let _gate = at.gate.clone().lock_owned().await;
         let logs = &self.shards.logs;
-        let stamps = &self.shards.stamps[at.key.shard as usize];
+        let reign = at.reign.clone();
         let own = |stamp: Stamp| {
-            if stamp.epoch() > stamps.epoch() { Err(AdoptError::Succeeded(stamp)) } else { Ok(()) }
+            if stamp.epoch() > reign.epoch() { Err(AdoptError::Succeeded(stamp)) } else { Ok(()) }
         };
         let snapshot = match logs.snapshot(at.key).await? {
             Some((stamp, snapshot)) => {
@@ -48,11 +48,11 @@ impl<E: LogEntity> LogActor<E> {
         tail.confirmed = tail.confirmed.max(at.confirmed.min(tail.rows.last().map_or(base, |r| r.seq)));
         tail.stamp_max.map_or(Ok(()), own)?;
         let adopted = tail.rows.last().map_or(base, |r| r.seq);
-        let ticket = (adopted > base).then(|| self.shards.activity.begin(at.key.shard, at.key.entity));
+        let mut ticket = (adopted > base).then(|| reign.activity.begin(at.key.entity));
         if let Some(ticket) = &ticket {
             // The successor of a crash here must find this entity again.
             let activity = Activity { entity: at.id.clone(), lowest: base + 1 };
-            let stamp = stamps.next().map_err(|_| AdoptError::Unavailable)?;
+            let stamp = reign.stamp().map_err(|_| AdoptError::Unavailable)?;
             let row = Tables::activity_write(at.key.shard, ticket.bucket, stamp, &activity);
             match logs.write_if_room(row.clone()).await {
                 Ok(()) => ticket.row_written(),
@@ -66,7 +66,7 @@ impl<E: LogEntity> LogActor<E> {
                 }
             }
             if adopted > tail.confirmed {
-                let stamp = stamps.next().map_err(|_| AdoptError::Unavailable)?;
+                let stamp = reign.stamp().map_err(|_| AdoptError::Unavailable)?;
                 logs.rewrite(at.key, stamp, &tail).await?;
             }
         }
@@ -93,7 +93,7 @@ impl<E: LogEntity> LogActor<E> {
         }
         self.entity.prepare(&state).await;
         live.state = state;
-        if let (Some(ticket), true) = (&ticket, self.entity.publishes()) {
+        if let (Some(ticket), true) = (&mut ticket, self.entity.publishes()) {
             // What nobody had confirmed nobody has published.
             let rows: Vec<_> = tail
                 .rows
@@ -102,9 +102,8 @@ impl<E: LogEntity> LogActor<E> {
                 .map(|r| (r.seq, r.payload.clone()))
                 .collect();
             if !rows.is_empty() {
-                let bucket = ticket.bucket.bucket;
-                self.shards.activity.hold(at.key.shard, bucket);
-                self.entity.events(&live.state, at.key, bucket, &rows);
+                ticket.hold_events();
+                self.entity.events(&live.state, at.key, ticket.bucket, &rows);
             }
         }
         at.tickets.extend(ticket.map(|t| (adopted, t)));

@@ -8,9 +8,9 @@ use patchbay_storage::log::LogKey;
 use ractor::ActorRef;
 use tokio::sync::oneshot;
 
-use crate::shard::Shards;
 use crate::shard::entity::LogEntity;
 use crate::shard::slots::Permit;
+use crate::shard::{Reign, Shards};
 
 /// A command with whom to answer and the place that it holds.
 pub struct Queued<E: LogEntity> {
@@ -53,6 +53,8 @@ pub enum Msg<E: LogEntity> {
     Wake,
     /// Nobody has asked for a while.
     Idle,
+    /// Its shard goes to another node.
+    Leave,
     /// An effect wants to see the state.
     Peek(Look<E::State>),
 }
@@ -62,11 +64,17 @@ pub struct Handle<E: LogEntity> {
     pub(super) actor: ActorRef<Msg<E>>,
     pub(super) shards: Arc<Shards>,
     pub(super) key: LogKey,
+    pub(super) reign: Arc<Reign>,
 }
 
 impl<E: LogEntity> Clone for Handle<E> {
     fn clone(&self) -> Self {
-        Self { actor: self.actor.clone(), shards: self.shards.clone(), key: self.key }
+        Self {
+            actor: self.actor.clone(),
+            shards: self.shards.clone(),
+            key: self.key,
+            reign: self.reign.clone(),
+        }
     }
 }
 
@@ -85,6 +93,11 @@ impl<E: LogEntity> Handle<E> {
     /// Whether the actor that this speaks to has ended: what it began goes on under the next one, from the log.
     pub fn has_ended(&self) -> bool {
         matches!(self.actor.get_status(), ractor::ActorStatus::Stopping | ractor::ActorStatus::Stopped)
+    }
+
+    /// Whether something new may be begun outside: the lease is held at this instant, and the shard stays.
+    pub fn may_begin(&self) -> bool {
+        self.reign.is_held_now() && !self.reign.is_leaving()
     }
 
     /// What the node's entities share.

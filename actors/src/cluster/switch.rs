@@ -1,0 +1,339 @@
+//! The way to an entity wherever it lives: here, on another node, or nowhere for the moment.
+//!
+//! A command goes to the node that holds its entity's shard. While a shard is on its way from one node to another its
+//! commands wait here, and go on when the map says where it is or when it is opened here: on that event, not on a timer.
+//! What comes back unanswered goes on under its own id; its owner knows a repeat by it.
+//!
+//! Guarantee: commands that one caller hands to one entity reach it in that order, also across a move: what came back
+//! goes before what came since, and nothing goes to a new owner while something is still under way to another.
+//! Bound: [`WAITING_MAX`] commands of a shard and [`WAITING_ALL_MAX`] in all wait, each at most [`WAITING_FOR`]; past that
+//! they are refused with `overloaded` and `retry_after_ms`, or `unavailable`.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::time::Duration;
+
+use patchbay_protocol::CommandError;
+use patchbay_protocol::command::{Command, Reply};
+use patchbay_protocol::ids::{AccountId, AgentId, ConversationId, EntityId, InboxId, TenantId};
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+
+use super::map::Incarnation;
+use crate::account::{AccountCommand, AccountReply};
+use crate::agent::{AgentCommand, AgentReply};
+use crate::inbox::{InboxCommand, InboxReply};
+
+/// Commands of one shard that wait for it to be somewhere.
+pub const WAITING_MAX: usize = 1024;
+/// Commands of all shards that wait.
+pub const WAITING_ALL_MAX: usize = 65_536;
+/// How long a command waits before it is refused.
+pub const WAITING_FOR: Duration = Duration::from_secs(30);
+/// Between two looks at commands that have waited too long.
+const WAITING_LOOK: Duration = Duration::from_secs(1);
+/// What a caller past a bound is told to wait.
+const RETRY_AFTER_MS: u64 = 1000;
+
+/// Whom to answer.
+pub type ReplyTo<T> = oneshot::Sender<Result<T, CommandError>>;
+
+/// A command on its way to its entity, with whom to answer.
+#[derive(Debug)]
+pub enum Parcel {
+    /// To a conversation.
+    Conversation(ConversationId, Box<Command>, ReplyTo<Reply>),
+    /// To a channel account.
+    Account(TenantId, AccountId, Box<AccountCommand>, ReplyTo<AccountReply>),
+    /// To an agent.
+    Agent(TenantId, AgentId, Box<AgentCommand>, ReplyTo<AgentReply>),
+    /// To an inbox.
+    Inbox(TenantId, InboxId, Box<InboxCommand>, ReplyTo<InboxReply>),
+}
+
+impl Parcel {
+    /// Whose it is.
+    pub fn entity(&self) -> EntityId {
+        match self {
+            Self::Conversation(id, ..) => EntityId::Conversation(*id),
+            Self::Account(tenant, account, ..) => EntityId::Account(tenant.clone(), account.clone()),
+            Self::Agent(tenant, agent, ..) => EntityId::Agent(tenant.clone(), agent.clone()),
+            Self::Inbox(tenant, inbox, ..) => EntityId::Inbox(tenant.clone(), inbox.clone()),
+        }
+    }
+
+    /// Answers that it was not done.
+    pub fn refuse(self, error: CommandError) {
+        // Whoever has stopped waiting repeats with the same ids.
+        match self {
+            Self::Conversation(.., reply) => drop(reply.send(Err(error))),
+            Self::Account(.., reply) => drop(reply.send(Err(error))),
+            Self::Agent(.., reply) => drop(reply.send(Err(error))),
+            Self::Inbox(.., reply) => drop(reply.send(Err(error))),
+        }
+    }
+}
+
+/// Where a shard is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// Here.
+    Here,
+    /// On another node.
+    There(Incarnation),
+    /// On its way.
+    Nowhere,
+}
+
+/// This node's entities.
+pub trait Local: Send + Sync + 'static {
+    /// Where a shard is, as far as this node knows.
+    fn place(&self, shard: u32) -> Place;
+
+    /// Hands a command to an entity here. It comes back when the shard is not, or not any more.
+    fn hand(&self, parcel: Parcel) -> Result<(), Parcel>;
+}
+
+/// The way to other nodes. What is sent is answered, or brought back by [`Switch::returned`]; either is told by
+/// [`Switch::settled`].
+pub trait Transport: Send + Sync + 'static {
+    /// Sends a command to another node. It comes back when there is no way to it.
+    fn send(&self, to: Incarnation, parcel: Parcel) -> Result<(), Parcel>;
+}
+
+#[derive(Default)]
+struct Shard {
+    /// What came back, and what came since.
+    returned: VecDeque<(Instant, Parcel)>,
+    waiting: VecDeque<(Instant, Parcel)>,
+    /// Commands under way to another node, and to which.
+    under_way: usize,
+    to: Option<Incarnation>,
+}
+
+impl Shard {
+    fn len(&self) -> usize {
+        self.returned.len() + self.waiting.len()
+    }
+}
+
+#[derive(Default)]
+struct Inner {
+    shards: HashMap<u32, Shard>,
+    waiting: usize,
+}
+
+/// What waits, and how much that is when it is let go of.
+struct Locked<'a> {
+    inner: MutexGuard<'a, Inner>,
+    busy: &'a AtomicUsize,
+}
+
+impl Drop for Locked<'_> {
+    fn drop(&mut self) {
+        self.busy.store(self.inner.shards.len(), Ordering::Release);
+    }
+}
+
+impl std::ops::Deref for Locked<'_> {
+    type Target = Inner;
+
+    fn deref(&self) -> &Inner {
+        &self.inner
+    }
+}
+
+impl std::ops::DerefMut for Locked<'_> {
+    fn deref_mut(&mut self) -> &mut Inner {
+        &mut self.inner
+    }
+}
+
+/// Sends commands where their entities live.
+pub struct Switch {
+    count: u32,
+    inner: Mutex<Inner>,
+    /// Shards of which something waits or is under way to another node.
+    busy: AtomicUsize,
+    local: OnceLock<Weak<dyn Local>>,
+    transport: OnceLock<Arc<dyn Transport>>,
+}
+
+impl std::fmt::Debug for Switch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Switch").field("waiting", &self.waiting()).finish_non_exhaustive()
+    }
+}
+
+impl Switch {
+    /// Among so many shards.
+    pub fn new(count: u32) -> Arc<Self> {
+        let inner = Mutex::default();
+        let busy = AtomicUsize::new(0);
+        Arc::new(Self { count, inner, busy, local: OnceLock::new(), transport: OnceLock::new() })
+    }
+
+    /// Says who lives here; once.
+    pub fn set_local(self: &Arc<Self>, local: Weak<dyn Local>) {
+        if self.local.set(local).is_ok() {
+            tokio::spawn(refuse_the_old(Arc::downgrade(self)));
+        }
+    }
+
+    /// Says how other nodes are reached; once.
+    pub fn set_transport(&self, transport: Arc<dyn Transport>) {
+        let _ = self.transport.set(transport);
+    }
+
+    fn lock(&self) -> Locked<'_> {
+        Locked { inner: self.inner.lock().unwrap_or_else(PoisonError::into_inner), busy: &self.busy }
+    }
+
+    /// Whether nothing waits, and nothing is under way to other nodes: then whoever lives here is told at once.
+    pub fn is_quiet(&self) -> bool {
+        self.busy.load(Ordering::Acquire) == 0
+    }
+
+    /// Commands that wait for their shard to be somewhere.
+    pub fn waiting(&self) -> usize {
+        self.lock().waiting
+    }
+
+    /// Of one shard.
+    pub fn waiting_for(&self, shard: u32) -> usize {
+        self.lock().shards.get(&shard).map_or(0, Shard::len)
+    }
+
+    /// Sends a command on its way. Returns at once.
+    pub fn send(&self, parcel: Parcel) -> Result<(), CommandError> {
+        let shard = parcel.entity().shard(self.count);
+        let mut inner = self.lock();
+        let queues = inner.shards.get(&shard).is_some_and(|s| s.len() > 0);
+        let parcel = if queues {
+            parcel
+        } else {
+            match self.pass(&mut inner, shard, parcel) {
+                Ok(()) => return Ok(()),
+                Err(parcel) => parcel,
+            }
+        };
+        let waiting = inner.shards.get(&shard).map_or(0, Shard::len);
+        if waiting >= WAITING_MAX || inner.waiting >= WAITING_ALL_MAX {
+            metrics::counter!("patchbay_actors_overloaded_total", "kind" => "shard").increment(1);
+            return Err(CommandError::overloaded(RETRY_AFTER_MS));
+        }
+        inner.waiting += 1;
+        inner.shards.entry(shard).or_default().waiting.push_back((Instant::now(), parcel));
+        Ok(())
+    }
+
+    /// A command came back from another node, or from an entity here whose shard goes: it goes on in its own order.
+    pub fn returned(&self, parcel: Parcel) {
+        let shard = parcel.entity().shard(self.count);
+        let mut inner = self.lock();
+        // It was let in once: it is not turned away for a bound now.
+        inner.waiting += 1;
+        inner.shards.entry(shard).or_default().returned.push_back((Instant::now(), parcel));
+        self.flush(&mut inner, shard);
+    }
+
+    /// A command to another node is no longer under way: it was answered, or has been returned.
+    pub fn settled(&self, shard: u32) {
+        let mut inner = self.lock();
+        if let Some(at) = inner.shards.get_mut(&shard) {
+            at.under_way = at.under_way.saturating_sub(1);
+            if at.under_way == 0 {
+                at.to = None;
+                if at.len() == 0 {
+                    inner.shards.remove(&shard);
+                    return;
+                }
+            }
+        }
+        self.flush(&mut inner, shard);
+    }
+
+    /// Something has changed about these shards: what waits is sent on where that can be.
+    pub fn moved(&self, shards: impl IntoIterator<Item = u32>) {
+        let mut inner = self.lock();
+        for shard in shards {
+            self.flush(&mut inner, shard);
+        }
+    }
+
+    /// Something has changed about any of them.
+    pub fn all_moved(&self) {
+        let mut inner = self.lock();
+        let shards: Vec<u32> = inner.shards.iter().filter(|(_, s)| s.len() > 0).map(|(n, _)| *n).collect();
+        for shard in shards {
+            self.flush(&mut inner, shard);
+        }
+    }
+
+    fn flush(&self, inner: &mut Inner, shard: u32) {
+        loop {
+            let Some(at) = inner.shards.get_mut(&shard) else { return };
+            let from_returned = !at.returned.is_empty();
+            let queue = if from_returned { &mut at.returned } else { &mut at.waiting };
+            let Some((since, parcel)) = queue.pop_front() else { break };
+            if let Err(parcel) = self.pass(inner, shard, parcel) {
+                let at = inner.shards.entry(shard).or_default();
+                let queue = if from_returned { &mut at.returned } else { &mut at.waiting };
+                queue.push_front((since, parcel));
+                return;
+            }
+            inner.waiting -= 1;
+        }
+        if inner.shards.get(&shard).is_some_and(|at| at.under_way == 0 && at.len() == 0) {
+            inner.shards.remove(&shard);
+        }
+    }
+
+    /// Passes a command on to where its shard is, if it is anywhere.
+    fn pass(&self, inner: &mut Inner, shard: u32, parcel: Parcel) -> Result<(), Parcel> {
+        let Some(local) = self.local.get().and_then(Weak::upgrade) else { return Err(parcel) };
+        let under_way = inner.shards.get(&shard).and_then(|at| at.to);
+        match local.place(shard) {
+            Place::Here if under_way.is_none() => local.hand(parcel),
+            Place::There(to) if under_way.is_none_or(|other| other == to) => {
+                let Some(transport) = self.transport.get() else { return Err(parcel) };
+                let at = inner.shards.entry(shard).or_default();
+                (at.under_way, at.to) = (at.under_way + 1, Some(to));
+                let sent = transport.send(to, parcel);
+                if sent.is_err() {
+                    let at = inner.shards.entry(shard).or_default();
+                    at.under_way -= 1;
+                    at.to = at.to.filter(|_| at.under_way > 0);
+                }
+                sent
+            }
+            Place::Here | Place::There(_) | Place::Nowhere => Err(parcel),
+        }
+    }
+}
+
+/// Refuses what has waited too long.
+async fn refuse_the_old(switch: Weak<Switch>) {
+    loop {
+        tokio::time::sleep(WAITING_LOOK).await;
+        let Some(strong) = switch.upgrade() else { return };
+        let mut old = Vec::new();
+        {
+            let mut inner = strong.lock();
+            for at in inner.shards.values_mut() {
+                for queue in [&mut at.returned, &mut at.waiting] {
+                    while queue.front().is_some_and(|(since, _)| since.elapsed() >= WAITING_FOR) {
+                        old.extend(queue.pop_front());
+                    }
+                }
+            }
+            inner.waiting -= old.len();
+            inner.shards.retain(|_, at| at.under_way > 0 || at.len() > 0);
+        }
+        metrics::gauge!("patchbay_shards_waiting_commands").set(strong.waiting() as f64);
+        for (_, parcel) in old {
+            parcel.refuse(CommandError::unavailable());
+        }
+    }
+}

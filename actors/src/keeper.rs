@@ -1,0 +1,447 @@
+//! What a node does for the shards that it holds, beside their entities: opens them, wakes what earlier reigns left,
+//! fires timers, moves marks, and lets them go.
+//!
+//! Guarantee: of a shard that is let go nothing is written under the reign that has ended, and whatever was asked of it
+//! and not answered is handed back.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
+
+use futures_util::StreamExt as _;
+use patchbay_protocol::ids::EntityId;
+use patchbay_storage::ReadError;
+use patchbay_storage::tables::{Mark, Tables, Timer, hour_of};
+use tokio::sync::{Notify, Semaphore, mpsc};
+use tokio::time::Instant;
+
+use crate::cluster::host::Action;
+use crate::cluster::member::Told;
+use crate::cluster::runtime::Membership;
+use crate::node::{Node, WAKE_AT_ONCE};
+use crate::shard::activity::unsettled;
+use crate::shard::{Reign, Shards};
+
+/// Shards read at once.
+const SHARDS_READ_AT_ONCE: usize = 64;
+/// Between two moves of the marks over what is settled: a mark that moved with every bucket would be a row for each
+/// message of a quiet shard.
+const SETTLE_LOOK: Duration = Duration::from_secs(20);
+/// Between two looks whether what earlier reigns left is published.
+const PUBLISHED_LOOK: Duration = Duration::from_millis(250);
+/// Between two tries of what the store or an entity did not answer.
+const RETRY_PAUSE: Duration = Duration::from_secs(5);
+/// The same of a shard that is to be opened.
+const OPEN_PAUSE: Duration = Duration::from_millis(200);
+/// Timers are looked at least this often.
+const TIMER_LOOK: Duration = Duration::from_secs(60);
+/// A shard that is to go waits this long for what is under way; what is left then is its successor's.
+const STOP_PATIENCE: Duration = Duration::from_millis(100);
+/// Between two looks whether that has ended.
+const STOP_LOOK: Duration = Duration::from_millis(2);
+/// A node that ends waits this long for the map to say that nothing is left to do.
+const LEAVE_PATIENCE: Duration = Duration::from_secs(1);
+
+/// What is wanted of shards, and who waits for it.
+#[derive(Default)]
+struct Wanted {
+    /// Shards that are to be open, and under which epoch.
+    open: Mutex<HashMap<u32, u32>>,
+    /// A reign has begun.
+    begun: Notify,
+}
+
+impl Wanted {
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<u32, u32>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Begins to keep the shards of a node. Whoever is alone has all of them when this returns.
+pub(crate) async fn start(node: &Arc<Node>, actions: mpsc::Receiver<Action>) {
+    let hour = hour_of(node.shards().clock.now());
+    node.shards().timers.reads_up_to(hour + 1);
+    let wanted = Arc::<Wanted>::default();
+    tokio::spawn(follow(Arc::downgrade(node)));
+    tokio::spawn(keep(Arc::downgrade(node), actions, wanted.clone()));
+    tokio::spawn(sweep(Arc::downgrade(node), wanted.clone()));
+    tokio::spawn(move_settled(Arc::downgrade(node)));
+    tokio::spawn(run_timers(Arc::downgrade(node), hour));
+    if node.is_alone() {
+        let all = node.shards().count as usize;
+        while node.shards().reigns().count() < all {
+            wanted.begun.notified().await;
+        }
+    }
+}
+
+/// Does what the map says, until this incarnation ends; then the node comes into the cluster as another one.
+async fn keep(node: Weak<Node>, mut actions: mpsc::Receiver<Action>, wanted: Arc<Wanted>) {
+    let places = Arc::new(Semaphore::new(SHARDS_READ_AT_ONCE));
+    loop {
+        let Some(membership) = node.upgrade().and_then(|n| n.membership()) else { return };
+        while let Some(action) = actions.recv().await {
+            let Some(strong) = node.upgrade() else { return };
+            match action {
+                Action::Open(shard, epoch, settled) => {
+                    wanted.lock().insert(shard, epoch);
+                    let reign = Reign::new(shard, epoch, settled, strong.shards().clock);
+                    let reign = reign.under(membership.clone());
+                    let (node, wanted, places) = (node.clone(), wanted.clone(), places.clone());
+                    tokio::spawn(open(node, membership.clone(), reign, wanted, places));
+                }
+                Action::Stop(shard) => {
+                    let Some(epoch) = wanted.lock().remove(&shard) else { continue };
+                    let membership = membership.clone();
+                    tokio::spawn(async move {
+                        stop(&strong, &membership, shard).await;
+                        membership.tell(Told::Stopped(shard, epoch)).await;
+                    });
+                }
+                Action::Abandon(shard) => {
+                    wanted.lock().remove(&shard);
+                    let_go(&strong, shard);
+                }
+            }
+        }
+        // Whoever leaves does not come back.
+        let Some(strong) = node.upgrade().filter(|n| !n.is_leaving()) else { return };
+        tracing::warn!(incarnation = membership.incarnation(), "the cluster went on without this node");
+        wanted.lock().clear();
+        (0..strong.shards().count).for_each(|shard| let_go(&strong, shard));
+        actions = loop {
+            match strong.join().await {
+                Ok(actions) => break actions,
+                Err(error) => tracing::warn!(%error, "the node cannot come back yet"),
+            }
+            tokio::time::sleep(RETRY_PAUSE).await;
+        };
+    }
+}
+
+/// Sends on what waits whenever the map says something new.
+async fn follow(node: Weak<Node>) {
+    loop {
+        let Some(mut maps) = node.upgrade().and_then(|n| n.membership()).map(|m| m.maps()) else { return };
+        while maps.changed().await.is_ok() {
+            let Some(strong) = node.upgrade() else { return };
+            maps.mark_unchanged();
+            strong.switch().all_moved();
+        }
+        // This incarnation has ended; another one follows.
+        tokio::time::sleep(OPEN_PAUSE).await;
+    }
+}
+
+/// Reads what is needed of a shard, and begins to serve it.
+async fn open(
+    node: Weak<Node>,
+    membership: Arc<Membership>,
+    reign: Reign,
+    wanted: Arc<Wanted>,
+    places: Arc<Semaphore>,
+) {
+    let (shard, epoch) = (reign.shard, reign.epoch());
+    loop {
+        let Ok(_place) = places.acquire().await else { return };
+        let Some(strong) = node.upgrade() else { return };
+        if wanted.lock().get(&shard) != Some(&epoch) {
+            return;
+        }
+        if read_timers(strong.shards(), shard).await.is_ok() {
+            if begin(&strong, reign, &wanted) {
+                strong.switch().moved([shard]);
+                wanted.begun.notify_waiters();
+                wanted.begun.notify_one();
+                membership.tell(Told::Opened(shard, epoch)).await;
+            }
+            return;
+        }
+        drop(strong);
+        tokio::time::sleep(OPEN_PAUSE).await;
+    }
+}
+
+/// Begins a reign, if it is still wanted.
+fn begin(node: &Node, reign: Reign, wanted: &Wanted) -> bool {
+    let (shard, epoch) = (reign.shard, reign.epoch());
+    let open = wanted.lock();
+    if open.get(&shard) != Some(&epoch) {
+        return false;
+    }
+    node.shards().begin(reign);
+    node.conversations().reopen(shard);
+    node.accounts().reopen(shard);
+    if let Some(outbox) = node.outbox() {
+        outbox.open(shard, epoch);
+    }
+    true
+}
+
+/// Lets what is under way in a shard end, and lets it go.
+async fn stop(node: &Arc<Node>, membership: &Membership, shard: u32) {
+    let Some(reign) = node.shards().reign(shard) else { return };
+    reign.leaves();
+    node.conversations().close(shard);
+    node.accounts().close(shard);
+    let until = Instant::now() + STOP_PATIENCE;
+    let under_way = || node.conversations().active_in(shard) + node.accounts().active_in(shard);
+    while under_way() > 0 && Instant::now() < until {
+        tokio::time::sleep(STOP_LOOK).await;
+    }
+    if reign.is_swept()
+        && let Some((from, mark)) = reign.activity.close()
+    {
+        settle(node, &reign, from, mark).await;
+    }
+    if reign.is_swept() && reign.activity.is_settled() {
+        membership.tell(Told::Settled(shard, reign.epoch())).await;
+    }
+    let_go(node, shard);
+}
+
+/// Forgets everything of a shard, at once.
+fn let_go(node: &Arc<Node>, shard: u32) {
+    if node.shards().end(shard).is_none() {
+        return;
+    }
+    node.conversations().close(shard);
+    node.accounts().close(shard);
+    node.close_soft(shard);
+    node.shards().timers.forget(shard, node.shards().count);
+    if let Some(outbox) = node.outbox() {
+        outbox.close(shard);
+    }
+}
+
+/// Ends every reign in order: whoever comes next has nobody to wake where nothing is left to do.
+pub(crate) async fn finish(node: &Arc<Node>) {
+    let Some(membership) = node.membership() else { return };
+    let mut done = HashMap::new();
+    for reign in node.shards().reigns().filter(|r| r.is_swept()) {
+        if let Some((from, mark)) = reign.activity.close() {
+            settle(node, &reign, from, mark).await;
+        }
+        if reign.activity.is_settled() {
+            done.insert(reign.shard, reign.epoch());
+            membership.tell(Told::Settled(reign.shard, reign.epoch())).await;
+        }
+    }
+    let mut maps = membership.maps();
+    let shown = maps.wait_for(|(_, map)| {
+        done.iter().all(|(shard, epoch)| map.shards.get(*shard as usize).is_none_or(|s| s.settled >= *epoch))
+    });
+    // What the map does not say is looked for by whoever comes next.
+    let _ = tokio::time::timeout(LEAVE_PATIENCE, shown).await;
+    membership.leave().await;
+}
+
+/// Moves a shard's mark, and drops the buckets that it leaves.
+async fn settle(node: &Node, reign: &Reign, from: u64, mark: Mark) {
+    let Ok(stamp) = reign.stamp() else { return };
+    let shards = node.shards();
+    if shards.logs.write_if_room(Tables::mark_write(reign.shard, stamp, mark)).await.is_ok() {
+        for bucket in from..mark.bucket {
+            // What a lost drop leaves is read and found settled by the next sweep.
+            let _ = shards.tables.drop_activity(reign.shard, Mark { bucket, ..mark }, stamp).await;
+        }
+    }
+}
+
+/// Moves the marks of shards whose buckets are settled, once everything of earlier reigns is in hand.
+async fn move_settled(node: Weak<Node>) {
+    loop {
+        tokio::time::sleep(SETTLE_LOOK).await;
+        let Some(strong) = node.upgrade() else { return };
+        let moved: Vec<_> = strong
+            .shards()
+            .reigns()
+            .filter(|reign| reign.is_swept() && reign.is_held_now())
+            .filter_map(|reign| reign.activity.newly_settled().map(|(from, mark)| (reign, from, mark)))
+            .collect();
+        futures_util::stream::iter(&moved)
+            .for_each_concurrent(WAKE_AT_ONCE, |(reign, from, mark)| settle(&strong, reign, *from, *mark))
+            .await;
+    }
+}
+
+/// A reign, and which entities of earlier ones have not answered yet; none: that is not known.
+type Unswept = (Arc<Reign>, Option<HashSet<EntityId>>);
+
+/// Wakes every entity that an earlier reign may have left with something to derive or hand on, until all have
+/// answered; only then may marks of this one be written.
+async fn sweep(node: Weak<Node>, wanted: Arc<Wanted>) {
+    let mut left: HashMap<u32, Unswept> = HashMap::new();
+    loop {
+        {
+            let Some(strong) = node.upgrade() else { return };
+            for reign in strong.shards().reigns().filter(|r| !r.is_swept()) {
+                let is_new = left.get(&reign.shard).is_none_or(|(of, _)| of.epoch() != reign.epoch());
+                if is_new {
+                    left.insert(reign.shard, (reign, None));
+                }
+            }
+            left.retain(|_, (reign, _)| reign.is_held_now());
+            look(&strong, &mut left).await;
+            wake(&strong, &mut left).await;
+            end(&strong, &mut left).await;
+        }
+        let unanswered = left.values().any(|(_, l)| l.as_ref().is_none_or(|l| !l.is_empty()));
+        let pause = if unanswered { RETRY_PAUSE } else { PUBLISHED_LOOK };
+        let more = wanted.begun.notified();
+        if left.is_empty() {
+            // A node that is gone is noticed by the next look.
+            let _ = tokio::time::timeout(RETRY_PAUSE, more).await;
+        } else {
+            let _ = tokio::time::timeout(pause, more).await;
+        }
+    }
+}
+
+/// Reads which entities of earlier reigns have activity that is not settled.
+async fn look(node: &Node, left: &mut HashMap<u32, Unswept>) {
+    let tables = &node.shards().tables;
+    let unread: Vec<Arc<Reign>> =
+        left.values().filter(|(_, l)| l.is_none()).map(|(r, _)| r.clone()).collect();
+    let mut looks = futures_util::stream::iter(unread)
+        .map(|reign| async move {
+            let found = if reign.before().is_empty() {
+                Ok(HashMap::new())
+            } else {
+                match tables.marks(reign.shard).await {
+                    Ok(marks) => unsettled(tables, &reign, marks.settled, reign.before()).await,
+                    Err(error) => Err(error),
+                }
+            };
+            (reign.shard, found)
+        })
+        .buffer_unordered(SHARDS_READ_AT_ONCE);
+    let mut entities = 0;
+    while let Some((shard, found)) = looks.next().await {
+        if let (Ok(found), Some((_, of))) = (found, left.get_mut(&shard)) {
+            entities += found.len();
+            *of = Some(found.into_keys().collect());
+        }
+    }
+    if entities > 0 {
+        tracing::info!(entities, "waking what an earlier reign left");
+    }
+}
+
+async fn wake(node: &Node, left: &mut HashMap<u32, Unswept>) {
+    let count = node.shards().count;
+    let all: Vec<EntityId> =
+        left.values_mut().filter_map(|(_, l)| l.as_mut()).flat_map(std::mem::take).collect();
+    for id in node.wake_all(all).await {
+        if let Some((_, Some(of))) = left.get_mut(&id.shard(count)) {
+            of.insert(id);
+        }
+    }
+}
+
+/// Notes of whom everything earlier is in hand: woken entities have activity of this reign, which covers what they have
+/// still to do.
+async fn end(node: &Node, left: &mut HashMap<u32, Unswept>) {
+    let Some(membership) = node.membership() else { return };
+    let mut settled = Vec::new();
+    left.retain(|shard, (reign, l)| {
+        let woken = l.as_ref().is_some_and(HashSet::is_empty);
+        let published = node.outbox().is_none_or(|outbox| outbox.has_caught_up(*shard));
+        let done = woken && published;
+        if done {
+            reign.has_swept();
+            if !reign.before().is_empty() {
+                settled.push(Told::Settled(*shard, reign.epoch() - 1));
+            }
+        }
+        !done
+    });
+    for told in settled {
+        membership.tell(told).await;
+    }
+}
+
+/// Fires timers. What fires looks, and does nothing when it has moved. One that is not answered fires again.
+async fn run_timers(node: Weak<Node>, mut hour: i64) {
+    let places = Arc::new(Semaphore::new(WAKE_AT_ONCE));
+    loop {
+        let Some(strong) = node.upgrade() else { return };
+        let shards = strong.shards().clone();
+        let timers = shards.timers.clone();
+        let now = shards.clock.now();
+        for Timer { entity, due } in timers.take_due(now) {
+            let shard = entity.shard(shards.count);
+            let (_, hold) = timers.hold(shard, due, now);
+            let (node, places) = (Arc::downgrade(&strong), places.clone());
+            tokio::spawn(async move {
+                // Until it is acked its row is one that whoever comes after us reads.
+                while let Some(strong) = node.upgrade().filter(|n| n.shards().reign(shard).is_some()) {
+                    let Ok(place) = places.acquire().await else { break };
+                    let woken = strong.wake(&entity).await;
+                    drop((place, strong));
+                    if woken {
+                        break;
+                    }
+                    tokio::time::sleep(RETRY_PAUSE).await;
+                }
+                drop(hold);
+            });
+        }
+        if hour_of(now) > hour {
+            match read_hours(&shards, hour + 2, hour_of(now) + 1).await {
+                Ok(()) => hour = hour_of(now),
+                Err(_) => tracing::warn!("timers of the next hour cannot be read yet"),
+            }
+        }
+        move_marks(&shards, hour).await;
+        drop(strong);
+        let next = timers.next_due().map_or(TIMER_LOOK, |at| at.since(shards.clock.now())).min(TIMER_LOOK);
+        tokio::select! {
+            () = tokio::time::sleep(next) => {}
+            () = timers.changed() => {}
+        }
+    }
+}
+
+/// Reads the timers of a shard in every hour that has not been left. Before any of its entities can arm another.
+async fn read_timers(shards: &Shards, shard: u32) -> Result<(), ReadError> {
+    let (tables, timers) = (&shards.tables, &shards.timers);
+    let Some(from) = tables.marks(shard).await?.fired_until else { return Ok(()) };
+    timers.marked(shard, from);
+    // Whoever reads further hours now reads them of this shard as well.
+    for hour in from..=timers.read_up_to() {
+        for timer in tables.timers(shard, hour).await? {
+            timers.arm(timer);
+        }
+    }
+    Ok(())
+}
+
+/// Reads the timers of hours that have come near.
+async fn read_hours(shards: &Shards, from: i64, to: i64) -> Result<(), ReadError> {
+    let (tables, timers) = (&shards.tables, &shards.timers);
+    timers.reads_up_to(to);
+    for shard in timers.marked_shards() {
+        for hour in from..=to {
+            for timer in tables.timers(shard, hour).await? {
+                timers.arm(timer);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Leaves the hours in which nothing is under way any more.
+async fn move_marks(shards: &Shards, present: i64) {
+    let (tables, timers) = (&shards.tables, &shards.timers);
+    for (shard, from, to) in timers.movable(present) {
+        let Some(reign) = shards.reign(shard).filter(|r| r.is_held_now()) else { continue };
+        let Ok(stamp) = reign.stamp() else { continue };
+        shards.logs.write_until_answered(Tables::fired_write(shard, stamp, to)).await;
+        timers.marked(shard, to);
+        for hour in from..to {
+            // What a lost drop leaves is never read again.
+            let _ = tables.drop_timers(shard, hour, stamp).await;
+        }
+    }
+}
