@@ -61,7 +61,7 @@ pub struct SetPresence {
 }
 
 /// What can be asked of an agent.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub enum AgentCommand {
     /// A socket opened.
     Connected {
@@ -80,7 +80,7 @@ pub enum AgentCommand {
 }
 
 /// How an agent is.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AgentReply {
     /// What it says, or `offline` without a socket.
     pub state: Presence,

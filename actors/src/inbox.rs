@@ -10,6 +10,7 @@ use bytes::Bytes;
 use patchbay_protocol::ids::{AccountId, AgentId, ConversationId, EntityId, InboxId, TenantId};
 use patchbay_protocol::summary::{Status, Summary};
 use patchbay_protocol::{CommandError, Timestamp};
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tokio::time::Instant;
 
@@ -22,7 +23,7 @@ use crate::shard::soft::{Again, SoftEntity};
 pub const SHOW_PAUSE: Duration = Duration::from_millis(250);
 
 /// Which conversations.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Filter {
     /// In this state.
     pub status: Option<Status>,
@@ -33,11 +34,11 @@ pub struct Filter {
 }
 
 /// A place in the list: after the conversation that was updated then.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Position(pub Reverse<Timestamp>, pub ConversationId);
 
 /// What can be asked of an inbox.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub enum InboxCommand {
     /// A conversation's summary is new.
     Changed(Box<Summary>),
@@ -59,7 +60,7 @@ pub enum InboxCommand {
 }
 
 /// What an inbox answers.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum InboxReply {
     /// Done.
     Taken,

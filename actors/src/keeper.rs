@@ -123,9 +123,13 @@ async fn keep(node: Weak<Node>, mut actions: mpsc::Receiver<Action>, wanted: Arc
 async fn follow(node: Weak<Node>) {
     loop {
         let Some(mut maps) = node.upgrade().and_then(|n| n.membership()).map(|m| m.maps()) else { return };
+        maps.mark_changed();
         while maps.changed().await.is_ok() {
             let Some(strong) = node.upgrade() else { return };
-            maps.mark_unchanged();
+            let (_, map) = maps.borrow_and_update().clone();
+            if let Some(mesh) = strong.mesh() {
+                mesh.follow(&map);
+            }
             strong.switch().all_moved();
         }
         // This incarnation has ended; another one follows.

@@ -1,7 +1,7 @@
 //! A single node: every entity lives here. The composition of this crate, and its [`Router`].
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
 use futures_util::StreamExt as _;
@@ -11,6 +11,7 @@ use patchbay_protocol::ids::{AccountId, AgentId, ConversationId, EntityId, Inbox
 use patchbay_storage::events::{Delivered, Sink};
 use patchbay_storage::tables::Tables;
 use patchbay_storage::{CLUSTER, CasOutcome, DocumentKey, Engine, ReadError, WriteError};
+use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::account::{Account, AccountCommand, AccountReply, OutboundConfig};
@@ -19,6 +20,7 @@ use crate::clock::Clock;
 use crate::cluster::host::Action;
 use crate::cluster::map::ShardMap;
 use crate::cluster::member::Told;
+use crate::cluster::mesh::{Here, Identity, Mesh};
 use crate::cluster::runtime::{ClusterConfig, Membership};
 use crate::cluster::store::Store;
 use crate::cluster::switch::{Local, Parcel, Place, Switch};
@@ -93,6 +95,8 @@ pub struct NodeConfig {
     pub memory: memory::Gauge,
     /// Its place in the cluster.
     pub cluster: ClusterConfig,
+    /// Where other nodes reach it; none: nowhere.
+    pub mesh: Option<TcpListener>,
 }
 
 impl NodeConfig {
@@ -115,6 +119,7 @@ impl NodeConfig {
             idle_after: Duration::from_secs(120),
             memory: Box::new(|| Memory::Enough),
             cluster: ClusterConfig::default(),
+            mesh: None,
         }
     }
 }
@@ -149,6 +154,7 @@ pub struct Node {
     inboxes: Arc<SoftSlots<Inbox>>,
     outbox: Option<Arc<Outbox>>,
     switch: Arc<Switch>,
+    mesh: OnceLock<Arc<Mesh>>,
     membership: Mutex<Option<Arc<Membership>>>,
     leaving: AtomicBool,
     engine: Arc<dyn Engine>,
@@ -243,6 +249,7 @@ impl Node {
             inboxes: SoftSlots::new(Inbox::new(config.publisher, directory.clone(), config.clock)),
             outbox,
             switch: Switch::new(config.shards),
+            mesh: OnceLock::new(),
             membership: Mutex::default(),
             leaving: AtomicBool::new(false),
             engine: config.engine,
@@ -272,6 +279,12 @@ impl Node {
                 switch.returned(Parcel::Account(tenant.clone(), account.clone(), Box::new(command), reply));
             }
         }));
+        if let Some(listener) = config.mesh {
+            let identity = Identity { cluster: node.cluster.name.clone(), shards: config.shards };
+            let here: Weak<dyn Here> = Arc::downgrade(&(node.clone() as Arc<dyn Here>));
+            let mesh = node.mesh.get_or_init(|| Mesh::start(identity, listener, node.switch.clone(), here));
+            node.switch.set_transport(mesh.clone());
+        }
         let actions = node.join().await?;
         if let Some(delivered) = delivered {
             tokio::spawn(begin_outbox(Arc::downgrade(&node), router, delivered));
@@ -334,6 +347,11 @@ impl Node {
     /// The documents of tenants.
     pub fn directory(&self) -> &Arc<Directory> {
         &self.directory
+    }
+
+    /// The links to other nodes; none: it has none.
+    pub fn mesh(&self) -> Option<&Arc<Mesh>> {
+        self.mesh.get()
     }
 
     /// The way to entities wherever they live.
@@ -489,7 +507,9 @@ impl Router for Node {
                 Err(Refused::Elsewhere(command, reply)) => parcel = (command, reply),
             }
         }
-        self.switch.send(Parcel::Conversation(id, Box::new(parcel.0), parcel.1))?;
+        self.switch
+            .send(Parcel::Conversation(id, Box::new(parcel.0), parcel.1))
+            .map_err(|refused| refused.0)?;
         Ok(answer.into())
     }
 
@@ -500,7 +520,9 @@ impl Router for Node {
         command: AccountCommand,
     ) -> Result<Answer<AccountReply>, CommandError> {
         let (reply, answer) = oneshot::channel();
-        self.switch.send(Parcel::Account(tenant.clone(), account.clone(), Box::new(command), reply))?;
+        self.switch
+            .send(Parcel::Account(tenant.clone(), account.clone(), Box::new(command), reply))
+            .map_err(|refused| refused.0)?;
         Ok(answer.into())
     }
 
@@ -511,7 +533,9 @@ impl Router for Node {
         command: AgentCommand,
     ) -> Result<Answer<AgentReply>, CommandError> {
         let (reply, answer) = oneshot::channel();
-        self.switch.send(Parcel::Agent(tenant.clone(), agent.clone(), Box::new(command), reply))?;
+        self.switch
+            .send(Parcel::Agent(tenant.clone(), agent.clone(), Box::new(command), reply))
+            .map_err(|refused| refused.0)?;
         Ok(answer.into())
     }
 
@@ -522,12 +546,42 @@ impl Router for Node {
         command: InboxCommand,
     ) -> Result<Answer<InboxReply>, CommandError> {
         let (reply, answer) = oneshot::channel();
-        self.switch.send(Parcel::Inbox(tenant.clone(), inbox.clone(), Box::new(command), reply))?;
+        self.switch
+            .send(Parcel::Inbox(tenant.clone(), inbox.clone(), Box::new(command), reply))
+            .map_err(|refused| refused.0)?;
         Ok(answer.into())
     }
 
     fn is_full(&self, tenant: &TenantId, account: &AccountId) -> bool {
         self.accounts.entity().is_full(EntityId::Account(tenant.clone(), account.clone()).key())
+    }
+}
+
+impl Here for Node {
+    fn incarnation(&self) -> u32 {
+        self.incarnation()
+    }
+
+    fn take(&self, parcel: Parcel) -> Result<(), Parcel> {
+        if matches!(self.place(parcel.entity().shard(self.shards.count)), Place::There(_)) {
+            return Err(parcel);
+        }
+        self.hand(parcel).or_else(|parcel| {
+            // It is being opened, or is about to go: it waits here until either has happened.
+            self.switch.send(parcel).or_else(|refused| {
+                let (error, parcel) = *refused;
+                parcel.refuse(error);
+                Ok(())
+            })
+        })
+    }
+
+    fn heard(&self, version: u64) {
+        if version > self.map_version()
+            && let Some(membership) = self.membership()
+        {
+            membership.hear(version);
+        }
     }
 }
 
@@ -542,6 +596,10 @@ impl Local for Node {
             Some(other) if other != membership.incarnation() => Place::There(other),
             Some(_) | None => Place::Nowhere,
         }
+    }
+
+    fn map_version(&self) -> u64 {
+        self.membership().map_or(0, |membership| membership.map().0)
     }
 
     fn hand(&self, parcel: Parcel) -> Result<(), Parcel> {

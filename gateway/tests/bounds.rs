@@ -659,6 +659,20 @@ const SECTIONS: &[(&str, &[Row])] = &[
                 "the successor adopts it; what is left is taken over",
                 "",
             ),
+            Row(
+                "requests of a lane to another node that wait to go out; that are not answered; envelopes and bytes that go out together; batches that wait for the stream",
+                "LANE_QUEUE_MAX, UNANSWERED_MAX, ENVELOPES_MAX, MESSAGE_BYTES_MAX, link.rs/BATCHES_MAX, serve.rs/BATCHES_MAX",
+                "link.rs/unanswered, mesh/mod.rs/peers",
+                "commands wait for their shard; a caller with too much unanswered is not read any more",
+                "patchbay_shards_waiting_commands",
+            ),
+            Row(
+                "a node that is reached, or says who it is; one that says nothing; between two tries to reach it",
+                "link.rs/CONNECT_TIMEOUT, HELLO_TIMEOUT, SILENCE_MAX, RECONNECT_PAUSE_MAX",
+                "",
+                "the lane is made again; what was not answered goes on under its own id",
+                "",
+            ),
             Row("the writer's epochs, one a shard", "cluster.shards", "writer.rs/epochs", "", ""),
             Row(
                 "documents at hand: configuration, accounts, keys in use",

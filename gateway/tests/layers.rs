@@ -32,7 +32,8 @@ const ALLOWED: [(&str, &[&str]); 8] = [
 
 /// What must not be in the tree at all, and what only one crate may use.
 const BANNED: [&str; 3] = ["aws-lc-sys", "openssl-sys", "native-tls"];
-const ONLY_IN: [(&str, &str); 5] = [
+const ONLY_IN: [(&str, &str); 6] = [
+    ("tonic", "patchbay-actors"),
     ("ractor", "patchbay-actors"),
     ("fjall", "patchbay-storage"),
     ("scylla", "patchbay-storage"),

@@ -171,7 +171,8 @@ pub struct Channel {
 }
 
 /// Where a command is meant to act. A conversation of another tenant or account answers as if it did not exist.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "ScopeOnTheWire", into = "ScopeOnTheWire")]
 pub struct Scope {
     /// The tenant.
     pub tenant: TenantId,
@@ -183,8 +184,42 @@ pub struct Scope {
     pub channel: Channel,
 }
 
+/// The same between nodes: what Patchbay asks of itself names nobody.
+#[derive(Serialize, Deserialize)]
+struct ScopeOnTheWire {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    tenant: Option<TenantId>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    account: Option<AccountId>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    inbox: Option<InboxId>,
+    channel: Channel,
+}
+
+impl From<Scope> for ScopeOnTheWire {
+    fn from(Scope { tenant, account, inbox, channel }: Scope) -> Self {
+        Self {
+            tenant: Some(tenant).filter(|t| *t != TenantId::nobody()),
+            account: Some(account).filter(|a| *a != AccountId::nobody()),
+            inbox: Some(inbox).filter(|i| *i != InboxId::nobody()),
+            channel,
+        }
+    }
+}
+
+impl From<ScopeOnTheWire> for Scope {
+    fn from(wire: ScopeOnTheWire) -> Self {
+        Self {
+            tenant: wire.tenant.unwrap_or_else(TenantId::nobody),
+            account: wire.account.unwrap_or_else(AccountId::nobody),
+            inbox: wire.inbox.unwrap_or_else(InboxId::nobody),
+            channel: wire.channel,
+        }
+    }
+}
+
 /// A command to a conversation.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Command {
     /// Made at the door; a repeat is recognised by it.
     pub id: CommandId,
@@ -199,7 +234,7 @@ pub struct Command {
 }
 
 /// The first message of a thread: who the customer is.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Opening {
     /// The thread key that the conversation's id is derived from.
     pub thread: String,
@@ -208,7 +243,7 @@ pub struct Opening {
 }
 
 /// What is asked of a conversation.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 #[allow(missing_docs)]
 pub enum Request {
     /// From an agent, the API or an automation. `opening` when it may be the thread's first message.
@@ -300,7 +335,7 @@ impl Request {
 }
 
 /// A conversation's answer.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Reply {
     /// To [`Request::Send`] and [`Request::Note`].
     Sent(SendReply),
@@ -319,7 +354,7 @@ pub enum Reply {
 }
 
 /// Where a log ends, by its owner's word.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tip {
     /// The highest confirmed `seq`; 0 when the conversation does not exist.
     pub seq: u64,

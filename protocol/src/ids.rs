@@ -218,7 +218,7 @@ impl<'de> Deserialize<'de> for ConversationId {
 }
 
 /// The id that a command is given at the door; its entries keep it, so that a repeat is recognised.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
 pub struct CommandId(pub [u8; 16]);
 
 /// `<conversation>-<seq>`: the name of an entry, also the opaque callback data of a send.

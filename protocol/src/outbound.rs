@@ -87,7 +87,7 @@ pub struct Outbound {
 }
 
 /// A signal to the customer that is not a message and is not retried.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Signal {
     /// The business has read up to this message of the customer.
     Read {

@@ -11,6 +11,7 @@ use patchbay_protocol::outbound::{Outbound, Signal, Verdict};
 use patchbay_protocol::receipt::MessageStatus;
 use patchbay_protocol::timestamp::Timestamp;
 use patchbay_storage::tables::{DeadLetter, Tables};
+use serde::{Deserialize, Serialize};
 
 use super::entity::{Account, Effect};
 use super::log::{AccountEntry, Record, address_id, send_id};
@@ -30,7 +31,7 @@ const KEPT_FOR: Duration = Duration::from_secs(24 * 3600);
 pub const NOT_SENT: &str = "not_sent";
 
 /// What can be asked of an account.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub enum AccountCommand {
     /// Whose thread these addresses are; all of them become aliases of it.
     Resolve {
@@ -105,7 +106,7 @@ pub enum AccountCommand {
 }
 
 /// A receipt to be kept.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct KeptReceipt {
     /// The conversation, where that is known.
     pub conversation: Option<ConversationId>,
@@ -116,7 +117,7 @@ pub struct KeptReceipt {
 }
 
 /// Whose thread addresses are.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ThreadReply {
     /// The thread key.
     pub thread: String,
@@ -125,7 +126,7 @@ pub struct ThreadReply {
 }
 
 /// What an account answers.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum AccountReply {
     /// Durable.
     Taken,

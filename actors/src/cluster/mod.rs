@@ -7,6 +7,7 @@ pub mod host;
 pub mod lease;
 pub mod map;
 pub mod member;
+pub mod mesh;
 pub mod placement;
 pub mod runtime;
 pub mod store;

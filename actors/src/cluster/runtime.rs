@@ -33,6 +33,8 @@ const JOIN_PAUSE: Duration = Duration::from_millis(200);
 /// What a node brings into its cluster.
 #[derive(Clone, Debug)]
 pub struct ClusterConfig {
+    /// The cluster's name.
+    pub name: String,
     /// Itself.
     pub member: Member,
     /// How long a lease lives that is not renewed.
@@ -46,6 +48,7 @@ pub struct ClusterConfig {
 impl Default for ClusterConfig {
     fn default() -> Self {
         Self {
+            name: "patchbay".into(),
             member: Member { name: "node".into(), mesh: None, capacity: 1, draining: false },
             ttl: Duration::from_millis(2500),
             moves_max: 64,
@@ -183,6 +186,11 @@ impl Membership {
     pub async fn tell(&self, told: Told) {
         // One that has ended needs to know nothing any more.
         let _ = self.told.send(told).await;
+    }
+
+    /// A newer version of the map was heard of. What is not heard now is heard with the next beat.
+    pub fn hear(&self, version: u64) {
+        let _ = self.told.try_send(Told::Heard(version));
     }
 
     /// Ends the lease, so that others need not wait for it to lapse. Nothing may be under way any more.

@@ -33,6 +33,8 @@ pub const WAITING_ALL_MAX: usize = 65_536;
 pub const WAITING_FOR: Duration = Duration::from_secs(30);
 /// Between two looks at commands that have waited too long.
 const WAITING_LOOK: Duration = Duration::from_secs(1);
+/// A node that does not know yet what it holds is asked again after this.
+const BEHIND_PAUSE: Duration = Duration::from_millis(20);
 /// What a caller past a bound is told to wait.
 const RETRY_AFTER_MS: u64 = 1000;
 
@@ -91,6 +93,9 @@ pub trait Local: Send + Sync + 'static {
     /// Where a shard is, as far as this node knows.
     fn place(&self, shard: u32) -> Place;
 
+    /// Which version of the map is known here.
+    fn map_version(&self) -> u64;
+
     /// Hands a command to an entity here. It comes back when the shard is not, or not any more.
     fn hand(&self, parcel: Parcel) -> Result<(), Parcel>;
 }
@@ -110,6 +115,10 @@ struct Shard {
     /// Commands under way to another node, and to which.
     under_way: usize,
     to: Option<Incarnation>,
+    /// Nothing goes out before the map has this version.
+    until: u64,
+    /// Nor while whoever should have it has not heard so.
+    paused: bool,
 }
 
 impl Shard {
@@ -206,7 +215,7 @@ impl Switch {
     }
 
     /// Sends a command on its way. Returns at once.
-    pub fn send(&self, parcel: Parcel) -> Result<(), CommandError> {
+    pub fn send(&self, parcel: Parcel) -> Result<(), Box<(CommandError, Parcel)>> {
         let shard = parcel.entity().shard(self.count);
         let mut inner = self.lock();
         let queues = inner.shards.get(&shard).is_some_and(|s| s.len() > 0);
@@ -221,7 +230,7 @@ impl Switch {
         let waiting = inner.shards.get(&shard).map_or(0, Shard::len);
         if waiting >= WAITING_MAX || inner.waiting >= WAITING_ALL_MAX {
             metrics::counter!("patchbay_actors_overloaded_total", "kind" => "shard").increment(1);
-            return Err(CommandError::overloaded(RETRY_AFTER_MS));
+            return Err(Box::new((CommandError::overloaded(RETRY_AFTER_MS), parcel)));
         }
         inner.waiting += 1;
         inner.shards.entry(shard).or_default().waiting.push_back((Instant::now(), parcel));
@@ -236,6 +245,31 @@ impl Switch {
         inner.waiting += 1;
         inner.shards.entry(shard).or_default().returned.push_back((Instant::now(), parcel));
         self.flush(&mut inner, shard);
+    }
+
+    /// A command came back from a node that knows this version of the map and does not have its shard.
+    pub fn not_owner(self: &Arc<Self>, parcel: Parcel, version: u64) {
+        let shard = parcel.entity().shard(self.count);
+        let known = self.local.get().and_then(Weak::upgrade).map_or(0, |local| local.map_version());
+        let mut inner = self.lock();
+        inner.waiting += 1;
+        let at = inner.shards.entry(shard).or_default();
+        at.returned.push_back((Instant::now(), parcel));
+        if version > known {
+            at.until = at.until.max(version);
+        } else if !std::mem::replace(&mut at.paused, true) {
+            // It has still to read what we have read, and nobody tells us when.
+            let switch = Arc::downgrade(self);
+            tokio::spawn(async move {
+                tokio::time::sleep(BEHIND_PAUSE).await;
+                let Some(switch) = switch.upgrade() else { return };
+                let mut inner = switch.lock();
+                if let Some(at) = inner.shards.get_mut(&shard) {
+                    at.paused = false;
+                }
+                switch.flush(&mut inner, shard);
+            });
+        }
     }
 
     /// A command to another node is no longer under way: it was answered, or has been returned.
@@ -293,7 +327,11 @@ impl Switch {
     /// Passes a command on to where its shard is, if it is anywhere.
     fn pass(&self, inner: &mut Inner, shard: u32, parcel: Parcel) -> Result<(), Parcel> {
         let Some(local) = self.local.get().and_then(Weak::upgrade) else { return Err(parcel) };
-        let under_way = inner.shards.get(&shard).and_then(|at| at.to);
+        let at = inner.shards.get(&shard);
+        if at.is_some_and(|at| at.paused || at.until > local.map_version()) {
+            return Err(parcel);
+        }
+        let under_way = at.and_then(|at| at.to);
         match local.place(shard) {
             Place::Here if under_way.is_none() => local.hand(parcel),
             Place::There(to) if under_way.is_none_or(|other| other == to) => {
