@@ -146,6 +146,7 @@ async fn open(
     places: Arc<Semaphore>,
 ) {
     let (shard, epoch) = (reign.shard, reign.epoch());
+    let named = Instant::now();
     loop {
         let Ok(_place) = places.acquire().await else { return };
         let Some(strong) = node.upgrade() else { return };
@@ -153,6 +154,7 @@ async fn open(
             return;
         }
         if read_timers(strong.shards(), shard).await.is_ok() {
+            reign.opened_in(named.elapsed());
             if begin(&strong, reign, &wanted) {
                 strong.switch().moved([shard]);
                 wanted.begun.notify_waiters();
@@ -237,6 +239,11 @@ pub(crate) async fn finish(node: &Arc<Node>) {
     });
     // What the map does not say is looked for by whoever comes next.
     let _ = tokio::time::timeout(LEAVE_PATIENCE, shown).await;
+    // Whatever waits here for where it is to go goes there while the map can still be followed.
+    let until = Instant::now() + LEAVE_PATIENCE;
+    while !node.switch().is_quiet() && Instant::now() < until {
+        tokio::time::sleep(STOP_LOOK).await;
+    }
     membership.leave().await;
 }
 

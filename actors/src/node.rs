@@ -280,7 +280,11 @@ impl Node {
             }
         }));
         if let Some(listener) = config.mesh {
-            let identity = Identity { cluster: node.cluster.name.clone(), shards: config.shards };
+            let identity = Identity {
+                cluster: node.cluster.name.clone(),
+                shards: config.shards,
+                tls: node.cluster.tls.clone(),
+            };
             let here: Weak<dyn Here> = Arc::downgrade(&(node.clone() as Arc<dyn Here>));
             let mesh = node.mesh.get_or_init(|| Mesh::start(identity, listener, node.switch.clone(), here));
             node.switch.set_transport(mesh.clone());

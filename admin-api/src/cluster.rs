@@ -1,18 +1,20 @@
-//! The cluster as the operator sees it: one node in this version, which holds every shard.
+//! The cluster as the operator sees it: its nodes, who holds which shard and why, and what is to move.
 
 use std::sync::Arc;
 
 use axum::Json;
-use axum::body::Body;
-use axum::extract::State;
-use axum::http::header;
+use axum::body::{Body, Bytes};
+use axum::extract::{Path, State};
+use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use futures_util::StreamExt as _;
-use serde::Serialize;
+use patchbay_actors::cluster::map::{ShardMap, Slot};
+use patchbay_actors::cluster::member::Told;
+use patchbay_actors::cluster::runtime::Membership;
+use patchbay_protocol::command::parse;
+use patchbay_protocol::{CommandError, ErrorCode, Timestamp};
+use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
-
-use patchbay_actors::cluster::map::Slot;
-use patchbay_protocol::{CommandError, ErrorCode};
 
 use crate::Api;
 use crate::extract::Operator;
@@ -23,17 +25,27 @@ use crate::problem::Failure;
 pub(crate) struct ClusterNode {
     /// This start's number.
     incarnation: u32,
-    /// Whether it serves.
+    /// Its name, which outlives its starts.
+    name: String,
+    /// `serving`, or `draining` when it is to give away what it has.
     status: String,
+    /// Where other nodes reach it.
+    mesh: Option<String>,
+    /// How much it takes beside the others.
+    capacity: u32,
     /// Shards that it holds.
-    shards: u32,
-    /// Entities in memory.
-    active: usize,
+    shards: usize,
+    /// Whether it is the one that answers.
+    here: bool,
+    /// Entities in memory; only of the one that answers.
+    active: Option<usize>,
 }
 
 /// The nodes.
 #[derive(Serialize, ToSchema)]
 pub(crate) struct ClusterNodes {
+    /// The version of the map that this is of.
+    version: u64,
     nodes: Vec<ClusterNode>,
 }
 
@@ -41,40 +53,207 @@ pub(crate) struct ClusterNodes {
 #[derive(Serialize, ToSchema)]
 pub(crate) struct ClusterShard {
     shard: u32,
-    /// The incarnation that holds it.
+    /// The incarnation that holds it: the last that may write.
     holder: u32,
-    /// Its epoch.
+    /// That node's name.
+    node: Option<String>,
+    /// Its epoch: every change of its holder raises it.
     epoch: u32,
+    /// The incarnation that is to have it next.
+    wish: Option<u32>,
 }
 
 /// The shards.
 #[derive(Serialize, ToSchema)]
 pub(crate) struct ClusterShards {
+    /// The version of the map that this is of.
+    version: u64,
     shards: Vec<ClusterShard>,
+}
+
+/// A shard, and why it is where it is.
+#[derive(Serialize, ToSchema)]
+pub(crate) struct ShardWhy {
+    #[serde(flatten)]
+    shard: ClusterShard,
+    /// Why, in words.
+    reason: String,
+    /// The node that an operator wants it at.
+    pinned: Option<String>,
+    /// Commands that wait for it at the node that answers.
+    waiting: usize,
+    /// Of the node that answers, if it serves the shard: since when, and how long its opening took.
+    serving: Option<Serving>,
+}
+
+/// How a shard is served here.
+#[derive(Serialize, ToSchema)]
+pub(crate) struct Serving {
+    /// Since when.
+    #[schema(value_type = String, format = DateTime)]
+    since: Timestamp,
+    /// From when the map named this node until it served.
+    opened_in_ms: u64,
+    /// Whether everything that earlier owners left is in hand.
+    caught_up: bool,
+}
+
+/// A move that is planned or under way.
+#[derive(Serialize, ToSchema)]
+pub(crate) struct ShardMove {
+    shard: u32,
+    /// The incarnation that holds it.
+    from: u32,
+    /// The one that is to have it.
+    to: u32,
+}
+
+/// What is to move.
+#[derive(Serialize, ToSchema)]
+pub(crate) struct ShardPlan {
+    /// The version of the map that this is of.
+    version: u64,
+    /// Moves under way: at most so many at once as the cluster is configured for.
+    moving: Vec<ShardMove>,
+    /// All that the plan wants, those included.
+    planned: Vec<ShardMove>,
+}
+
+/// Where an operator wants a shard.
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct MoveShard {
+    /// A node's name; null: wherever the plan wants it.
+    #[serde(deserialize_with = "Option::deserialize")]
+    to: Option<String>,
+}
+
+fn membership(api: &Api) -> Result<Arc<Membership>, Failure> {
+    api.desk.node().membership().ok_or_else(|| CommandError::unavailable().into())
+}
+
+fn shard_of(map: &ShardMap, shard: u32, slot: &Slot) -> Option<ClusterShard> {
+    let holder = slot.holder?;
+    let node = map.members.get(&holder).map(|m| m.name.clone());
+    Some(ClusterShard { shard, holder, node, epoch: slot.epoch, wish: slot.wish })
 }
 
 /// The nodes.
 #[utoipa::path(get, path = "/api/v1/cluster/nodes", responses((status = 200, body = ClusterNodes)), security(("key" = [])))]
 pub(crate) async fn nodes(State(api): State<Arc<Api>>, _: Operator) -> Result<Json<ClusterNodes>, Failure> {
-    let node = api.desk.node();
-    let this = ClusterNode {
-        incarnation: node.incarnation(),
-        status: "serving".into(),
-        shards: node.shards().count,
-        active: node.active_count(),
-    };
-    Ok(Json(ClusterNodes { nodes: vec![this] }))
+    let (node, me) = (api.desk.node(), membership(&api)?);
+    let (version, map) = me.map();
+    let nodes = map.members.iter().map(|(incarnation, member)| {
+        let here = *incarnation == me.incarnation();
+        ClusterNode {
+            incarnation: *incarnation,
+            name: member.name.clone(),
+            status: if member.draining { "draining" } else { "serving" }.to_owned(),
+            mesh: member.mesh.clone(),
+            capacity: member.capacity,
+            shards: map.held_by(*incarnation).count(),
+            here,
+            active: here.then(|| node.active_count()),
+        }
+    });
+    Ok(Json(ClusterNodes { version, nodes: nodes.collect() }))
 }
 
 /// The shards.
 #[utoipa::path(get, path = "/api/v1/cluster/shards", responses((status = 200, body = ClusterShards)), security(("key" = [])))]
 pub(crate) async fn shards(State(api): State<Arc<Api>>, _: Operator) -> Result<Json<ClusterShards>, Failure> {
-    let node = api.desk.node();
-    let Some(membership) = node.membership() else { return Ok(Json(ClusterShards { shards: Vec::new() })) };
-    let (_, map) = membership.map();
-    let shard =
-        |(shard, slot): (u32, &Slot)| Some(ClusterShard { shard, holder: slot.holder?, epoch: slot.epoch });
-    Ok(Json(ClusterShards { shards: (0u32..).zip(&map.shards).filter_map(shard).collect() }))
+    let (version, map) = membership(&api)?.map();
+    let shards = (0u32..).zip(&map.shards).filter_map(|(shard, slot)| shard_of(&map, shard, slot));
+    Ok(Json(ClusterShards { version, shards: shards.collect() }))
+}
+
+/// A shard, and why it is where it is.
+#[utoipa::path(get, path = "/api/v1/cluster/shards/{shard}", params(("shard" = u32, Path)), responses((status = 200, body = ShardWhy), (status = 404)), security(("key" = [])))]
+pub(crate) async fn why(
+    State(api): State<Arc<Api>>,
+    _: Operator,
+    Path(shard): Path<u32>,
+) -> Result<Json<ShardWhy>, Failure> {
+    let (node, me) = (api.desk.node(), membership(&api)?);
+    let (_, map) = me.map();
+    let of = map.shards.get(shard as usize).and_then(|slot| shard_of(&map, shard, slot));
+    let of = of.ok_or_else(|| Failure::from(ErrorCode::NotFound))?;
+    let pinned = map.pins.get(&shard).cloned();
+    let name = |incarnation: u32| map.members.get(&incarnation).map_or("a node that is gone", |m| &m.name);
+    let planned = map.plan().into_iter().find(|(s, ..)| *s == shard);
+    let reason = match (map.members.get(&of.holder), of.wish, planned, &pinned) {
+        (None, ..) => "its holder is marked dead: whoever the plan names takes it over".to_owned(),
+        (Some(_), Some(wish), ..) => {
+            format!("it is on its way from {} to {}", name(of.holder), name(wish))
+        }
+        (Some(_), None, Some((_, _, to)), _) => {
+            format!("it will move to {}, when fewer shards are on the move", name(to))
+        }
+        (Some(m), None, None, Some(pin)) if *pin == m.name => "an operator wants it here".to_owned(),
+        (Some(_), None, None, Some(pin)) => format!("an operator wants it at {pin}, which takes none now"),
+        (Some(m), None, None, None) if m.draining => {
+            "its node drains, and nobody else takes shards".to_owned()
+        }
+        (Some(_), None, None, None) => "it is well placed: its node holds its share".to_owned(),
+    };
+    let serving = node.shards().reign(shard).map(|reign| Serving {
+        since: reign.since,
+        opened_in_ms: u64::try_from(reign.opening().as_millis()).unwrap_or(u64::MAX),
+        caught_up: reign.is_swept(),
+    });
+    let waiting = node.switch().waiting_for(shard);
+    Ok(Json(ShardWhy { shard: of, reason, pinned, waiting, serving }))
+}
+
+/// What is to move, and what moves.
+#[utoipa::path(get, path = "/api/v1/cluster/plan", responses((status = 200, body = ShardPlan)), security(("key" = [])))]
+pub(crate) async fn plan(State(api): State<Arc<Api>>, _: Operator) -> Result<Json<ShardPlan>, Failure> {
+    let (version, map) = membership(&api)?.map();
+    let moves = |all: Vec<(u32, u32, u32)>| {
+        all.into_iter().map(|(shard, from, to)| ShardMove { shard, from, to }).collect()
+    };
+    Ok(Json(ShardPlan { version, moving: moves(map.moves().collect()), planned: moves(map.plan()) }))
+}
+
+/// Wants a shard at a node, or wherever the plan wants it. It moves as every other: when few enough are on the move.
+#[utoipa::path(post, path = "/api/v1/cluster/shards/{shard}/move", params(("shard" = u32, Path)), request_body = MoveShard, responses((status = 202), (status = 404), (status = 422)), security(("key" = [])))]
+pub(crate) async fn move_shard(
+    State(api): State<Arc<Api>>,
+    _: Operator,
+    Path(shard): Path<u32>,
+    body: Bytes,
+) -> Result<StatusCode, Failure> {
+    let MoveShard { to } = parse(&body)?;
+    let me = membership(&api)?;
+    let (_, map) = me.map();
+    if map.shards.get(shard as usize).is_none() {
+        return Err(ErrorCode::NotFound.into());
+    }
+    if let Some(name) = to.as_deref().filter(|name| map.named(name).is_none()) {
+        return Err(CommandError::invalid(format!("to: no node is called {name}")).into());
+    }
+    me.tell(Told::Pin(shard, to)).await;
+    Ok(StatusCode::ACCEPTED)
+}
+
+/// The node that answers gives away its shards, and goes on serving what nobody takes.
+#[utoipa::path(put, path = "/api/v1/cluster/drain", responses((status = 202), (status = 409)), security(("key" = [])))]
+pub(crate) async fn drain(State(api): State<Arc<Api>>, _: Operator) -> Result<StatusCode, Failure> {
+    let me = membership(&api)?;
+    let (_, map) = me.map();
+    if !map.members.iter().any(|(n, member)| *n != me.incarnation() && !member.draining) {
+        let detail = serde_json::json!({"detail": "no other node takes shards"});
+        return Err(CommandError::with(ErrorCode::NotSupported, detail).into());
+    }
+    me.tell(Told::Drain(true)).await;
+    Ok(StatusCode::ACCEPTED)
+}
+
+/// It takes shards again.
+#[utoipa::path(delete, path = "/api/v1/cluster/drain", responses((status = 202)), security(("key" = [])))]
+pub(crate) async fn undrain(State(api): State<Arc<Api>>, _: Operator) -> Result<StatusCode, Failure> {
+    membership(&api)?.tell(Told::Drain(false)).await;
+    Ok(StatusCode::ACCEPTED)
 }
 
 /// A backup of this moment: every row and every file, with a digest at its end.

@@ -35,7 +35,7 @@ impl Modify for Key {
         conversations::assign, conversations::resolve, conversations::reopen, conversations::pending,
         conversations::snooze, conversations::tag, conversations::read,
         dead_letters::list, dead_letters::delete, dead_letters::replay,
-        keys::create, keys::list, keys::delete, contacts::issue, media::put, media::get, cluster::nodes, cluster::shards, cluster::backup,
+        keys::create, keys::list, keys::delete, contacts::issue, media::put, media::get, cluster::nodes, cluster::shards, cluster::why, cluster::move_shard, cluster::plan, cluster::drain, cluster::undrain, cluster::backup,
     )
 )]
 struct Description;

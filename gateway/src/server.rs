@@ -15,6 +15,8 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use patchbay_actors::account::OutboundConfig;
 use patchbay_actors::clock::Clock;
+use patchbay_actors::cluster::map::Member;
+use patchbay_actors::cluster::runtime::ClusterConfig;
 use patchbay_actors::desk::Desk;
 use patchbay_actors::intake::Intake;
 use patchbay_actors::node::{Node, NodeConfig, StartError};
@@ -113,6 +115,8 @@ pub struct Server {
     pub public: SocketAddr,
     /// The operators' door's address.
     pub ops: SocketAddr,
+    /// Where other nodes connect.
+    pub mesh: Option<SocketAddr>,
     draining: watch::Sender<bool>,
     tasks: TaskTracker,
 }
@@ -126,7 +130,7 @@ pub struct Ready {
     pub quic: Option<String>,
     /// Metrics and health.
     pub ops: String,
-    /// Not in this version.
+    /// Where other nodes connect.
     pub mesh: Option<String>,
     /// The provider simulator (`dev` only).
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -192,7 +196,11 @@ impl Server {
             }),
         );
         let provider = Arc::new(Exchange { outgoing, media: media.clone() });
+        let (cluster, listener) = cluster(config).await?;
+        let mesh = listener.as_ref().map(|l| l.local_addr()).transpose().map_err(io("mesh.listen"))?;
         let node = Node::start(NodeConfig {
+            cluster,
+            mesh: listener,
             media: media.clone(),
             events: Some(engines::events(config)?),
             shards: config.cluster.shards,
@@ -261,7 +269,7 @@ impl Server {
             health.likes("redis", move || redis.is_away().then(|| away.to_owned()));
         }
         health.started();
-        Ok(Self { node, desk, auth, hub, public, ops: address, draining, tasks })
+        Ok(Self { node, desk, auth, hub, public, ops: address, mesh, draining, tasks })
     }
 
     /// Stops admitting, lets sockets and requests end, at most for `deadline`.
@@ -278,6 +286,26 @@ impl Server {
             tracing::warn!("the drain's deadline has passed with work left");
         }
     }
+}
+
+/// A node's place in its cluster, and where others reach it.
+async fn cluster(config: &Config) -> Result<(ClusterConfig, Option<TcpListener>), RunError> {
+    let listener = match &config.mesh.listen {
+        Some(listen) => Some(TcpListener::bind(listen).await.map_err(io("mesh.listen"))?),
+        None => None,
+    };
+    let bound = listener.as_ref().map(|l| l.local_addr()).transpose().map_err(io("mesh.listen"))?;
+    let mesh = bound.map(|bound| config.mesh.advertise.clone().unwrap_or_else(|| bound.to_string()));
+    let name = mesh.clone().unwrap_or_else(|| "node".to_owned());
+    let member = Member { name, mesh, capacity: 1, draining: false };
+    let cluster = ClusterConfig {
+        name: config.cluster.name.clone(),
+        tls: config.mesh.tls(),
+        member,
+        ttl: config.cluster.lease_ttl,
+        ..ClusterConfig::default()
+    };
+    Ok((cluster, listener))
 }
 
 struct Doors<'a> {

@@ -634,7 +634,7 @@ const SECTIONS: &[(&str, &[Row])] = &[
             Row(
                 "renewals of a lease whose outcome is not known; nodes of a cluster; a plan that the first of them does not propose",
                 "UNSETTLED_MAX, PROPOSER_PATIENCE",
-                "lease.rs/unsettled, map.rs/members, member.rs/watched, member.rs/dead",
+                "lease.rs/unsettled, map.rs/members, map.rs/pins, member.rs/pins, member.rs/watched, member.rs/dead",
                 "the oldest is forgotten: it would be over; who is marked dead and holds nothing goes; the others propose it",
                 "",
             ),
@@ -660,15 +660,15 @@ const SECTIONS: &[(&str, &[Row])] = &[
                 "",
             ),
             Row(
-                "requests of a lane to another node that wait to go out; that are not answered; envelopes and bytes that go out together; batches that wait for the stream",
-                "LANE_QUEUE_MAX, UNANSWERED_MAX, ENVELOPES_MAX, MESSAGE_BYTES_MAX, link.rs/BATCHES_MAX, serve.rs/BATCHES_MAX",
+                "requests of a lane to another node that wait to go out; that are not answered; envelopes and bytes that go out together; other words that wait",
+                "LANE_QUEUE_MAX, UNANSWERED_MAX, ENVELOPES_MAX, MESSAGE_BYTES_MAX, WORDS_MAX",
                 "link.rs/unanswered, mesh/mod.rs/peers",
                 "commands wait for their shard; a caller with too much unanswered is not read any more",
                 "patchbay_shards_waiting_commands",
             ),
             Row(
                 "a node that is reached, or says who it is; one that says nothing; between two tries to reach it",
-                "link.rs/CONNECT_TIMEOUT, HELLO_TIMEOUT, SILENCE_MAX, RECONNECT_PAUSE_MAX",
+                "link.rs/CONNECT_TIMEOUT, HELLO_TIMEOUT, HANDSHAKES_MAX, SILENCE_MAX, RECONNECT_PAUSE_MAX",
                 "",
                 "the lane is made again; what was not answered goes on under its own id",
                 "",

@@ -66,6 +66,9 @@ pub struct ShardMap {
     pub members: BTreeMap<Incarnation, Member>,
     /// Every shard.
     pub shards: Vec<Slot>,
+    /// Shards that an operator wants at the node of this name, whenever it takes any.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub pins: BTreeMap<u32, String>,
 }
 
 /// A change of the map. Each is checked against the map that it meets: one that does not fit it changes nothing there.
@@ -87,6 +90,8 @@ pub enum Change {
     /// Its holder has stopped these, under these epochs: whoever is wished for has them now. Where nobody is, or nobody
     /// who lives, the holder takes them up again, under another epoch.
     Release(Incarnation, Vec<(u32, u32)>),
+    /// An operator wants a shard at the node of this name; or wherever the plan wants it.
+    Pin(u32, Option<String>),
     /// Of these, which it holds, nothing is left to do of reigns up to these epochs.
     Settle(Incarnation, Vec<(u32, u32)>),
 }
@@ -103,7 +108,7 @@ impl ShardMap {
     /// `settled`.
     pub fn new(shards: u32, epoch: u32, settled: u32) -> Self {
         let fresh = Slot { holder: None, epoch, wish: None, settled };
-        Self { members: BTreeMap::new(), shards: vec![fresh; shards as usize] }
+        Self { members: BTreeMap::new(), shards: vec![fresh; shards as usize], pins: BTreeMap::new() }
     }
 
     /// The map with a change; none: nothing of it fits any more, or it is so already.
@@ -124,6 +129,8 @@ impl ShardMap {
             Change::Plan { moves_max } => map.wish(*moves_max),
             Change::Release(owner, shards) => map.release(*owner, shards),
             Change::Settle(owner, shards) => map.settle(*owner, shards),
+            Change::Pin(shard, Some(name)) => drop(map.pins.insert(*shard, name.clone())),
+            Change::Pin(shard, None) => drop(map.pins.remove(shard)),
         }
         (map != *self).then_some(map)
     }
@@ -199,8 +206,27 @@ impl ShardMap {
         };
         let candidates: Vec<Candidate> = takers.iter().filter_map(candidate).collect();
         let place = |n: Incarnation| takers.iter().position(|t| *t == n);
-        let holders: Vec<Option<usize>> = self.shards.iter().map(|s| stays(s).and_then(place)).collect();
-        plan(&candidates, &holders).into_iter().map(|p| p.map(|p| takers[p])).collect()
+        let pinned = |shard: u32| {
+            let name = self.pins.get(&shard)?;
+            candidates.iter().position(|c| c.name == *name)
+        };
+        let holders: Vec<Option<usize>> = (0u32..)
+            .zip(&self.shards)
+            .map(|(shard, slot)| pinned(shard).or_else(|| stays(slot).and_then(place)))
+            .collect();
+        let planned = plan(&candidates, &holders);
+        (0u32..).zip(planned).map(|(shard, p)| pinned(shard).or(p).map(|p| takers[p])).collect()
+    }
+
+    /// What the plan would move if it could at once: (shard, from, to).
+    pub fn plan(&self) -> Vec<(u32, Incarnation, Incarnation)> {
+        let planned = self.with(&Change::Plan { moves_max: usize::MAX });
+        planned.as_ref().unwrap_or(self).moves().collect()
+    }
+
+    /// The incarnation of the node of this name.
+    pub fn named(&self, name: &str) -> Option<Incarnation> {
+        self.members.iter().rev().find(|(_, member)| member.name == name).map(|(n, _)| *n)
     }
 
     /// Shards that are to move: (shard, from, to).
@@ -303,6 +329,27 @@ mod tests {
         assert_eq!((after.shards[0].settled, after.shards[1].settled), (1, 1));
         assert_eq!(after.with(&Change::Settle(2, vec![(2, 1)])), None);
         assert_eq!(after.with(&Change::Settle(1, vec![(0, 0)])), None, "nor does it go back");
+    }
+
+    #[test]
+    fn a_shard_stays_where_an_operator_wants_it_as_long_as_that_node_takes_any() {
+        let map = two();
+        let moves: Vec<_> = map.moves().map(|(shard, ..)| shard).collect();
+        let released = moves.iter().map(|s| (*s, map.shards[*s as usize].epoch)).collect();
+        let map = with(&map, &[Change::Release(1, released)]);
+        let (shard, _) = map.held_by(1).next().unwrap();
+        let map = with(&map, &[Change::Pin(shard, Some("b".into())), plan_all()]);
+        assert!(map.moves().any(|moved| moved == (shard, 1, 2)), "{:?}", map.moves().collect::<Vec<_>>());
+        let all = map.moves().map(|(s, ..)| (s, map.shards[s as usize].epoch));
+        let (mine, theirs): (Vec<_>, Vec<_>) =
+            all.partition(|(s, _)| map.shards[*s as usize].holder == Some(1));
+        let map = with(&map, &[Change::Release(1, mine), Change::Release(2, theirs)]);
+        assert_eq!(map.shards[shard as usize].holder, Some(2));
+        assert_eq!(map.with(&plan_all()), None, "and the plan is at rest");
+        let alone = with(&map, &[Change::Replace(2), plan_all()]);
+        assert_eq!(alone.shards[shard as usize].holder, Some(1), "a pin holds nobody up");
+        let free = with(&map, &[Change::Pin(shard, None)]);
+        assert!(free.pins.is_empty());
     }
 
     #[test]

@@ -80,6 +80,8 @@ pub enum Told {
     Stopped(u32, u32),
     /// Of a shard nothing is left to do of reigns up to this epoch.
     Settled(u32, u32),
+    /// An operator wants a shard at a node, or wherever the plan wants it.
+    Pin(u32, Option<String>),
     /// It is to give away everything, or to take again.
     Drain(bool),
 }
@@ -146,6 +148,8 @@ pub struct Node {
     moves_max: usize,
     drains: bool,
     settles_at: Tick,
+    /// What an operator wants and the map does not say yet.
+    pins: BTreeMap<u32, Option<String>>,
     host: Host,
 }
 
@@ -184,6 +188,7 @@ impl Node {
             moves_max,
             drains: false,
             settles_at: now,
+            pins: BTreeMap::new(),
             host,
         }
     }
@@ -230,6 +235,7 @@ impl Node {
             || now < self.puts.due
             || self.plan_wanted.is_some()
             || self.own_unknown
+            || !self.pins.is_empty()
             || self.host.settle().is_some()
             || self.host.release().is_some();
         let paces = [self.renewals, self.reads_map].into_iter().chain(self.watched.values().map(|w| w.pace));
@@ -318,6 +324,10 @@ impl Node {
         if let Some(map) = self.dead.iter().find_map(|dead| self.map.with(&Change::Replace(*dead))) {
             return Some(map);
         }
+        let pin = |(shard, name): (&u32, &Option<String>)| self.map.with(&Change::Pin(*shard, name.clone()));
+        if let Some(map) = self.pins.iter().find_map(pin) {
+            return Some(map);
+        }
         // What is settled goes with what is released: once released it is another's to say.
         let settled = self.host.settle().and_then(|change| self.map.with(&change));
         let before = settled.as_ref().unwrap_or(&self.map);
@@ -398,6 +408,7 @@ impl Node {
             Told::Stopped(shard, epoch) => self.host.stopped(shard, epoch),
             Told::Settled(shard, epoch) => self.host.settled(shard, epoch),
             Told::Drain(drains) => self.drains = drains,
+            Told::Pin(shard, name) => drop(self.pins.insert(shard, name)),
         }
         if self.lease.standing(now) == Standing::Fenced { self.host.fenced() } else { Vec::new() }
     }
@@ -431,6 +442,7 @@ impl Node {
         self.version = version;
         self.heard = self.heard.max(version);
         self.map = map;
+        self.pins.retain(|shard, name| self.map.pins.get(shard) != name.as_ref());
         self.dead
             .retain(|dead| self.map.members.contains_key(dead) || self.map.held_by(*dead).next().is_some());
         self.host.map(&self.map)

@@ -17,6 +17,7 @@ use super::host::Action;
 use super::lease::{Beat, Lease, Standing, Tick};
 use super::map::{Incarnation, Member, ShardMap};
 use super::member::{Ask, Node, Told};
+use super::mesh::MeshTls;
 use super::store::Store;
 use super::ticks::Ticks;
 
@@ -35,6 +36,8 @@ const JOIN_PAUSE: Duration = Duration::from_millis(200);
 pub struct ClusterConfig {
     /// The cluster's name.
     pub name: String,
+    /// How its nodes are known to each other.
+    pub tls: Option<MeshTls>,
     /// Itself.
     pub member: Member,
     /// How long a lease lives that is not renewed.
@@ -49,6 +52,7 @@ impl Default for ClusterConfig {
     fn default() -> Self {
         Self {
             name: "patchbay".into(),
+            tls: None,
             member: Member { name: "node".into(), mesh: None, capacity: 1, draining: false },
             ttl: Duration::from_millis(2500),
             moves_max: 64,

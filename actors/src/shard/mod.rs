@@ -16,8 +16,10 @@ pub mod soft;
 pub mod timers;
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
 
+use patchbay_protocol::Timestamp;
 use patchbay_storage::log::Logs;
 use patchbay_storage::stamp::OutOfStamps;
 use patchbay_storage::tables::Tables;
@@ -35,6 +37,10 @@ pub struct Reign {
     /// Which entity wrote where.
     pub activity: activity::ActivityLog,
     stamps: Stamps,
+    /// When it began.
+    pub since: Timestamp,
+    /// How long it took to open, from when the map named this node.
+    opened_in: OnceLock<Duration>,
     /// Up to this epoch nothing is left to do.
     settled: u32,
     /// Whether what earlier reigns left is in hand.
@@ -54,6 +60,8 @@ impl Reign {
             shard,
             activity: activity::ActivityLog::new(shard, epoch, clock),
             stamps: Stamps::new(epoch),
+            since: clock.now(),
+            opened_in: OnceLock::new(),
             settled,
             swept: AtomicBool::new(false),
             leaving: AtomicBool::new(false),
@@ -80,6 +88,17 @@ impl Reign {
     pub fn is_held_now(&self) -> bool {
         let held = self.membership.as_ref().is_none_or(|m| m.standing() == Standing::Held);
         held && !self.over.load(Ordering::Acquire)
+    }
+
+    /// It took this long to open.
+    pub fn opened_in(&self, took: Duration) {
+        // Said once.
+        let _ = self.opened_in.set(took);
+    }
+
+    /// How long it took to open.
+    pub fn opening(&self) -> Duration {
+        self.opened_in.get().copied().unwrap_or_default()
     }
 
     /// Begins nothing new outside any more.

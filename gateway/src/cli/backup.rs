@@ -11,7 +11,7 @@ use patchbay_storage::embedded::backup::{self as stored, RestoreError};
 use patchbay_storage::embedded::{Embedded, OpenError, is_store};
 use serde_json::{Value, json};
 
-use super::{ConfigArgs, Failure, runtime};
+use super::{ConfigArgs, Failure, operator, runtime};
 use crate::backup::{MEDIA, SECRETS};
 use crate::config::Config;
 use crate::server::NODE_FILE;
@@ -99,13 +99,7 @@ impl Backup {
     }
 
     fn ask_node(&self, url: &str, config: &Config, mut file: File) -> Result<u64, Failure> {
-        let configured = || config.operator_key().map_err(Failure::Other);
-        let kept = || std::fs::read_to_string(config.storage.data_dir.join("operator_key")).ok();
-        let key = match &self.key {
-            Some(key) => Some(key.clone()),
-            None => configured()?.or_else(kept),
-        };
-        let key = key.ok_or_else(|| Failure::Other("the operator's key is not known: give --key".into()))?;
+        let key = operator::key(self.key.as_ref(), config)?;
         let progress = std::io::stderr().is_terminal();
         runtime()?.block_on(async {
             let request = reqwest::Client::builder().no_proxy().build()?;

@@ -2,12 +2,15 @@
 
 mod backup;
 mod chat;
+mod cluster;
 mod config;
 mod consume;
 mod demo;
 mod dev;
+mod dev_cert;
 mod doctor;
 mod events;
+mod operator;
 mod run;
 mod simulate;
 mod token;
@@ -68,6 +71,18 @@ enum Command {
     ///
     /// Example: patchbay restore --from patchbay.backup --data-dir ./restored
     Restore(backup::Restore),
+    /// Shards: who holds them, why, and what is to move.
+    ///
+    /// Example: patchbay shards why 17 --url http://127.0.0.1:8000
+    Shards(cluster::ShardsCommand),
+    /// Gives the shards of one node to the others; it goes on serving its sockets.
+    ///
+    /// Example: patchbay drain --url http://127.0.0.1:8000
+    Drain(cluster::Drain),
+    /// Makes certificates for a mesh on machines of one's own.
+    ///
+    /// Example: patchbay dev-cert --dir certs --name 127.0.0.1
+    DevCert(dev_cert::DevCert),
     /// Shows events as they come, or publishes what the store holds again.
     ///
     /// Example: patchbay events tail --from-start
@@ -145,6 +160,9 @@ pub fn main() -> ExitCode {
         Command::Doctor(c) => c.run(),
         Command::Backup(c) => c.run(),
         Command::Restore(c) => c.run(),
+        Command::Shards(c) => c.run(),
+        Command::Drain(c) => c.run(),
+        Command::DevCert(c) => c.run(),
         Command::Events(c) => c.run(),
         Command::Consume(c) => c.run(),
     };

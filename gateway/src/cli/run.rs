@@ -68,7 +68,7 @@ pub(super) fn ready(server: &Server, config: &Config) -> Ready {
         public: server.public.to_string(),
         quic: None,
         ops: server.ops.to_string(),
-        mesh: None,
+        mesh: server.mesh.map(|mesh| mesh.to_string()),
         simulator: None,
         node: format!("{}-{}", config.cluster.name, server.node.incarnation()),
         incarnation: server.node.incarnation(),

@@ -4,6 +4,7 @@
 pub mod load;
 mod text;
 
+use patchbay_actors::cluster::mesh::MeshTls;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -99,16 +100,49 @@ section! {
 section! {
     /// `[mesh]`
     Mesh {
-        /// Where other nodes connect; not used in this version.
+        /// Where other nodes connect. Without certificates only on loopback.
         listen: Option<String> = None,
-        /// What other nodes are told; not used in this version.
+        /// Where they are told to connect, as host and port; what is listened at otherwise.
         advertise: Option<String> = None,
-        /// Certificate file; not used in this version.
+        /// Certificate file (PEM), with the name or address of `advertise`. Read at every handshake.
         cert: Option<PathBuf> = None,
-        /// Key file; not used in this version.
+        /// Its key.
         key: Option<PathBuf> = None,
-        /// Certificate authority file; not used in this version.
+        /// Authorities that other nodes' certificates are checked with.
         ca: Option<PathBuf> = None,
+    }
+}
+
+impl Mesh {
+    /// How nodes know each other; none: whoever can connect is one.
+    pub fn tls(&self) -> Option<MeshTls> {
+        let (cert, key, ca) = (self.cert.clone()?, self.key.clone()?, self.ca.clone()?);
+        Some(MeshTls { cert, key, ca })
+    }
+
+    fn faults(&self, faults: &mut Vec<String>) {
+        let Some(listen) = &self.listen else { return };
+        let Ok(address) = listen.parse::<std::net::SocketAddr>() else {
+            return faults.push(format!("mesh.listen: `{listen}` is no address and port"));
+        };
+        match self.tls() {
+            Some(tls) => faults.extend(tls.fault().map(|fault| format!("mesh: {fault}"))),
+            None if self.cert.is_some() || self.key.is_some() || self.ca.is_some() => {
+                faults.push("mesh: `cert`, `key` and `ca` go together".into());
+            }
+            None if !address.ip().is_loopback() => {
+                faults.push(
+                    "mesh.listen: without certificates only on loopback: see `patchbay dev-cert`".into(),
+                );
+            }
+            None => {}
+        }
+        if self.advertise.is_none() && address.ip().is_unspecified() {
+            faults.push("mesh.advertise: other nodes must be told an address".into());
+        }
+        if let Some(advertise) = self.advertise.as_ref().filter(|a| !a.contains(':')) {
+            faults.push(format!("mesh.advertise: `{advertise}` has no port"));
+        }
     }
 }
 
@@ -127,7 +161,7 @@ section! {
         name: String = "patchbay".into(),
         /// How many shards: a power of two, for ever.
         shards: u32 = 1024,
-        /// How long a node's lease lasts; not used by a single node.
+        /// How long a node's lease lasts that is not renewed: no sooner is it replaced.
         #[serde(with = "text::duration")]
         lease_ttl: Duration = Duration::from_millis(2500),
     }
@@ -544,6 +578,10 @@ impl Config {
         if !self.cluster.shards.is_power_of_two() || self.cluster.shards > 1 << 16 {
             faults.push("cluster.shards: must be a power of two, at most 65536".into());
         }
+        if !(Duration::from_secs(1)..=Duration::from_secs(60)).contains(&self.cluster.lease_ttl) {
+            faults.push("cluster.lease_ttl: must be 1s to 60s".into());
+        }
+        self.mesh.faults(&mut faults);
         if self.storage.engine == StorageEngine::Scylla {
             self.storage.scylla.faults(&mut faults);
         }

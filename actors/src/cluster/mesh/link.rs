@@ -3,9 +3,11 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::task::Poll;
 use std::time::Duration;
 
 use futures_util::stream;
+use hyper_util::rt::TokioIo;
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 use tonic::Streaming;
@@ -14,6 +16,7 @@ use tonic::transport::Endpoint;
 use super::proto::envelope::Kind as Envelopes;
 use super::proto::mesh_client::MeshClient;
 use super::proto::{Answer, Batch, Beat, Envelope, Hello, Request, answer};
+use super::tls::Socket;
 use super::wire::{self, Waits};
 use super::{ENVELOPES_MAX, Here, Identity, LANE_QUEUE_MAX, MESSAGE_BYTES_MAX, UNANSWERED_MAX, VERSION};
 use crate::cluster::map::Incarnation;
@@ -28,8 +31,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 const BEAT_EVERY: Duration = Duration::from_secs(1);
 /// A lane that hears nothing for so long has broken.
 const SILENCE_MAX: Duration = Duration::from_secs(5);
-/// Batches that wait for the stream to take them.
-const BATCHES_MAX: usize = 4;
+/// Words beside requests that wait for the stream to take them.
+const WORDS_MAX: usize = 4;
 
 /// Where a lane leads.
 #[derive(Clone, Debug)]
@@ -79,6 +82,7 @@ impl Lane {
             switch,
             task: Mutex::default(),
         });
+        let requests = Arc::new(Mutex::new(requests));
         let runs = Runs { lane: Arc::downgrade(&lane), identity, to, here, requests };
         let task = tokio::spawn(runs.run()).abort_handle();
         *lane.task.lock().unwrap_or_else(PoisonError::into_inner) = Some(task);
@@ -171,14 +175,15 @@ struct Runs {
     identity: Identity,
     to: To,
     here: Weak<dyn Here>,
-    requests: mpsc::Receiver<Request>,
+    /// Of the stream that is there.
+    requests: Arc<Mutex<mpsc::Receiver<Request>>>,
 }
 
 /// Why a lane is not there, for a log.
 type Broken = Box<dyn std::error::Error + Send + Sync>;
 
 impl Runs {
-    async fn run(mut self) {
+    async fn run(self) {
         let mut pause = RECONNECT_PAUSE;
         loop {
             let began = tokio::time::Instant::now();
@@ -187,7 +192,7 @@ impl Runs {
             let was_up = lane.is_up();
             lane.give_back();
             // What waited to go out was among them.
-            while self.requests.try_recv().is_ok() {}
+            self.forget_requests();
             drop(lane);
             if let Err(error) = broken {
                 let (to, lane) = (self.to.incarnation, self.to.lane);
@@ -205,6 +210,11 @@ impl Runs {
         }
     }
 
+    fn forget_requests(&self) {
+        let mut requests = self.requests.lock().unwrap_or_else(PoisonError::into_inner);
+        while requests.try_recv().is_ok() {}
+    }
+
     fn hello(&self, here: &dyn Here) -> Envelope {
         let hello = Hello {
             version: VERSION,
@@ -218,20 +228,36 @@ impl Runs {
     }
 
     /// Reaches the peer, and speaks with it until the lane breaks.
-    async fn speak(&mut self) -> Result<(), Broken> {
+    async fn speak(&self) -> Result<(), Broken> {
+        let (address, tls) = (self.to.address.clone(), self.identity.tls.clone());
         let channel = Endpoint::from_shared(format!("http://{}", self.to.address))?
             .connect_timeout(CONNECT_TIMEOUT)
-            .tcp_nodelay(true)
-            .connect()
+            .connect_with_connector(tower::service_fn(move |_| {
+                let (address, tls) = (address.clone(), tls.clone());
+                async move { Socket::connect(&address, tls.as_ref()).await.map(TokioIo::new) }
+            }))
             .await?;
         let mut client = MeshClient::new(channel)
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX);
-        let (batches, mut outgoing) = mpsc::channel::<Batch>(BATCHES_MAX);
         let here = self.here.upgrade().ok_or("the node is gone")?;
-        batches.send(Batch { envelopes: vec![self.hello(&*here)] }).await?;
+        let (words, mut says) = mpsc::channel::<Envelope>(WORDS_MAX);
+        words.try_send(self.hello(&*here))?;
         drop(here);
-        let outgoing = stream::poll_fn(move |cx| outgoing.poll_recv(cx));
+        // The stream takes what is there whenever it has room. Nobody who has to hear answers waits for that.
+        let (requests, mut ready) = (self.requests.clone(), Vec::with_capacity(ENVELOPES_MAX));
+        let outgoing = stream::poll_fn(move |cx| {
+            let mut envelopes = Vec::new();
+            while let Poll::Ready(Some(word)) = says.poll_recv(cx) {
+                envelopes.push(word);
+            }
+            let mut requests = requests.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Poll::Ready(0) = requests.poll_recv_many(cx, &mut ready, ENVELOPES_MAX) {
+                return Poll::Ready(None);
+            }
+            envelopes.extend(ready.drain(..).map(|r| Envelope { kind: Some(Envelopes::Request(r)) }));
+            if envelopes.is_empty() { Poll::Pending } else { Poll::Ready(Some(Batch { envelopes })) }
+        });
         let answered = tokio::time::timeout(CONNECT_TIMEOUT, client.link(outgoing)).await??;
         let mut incoming: Streaming<Batch> = answered.into_inner();
         let first = tokio::time::timeout(CONNECT_TIMEOUT, incoming.message()).await??;
@@ -245,19 +271,10 @@ impl Runs {
             lane.switch.all_moved();
         }
         tracing::info!(to = self.to.incarnation, lane = self.to.lane, "a node is reached");
-        let mut ready = Vec::with_capacity(ENVELOPES_MAX);
         let mut beat = tokio::time::interval(BEAT_EVERY);
         let mut heard = tokio::time::Instant::now();
         loop {
             tokio::select! {
-                n = self.requests.recv_many(&mut ready, ENVELOPES_MAX) => {
-                    if n == 0 {
-                        return Ok(());
-                    }
-                    let envelopes =
-                        ready.drain(..).map(|r| Envelope { kind: Some(Envelopes::Request(r)) }).collect();
-                    batches.send(Batch { envelopes }).await?;
-                }
                 batch = incoming.message() => {
                     let Some(batch) = batch? else { return Err("its peer has ended it".into()) };
                     heard = tokio::time::Instant::now();
@@ -269,8 +286,8 @@ impl Runs {
                     }
                     let here = self.here.upgrade().ok_or("the node is gone")?;
                     let beat = Beat { map_version: here.map_version() };
-                    let beat = Envelope { kind: Some(Envelopes::Beat(beat)) };
-                    batches.send(Batch { envelopes: vec![beat] }).await?;
+                    // A stream that has no room has not said the last one yet.
+                    let _ = words.try_send(Envelope { kind: Some(Envelopes::Beat(beat)) });
                 }
             }
         }

@@ -10,6 +10,7 @@
 
 mod link;
 mod serve;
+mod tls;
 mod wire;
 
 #[allow(missing_docs, unreachable_pub, clippy::all)]
@@ -40,6 +41,8 @@ const ENVELOPES_MAX: usize = 256;
 /// The largest message of the stream.
 const MESSAGE_BYTES_MAX: usize = 16 << 20;
 
+pub use tls::MeshTls;
+
 /// Who speaks, and to whom.
 #[derive(Clone, Debug)]
 pub struct Identity {
@@ -47,6 +50,8 @@ pub struct Identity {
     pub cluster: String,
     /// How many shards it has.
     pub shards: u32,
+    /// How its nodes are known; none: whoever can connect is one.
+    pub tls: Option<MeshTls>,
 }
 
 /// What the mesh has to know of its node.

@@ -1,52 +1,78 @@
 //! The other end of lanes: requests in, answers out.
 
-use std::sync::Weak;
+use std::pin::Pin;
+use std::sync::{Arc, Weak};
+use std::task::Poll;
 use std::time::Duration;
 
+use futures_util::StreamExt as _;
 use futures_util::stream::{self, BoxStream, FuturesUnordered};
-use futures_util::{FutureExt as _, StreamExt as _};
 use tokio::net::TcpListener;
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tonic::{Request as Call, Response, Status, Streaming};
 
 use super::proto::envelope::Kind as Envelopes;
 use super::proto::mesh_server::{Mesh, MeshServer};
 use super::proto::{Answer, Batch, Beat, Envelope, Hello, Request, answer};
+use super::tls::{MeshTls, Socket};
 use super::wire;
 use super::{ENVELOPES_MAX, Here, Identity, MESSAGE_BYTES_MAX, UNANSWERED_MAX, VERSION};
 
 /// A caller says who it is within this.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(2);
+/// Callers that are saying who they are.
+const HANDSHAKES_MAX: usize = 64;
 /// Between two words to a caller that hears nothing else.
 const BEAT_EVERY: Duration = Duration::from_secs(1);
-/// Batches that wait for the stream to take them.
-const BATCHES_MAX: usize = 4;
 /// Between two tries to accept after an error, such as too many open files.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Serves other nodes until it is dropped.
 pub(super) async fn serve(identity: Identity, listener: TcpListener, here: Weak<dyn Here>) {
-    let service = MeshServer::new(Service { identity, here })
+    let service = MeshServer::new(Service { identity: identity.clone(), here })
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
-    let incoming = stream::unfold(listener, |listener| async move {
-        loop {
-            match listener.accept().await {
-                Ok((socket, _)) => {
-                    // A socket that has ended already is found out by its first read.
-                    let _ = socket.set_nodelay(true);
-                    return Some((Ok::<_, std::io::Error>(socket), listener));
-                }
-                Err(error) => {
-                    tracing::warn!(%error, "no node can be let in");
-                    tokio::time::sleep(ACCEPT_PAUSE).await;
-                }
+    let (accepted, mut sockets) = mpsc::channel(HANDSHAKES_MAX);
+    let incoming = stream::poll_fn(move |cx| sockets.poll_recv(cx));
+    let accepts = accept(listener, identity.tls, accepted);
+    let serves = tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming);
+    tokio::select! {
+        served = serves => {
+            if let Err(error) = served {
+                tracing::error!(%error, "other nodes are not served any more");
             }
         }
-    });
-    let served = tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming).await;
-    if let Err(error) = served {
-        tracing::error!(%error, "other nodes are not served any more");
+        () = accepts => {}
+    }
+}
+
+/// Lets nodes in that prove who they are.
+async fn accept(
+    listener: TcpListener,
+    tls: Option<MeshTls>,
+    accepted: mpsc::Sender<Result<Socket, std::io::Error>>,
+) {
+    let places = Arc::new(Semaphore::new(HANDSHAKES_MAX));
+    loop {
+        let Ok(place) = places.clone().acquire_owned().await else { return };
+        let socket = match listener.accept().await {
+            Ok((socket, _)) => socket,
+            Err(error) => {
+                tracing::warn!(%error, "no node can be let in");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        let (tls, accepted) = (tls.clone(), accepted.clone());
+        tokio::spawn(async move {
+            let _place = place;
+            match tokio::time::timeout(HELLO_TIMEOUT, Socket::accept(socket, tls.as_ref())).await {
+                // Whoever takes them is gone when this node is.
+                Ok(Ok(socket)) => drop(accepted.send(Ok(socket)).await),
+                Ok(Err(error)) => tracing::warn!(%error, "somebody who is no node of this cluster called"),
+                Err(_) => tracing::warn!("somebody called and did not say who it is"),
+            }
+        });
     }
 }
 
@@ -69,7 +95,6 @@ impl Mesh for Service {
         };
         let here = self.here.upgrade().ok_or_else(|| Status::unavailable("the node ends"))?;
         self.check(&hello, &*here)?;
-        let (batches, mut outgoing) = mpsc::channel(BATCHES_MAX);
         let answer = Hello {
             version: VERSION.min(hello.version),
             cluster: self.identity.cluster.clone(),
@@ -79,11 +104,10 @@ impl Mesh for Service {
             shards: self.identity.shards,
         };
         let answer = Envelope { kind: Some(Envelopes::Hello(answer)) };
-        // There is room: it was just made.
-        let _ = batches.try_send(Ok(Batch { envelopes: vec![answer] }));
-        let lane = Lane { here: self.here.clone(), batches, to: hello.to };
-        tokio::spawn(lane.run(incoming));
-        Ok(Response::new(stream::poll_fn(move |cx| outgoing.poll_recv(cx)).boxed()))
+        let (answers, answering) = mpsc::channel(UNANSWERED_MAX);
+        let reads = Reads { here: self.here.clone(), answers, to: hello.to };
+        tokio::spawn(reads.run(incoming));
+        Ok(Response::new(answers_of(answer, answering, self.here.clone())))
     }
 }
 
@@ -104,73 +128,85 @@ impl Service {
     }
 }
 
-type Answering = std::pin::Pin<Box<dyn Future<Output = Answer> + Send>>;
+type Answering = Pin<Box<dyn Future<Output = Answer> + Send>>;
 
-struct Lane {
+/// What goes back: the hello, and then answers as they come, those together that are there together.
+fn answers_of(
+    hello: Envelope,
+    mut coming: mpsc::Receiver<Answering>,
     here: Weak<dyn Here>,
-    batches: mpsc::Sender<Result<Batch, Status>>,
+) -> BoxStream<'static, Result<Batch, Status>> {
+    let mut answering: FuturesUnordered<Answering> = FuturesUnordered::new();
+    let (mut hello, mut more) = (Some(hello), Vec::new());
+    let mut beat = tokio::time::interval(BEAT_EVERY);
+    let answers = stream::poll_fn(move |cx| {
+        let mut envelopes: Vec<Envelope> = hello.take().into_iter().collect();
+        let room = UNANSWERED_MAX.saturating_sub(answering.len()).min(ENVELOPES_MAX);
+        // Nobody reads any more: whoever called makes another lane.
+        if room > 0 && coming.poll_recv_many(cx, &mut more, room) == Poll::Ready(0) {
+            return Poll::Ready(None);
+        }
+        answering.extend(more.drain(..));
+        while envelopes.len() < ENVELOPES_MAX
+            && let Poll::Ready(Some(answer)) = answering.poll_next_unpin(cx)
+        {
+            envelopes.push(Envelope { kind: Some(Envelopes::Answer(answer)) });
+        }
+        if beat.poll_tick(cx).is_ready() {
+            let Some(here) = here.upgrade() else { return Poll::Ready(None) };
+            let beat = Beat { map_version: here.map_version() };
+            envelopes.push(Envelope { kind: Some(Envelopes::Beat(beat)) });
+        }
+        if envelopes.is_empty() {
+            return Poll::Pending;
+        }
+        // There may be more than was taken now.
+        cx.waker().wake_by_ref();
+        Poll::Ready(Some(Ok(Batch { envelopes })))
+    });
+    answers.boxed()
+}
+
+struct Reads {
+    here: Weak<dyn Here>,
+    answers: mpsc::Sender<Answering>,
     /// Whom the caller means to speak to.
     to: u32,
 }
 
-impl Lane {
+impl Reads {
     async fn run(self, mut incoming: Streaming<Batch>) {
-        let mut answering: FuturesUnordered<Answering> = FuturesUnordered::new();
-        let mut beat = tokio::time::interval(BEAT_EVERY);
-        loop {
-            let mut envelopes = Vec::new();
-            tokio::select! {
-                // A caller that has too much unanswered is not read any more: its stream fills up.
-                batch = incoming.message(), if answering.len() < UNANSWERED_MAX => {
-                    let Ok(Some(batch)) = batch else { return };
-                    if self.take(batch, &mut answering, &mut envelopes).is_none() {
-                        return;
+        while let Ok(Some(batch)) = incoming.message().await {
+            for envelope in batch.envelopes {
+                // The lane may be for somebody who is no more.
+                let Some(here) = self.here.upgrade().filter(|here| here.incarnation() == self.to) else {
+                    return;
+                };
+                let answering = match envelope.kind {
+                    Some(Envelopes::Request(request)) => hand(&*here, request),
+                    Some(Envelopes::Beat(beat)) => {
+                        here.heard(beat.map_version);
+                        continue;
                     }
+                    // Of a later version, or nothing to us.
+                    Some(Envelopes::Hello(_) | Envelopes::Answer(_)) | None => continue,
+                };
+                drop(here);
+                // A caller with too much unanswered is not read any more: its stream fills up.
+                if self.answers.send(answering).await.is_err() {
+                    return;
                 }
-                Some(answer) = answering.next() => envelopes.push(Envelope { kind: Some(Envelopes::Answer(answer)) }),
-                _ = beat.tick() => {
-                    let Some(here) = self.here.upgrade() else { return };
-                    let beat = Beat { map_version: here.map_version() };
-                    envelopes.push(Envelope { kind: Some(Envelopes::Beat(beat)) });
-                }
-            }
-            // What is answered by now goes with it.
-            while envelopes.len() < ENVELOPES_MAX
-                && let Some(Some(answer)) = answering.next().now_or_never()
-            {
-                envelopes.push(Envelope { kind: Some(Envelopes::Answer(answer)) });
-            }
-            if !envelopes.is_empty() && self.batches.send(Ok(Batch { envelopes })).await.is_err() {
-                return;
             }
         }
-    }
-
-    /// Hands what came to whom it is for. None: the lane is for somebody who is no more.
-    fn take(
-        &self,
-        batch: Batch,
-        answering: &mut FuturesUnordered<Answering>,
-        envelopes: &mut Vec<Envelope>,
-    ) -> Option<()> {
-        let here = self.here.upgrade().filter(|here| here.incarnation() == self.to)?;
-        for envelope in batch.envelopes {
-            match envelope.kind {
-                Some(Envelopes::Request(request)) => match hand(&*here, request) {
-                    Ok(answer) => answering.push(answer),
-                    Err(answer) => envelopes.push(Envelope { kind: Some(Envelopes::Answer(answer)) }),
-                },
-                Some(Envelopes::Beat(beat)) => here.heard(beat.map_version),
-                // Of a later version, or nothing to us.
-                Some(Envelopes::Hello(_) | Envelopes::Answer(_)) | None => {}
-            }
-        }
-        Some(())
     }
 }
 
-/// Hands a command to an entity here; or says at once that it is not here, or cannot be read.
-fn hand(here: &dyn Here, request: Request) -> Result<Answering, Answer> {
+/// Hands a command to an entity here; what comes back at once says that it is not here, or cannot be read.
+fn hand(here: &dyn Here, request: Request) -> Answering {
+    try_hand(here, request).unwrap_or_else(|answer| Box::pin(std::future::ready(answer)))
+}
+
+fn try_hand(here: &dyn Here, request: Request) -> Result<Answering, Answer> {
     let id = request.id;
     let unreadable = || {
         let error = patchbay_protocol::CommandError::invalid("a command that this version does not know");
