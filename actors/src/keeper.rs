@@ -12,7 +12,7 @@ use futures_util::StreamExt as _;
 use patchbay_protocol::ids::EntityId;
 use patchbay_storage::ReadError;
 use patchbay_storage::tables::{Mark, Tables, Timer, hour_of};
-use tokio::sync::{Notify, Semaphore, mpsc};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::Instant;
 
 use crate::cluster::host::Action;
@@ -47,8 +47,8 @@ const LEAVE_PATIENCE: Duration = Duration::from_secs(1);
 struct Wanted {
     /// Shards that are to be open, and under which epoch.
     open: Mutex<HashMap<u32, u32>>,
-    /// A reign has begun.
-    begun: Notify,
+    /// Changes with every reign that begins.
+    begun: watch::Sender<u64>,
 }
 
 impl Wanted {
@@ -69,9 +69,9 @@ pub(crate) async fn start(node: &Arc<Node>, actions: mpsc::Receiver<Action>) {
     tokio::spawn(run_timers(Arc::downgrade(node), hour));
     if node.is_alone() {
         let all = node.shards().count as usize;
-        while node.shards().reigns().count() < all {
-            wanted.begun.notified().await;
-        }
+        let mut begun = wanted.begun.subscribe();
+        // It ends with this node.
+        let _ = begun.wait_for(|_| node.shards().reigns().count() >= all).await;
     }
 }
 
@@ -157,8 +157,7 @@ async fn open(
             reign.opened_in(named.elapsed());
             if begin(&strong, reign, &wanted) {
                 strong.switch().moved([shard]);
-                wanted.begun.notify_waiters();
-                wanted.begun.notify_one();
+                wanted.begun.send_modify(|n| *n += 1);
                 membership.tell(Told::Opened(shard, epoch)).await;
             }
             return;
@@ -283,7 +282,9 @@ type Unswept = (Arc<Reign>, Option<HashSet<EntityId>>);
 /// answered; only then may marks of this one be written.
 async fn sweep(node: Weak<Node>, wanted: Arc<Wanted>) {
     let mut left: HashMap<u32, Unswept> = HashMap::new();
+    let mut begun = wanted.begun.subscribe();
     loop {
+        begun.mark_unchanged();
         {
             let Some(strong) = node.upgrade() else { return };
             for reign in strong.shards().reigns().filter(|r| !r.is_swept()) {
@@ -299,7 +300,7 @@ async fn sweep(node: Weak<Node>, wanted: Arc<Wanted>) {
         }
         let unanswered = left.values().any(|(_, l)| l.as_ref().is_none_or(|l| !l.is_empty()));
         let pause = if unanswered { RETRY_PAUSE } else { PUBLISHED_LOOK };
-        let more = wanted.begun.notified();
+        let more = begun.changed();
         if left.is_empty() {
             // A node that is gone is noticed by the next look.
             let _ = tokio::time::timeout(RETRY_PAUSE, more).await;
