@@ -194,15 +194,21 @@ async fn stop(node: &Arc<Node>, membership: &Membership, shard: u32) {
     while under_way() > 0 && Instant::now() < until {
         tokio::time::sleep(STOP_LOOK).await;
     }
-    if reign.is_swept()
-        && let Some((from, mark)) = reign.activity.close()
-    {
-        settle(node, &reign, from, mark).await;
-    }
-    if reign.is_swept() && reign.activity.is_settled() {
+    if under_way() == 0 && is_done(node, &reign).await {
         membership.tell(Told::Settled(shard, reign.epoch())).await;
     }
     let_go(node, shard);
+}
+
+/// Whether nothing is left to do of a reign under which nobody acts any more.
+async fn is_done(node: &Node, reign: &Reign) -> bool {
+    if !reign.is_swept() {
+        return false;
+    }
+    if let Some((from, mark)) = reign.activity.close() {
+        settle(node, reign, from, mark).await;
+    }
+    reign.activity.is_settled()
 }
 
 /// Forgets everything of a shard, at once.
@@ -222,15 +228,22 @@ fn let_go(node: &Arc<Node>, shard: u32) {
 /// Ends every reign in order: whoever comes next has nobody to wake where nothing is left to do.
 pub(crate) async fn finish(node: &Arc<Node>) {
     let Some(membership) = node.membership() else { return };
-    let mut done = HashMap::new();
-    for reign in node.shards().reigns().filter(|r| r.is_swept()) {
-        if let Some((from, mark)) = reign.activity.close() {
-            settle(node, &reign, from, mark).await;
-        }
-        if reign.activity.is_settled() {
-            done.insert(reign.shard, reign.epoch());
-            membership.tell(Told::Settled(reign.shard, reign.epoch())).await;
-        }
+    node.conversations().close_all();
+    node.accounts().close_all();
+    let until = Instant::now() + STOP_PATIENCE;
+    while node.active_count() > 0 && Instant::now() < until {
+        tokio::time::sleep(STOP_LOOK).await;
+    }
+    let acts = |shard| node.conversations().active_in(shard) + node.accounts().active_in(shard) > 0;
+    let quiet: Vec<Arc<Reign>> = node.shards().reigns().filter(|reign| !acts(reign.shard)).collect();
+    let done: Vec<(u32, u32)> = futures_util::stream::iter(&quiet)
+        .map(async |reign| is_done(node, reign).await.then_some((reign.shard, reign.epoch())))
+        .buffer_unordered(WAKE_AT_ONCE)
+        .filter_map(std::future::ready)
+        .collect()
+        .await;
+    for (shard, epoch) in &done {
+        membership.tell(Told::Settled(*shard, *epoch)).await;
     }
     let mut maps = membership.maps();
     let shown = maps.wait_for(|(_, map)| {

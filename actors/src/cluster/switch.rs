@@ -375,3 +375,167 @@ async fn refuse_the_old(switch: Weak<Switch>) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::AtomicU64;
+
+    const COUNT: u32 = 8;
+
+    struct Node {
+        place: Mutex<Place>,
+        version: AtomicU64,
+        taken: Mutex<Vec<u64>>,
+    }
+
+    impl Local for Node {
+        fn place(&self, _: u32) -> Place {
+            *self.place.lock().unwrap()
+        }
+
+        fn map_version(&self) -> u64 {
+            self.version.load(Ordering::Relaxed)
+        }
+
+        fn hand(&self, parcel: Parcel) -> Result<(), Parcel> {
+            self.taken.lock().unwrap().push(number(&parcel));
+            Ok(())
+        }
+    }
+
+    #[derive(Default)]
+    struct Wire(Mutex<Vec<(Incarnation, Parcel)>>);
+
+    impl Transport for Wire {
+        fn send(&self, to: Incarnation, parcel: Parcel) -> Result<(), Parcel> {
+            self.0.lock().unwrap().push((to, parcel));
+            Ok(())
+        }
+    }
+
+    type Answer = oneshot::Receiver<Result<AccountReply, CommandError>>;
+
+    fn parcel(n: u64) -> (Parcel, Answer) {
+        let (reply, answer) = oneshot::channel();
+        let command = Box::new(AccountCommand::Placed { kept: n });
+        (Parcel::Account("t".parse().unwrap(), "a".parse().unwrap(), command, reply), answer)
+    }
+
+    fn number(parcel: &Parcel) -> u64 {
+        match parcel {
+            Parcel::Account(.., command, _) => match **command {
+                AccountCommand::Placed { kept } => kept,
+                _ => 0,
+            },
+            _ => 0,
+        }
+    }
+
+    struct World {
+        switch: Arc<Switch>,
+        node: Arc<Node>,
+        wire: Arc<Wire>,
+        shard: u32,
+    }
+
+    impl World {
+        fn at(place: Place) -> Self {
+            let node = Node { place: Mutex::new(place), version: AtomicU64::new(1), taken: Mutex::default() };
+            let (switch, node, wire) = (Switch::new(COUNT), Arc::new(node), Arc::<Wire>::default());
+            let local: Weak<dyn Local> = Arc::downgrade(&(node.clone() as Arc<dyn Local>));
+            switch.set_local(local);
+            switch.set_transport(wire.clone());
+            let shard = parcel(0).0.entity().shard(COUNT);
+            Self { switch, node, wire, shard }
+        }
+
+        fn send(&self, n: u64) -> Answer {
+            let (parcel, answer) = parcel(n);
+            self.switch.send(parcel).map_err(|refused| refused.0).unwrap();
+            answer
+        }
+
+        fn moves(&self, place: Place) {
+            *self.node.place.lock().unwrap() = place;
+            self.switch.moved([self.shard]);
+        }
+
+        fn sent(&self) -> Vec<(Incarnation, u64)> {
+            self.wire.0.lock().unwrap().iter().map(|(to, parcel)| (*to, number(parcel))).collect()
+        }
+
+        fn taken(&self) -> Vec<u64> {
+            self.node.taken.lock().unwrap().clone()
+        }
+
+        /// What is under way comes back.
+        fn comes_back(&self) {
+            let all = std::mem::take(&mut *self.wire.0.lock().unwrap());
+            let n = all.len();
+            all.into_iter().for_each(|(_, parcel)| self.switch.returned(parcel));
+            (0..n).for_each(|_| self.switch.settled(self.shard));
+        }
+    }
+
+    #[tokio::test]
+    async fn what_came_back_goes_before_what_came_since() {
+        let world = World::at(Place::There(2));
+        let _answers = [world.send(1), world.send(2)];
+        assert_eq!(world.sent(), [(2, 1), (2, 2)]);
+        world.moves(Place::Nowhere);
+        let _answer = world.send(3);
+        world.comes_back();
+        assert_eq!((world.switch.waiting(), world.taken()), (3, vec![]));
+        world.moves(Place::Here);
+        assert_eq!(world.taken(), [1, 2, 3]);
+        assert!(world.switch.is_quiet());
+    }
+
+    #[tokio::test]
+    async fn nothing_goes_to_a_new_owner_while_something_is_under_way_to_another() {
+        let world = World::at(Place::There(2));
+        let _first = world.send(1);
+        world.moves(Place::There(3));
+        let _second = world.send(2);
+        assert_eq!(world.sent(), [(2, 1)]);
+        world.comes_back();
+        assert_eq!(world.sent(), [(3, 1), (3, 2)]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_is_told_of_a_newer_map_waits_for_it_and_who_knows_better_asks_again() {
+        let world = World::at(Place::There(2));
+        let _first = world.send(1);
+        let back = |world: &World, version| {
+            let (_, parcel) = world.wire.0.lock().unwrap().pop().unwrap();
+            world.switch.not_owner(parcel, version);
+            world.switch.settled(world.shard);
+        };
+        back(&world, 5);
+        assert_eq!(world.sent(), []);
+        world.switch.all_moved();
+        assert_eq!(world.sent(), [], "the map is not known yet");
+        world.node.version.store(5, Ordering::Relaxed);
+        world.moves(Place::There(3));
+        assert_eq!(world.sent(), [(3, 1)]);
+        back(&world, 4);
+        world.switch.all_moved();
+        assert_eq!(world.sent(), [], "it has not read yet what we have");
+        tokio::time::sleep(BEHIND_PAUSE * 2).await;
+        assert_eq!(world.sent(), [(3, 1)]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_waits_is_bounded_in_number_and_in_time() {
+        let world = World::at(Place::Nowhere);
+        let answers: Vec<Answer> = (0..WAITING_MAX as u64).map(|n| world.send(n)).collect();
+        let refused = world.switch.send(parcel(0).0).unwrap_err().0;
+        assert_eq!(refused, CommandError::overloaded(RETRY_AFTER_MS));
+        tokio::time::sleep(WAITING_FOR + 2 * WAITING_LOOK).await;
+        for answer in answers {
+            assert_eq!(answer.await.unwrap().unwrap_err(), CommandError::unavailable());
+        }
+        assert!(world.switch.is_quiet());
+    }
+}

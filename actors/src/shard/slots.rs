@@ -100,6 +100,8 @@ struct Active<E: LogEntity> {
 struct Map<E: LogEntity> {
     slots: HashMap<[u8; 16], Slot<E>>,
     by_actor: HashMap<ActorId, [u8; 16]>,
+    /// How many are active, by shard.
+    active: Vec<u32>,
     /// Held by an append under way: an actor that was lost may have left one behind.
     gates: HashMap<[u8; 16], Weak<tokio::sync::Mutex<()>>>,
 }
@@ -108,6 +110,15 @@ struct Map<E: LogEntity> {
 pub type GiveBack<E> = Box<dyn Fn(&EntityId, <E as LogEntity>::Command, ReplyTo<E>) + Send + Sync>;
 /// Whom to answer.
 pub type ReplyTo<E> = oneshot::Sender<Result<<E as LogEntity>::Reply, CommandError>>;
+
+impl<E: LogEntity> Map<E> {
+    fn remove(&mut self, key: [u8; 16], count: u32) {
+        if let Some(Slot::Active(active)) = self.slots.remove(&key) {
+            let of_shard = &mut self.active[active.id.shard(count) as usize];
+            *of_shard = of_shard.saturating_sub(1);
+        }
+    }
+}
 
 /// The actors of one kind of entity.
 pub struct Slots<E: LogEntity> {
@@ -126,7 +137,8 @@ impl<E: LogEntity> Slots<E> {
     /// No actors yet, under a supervisor of their own.
     pub async fn start(entity: E, shards: Arc<Shards>) -> Result<Arc<Self>, ractor::SpawnErr> {
         let shard_load = (0..shards.count).map(|_| Arc::default()).collect();
-        let map = Map { slots: HashMap::new(), by_actor: HashMap::new(), gates: HashMap::new() };
+        let active = vec![0; shards.count as usize];
+        let map = Map { slots: HashMap::new(), by_actor: HashMap::new(), active, gates: HashMap::new() };
         let (entity, map, supervisor) = (Arc::new(entity), Mutex::new(map), OnceLock::new());
         let closed = (0..shards.count).map(|_| AtomicBool::new(false)).collect();
         let slots = Arc::new_cyclic(|me| Self {
@@ -189,8 +201,12 @@ impl<E: LogEntity> Slots<E> {
     pub fn reopen(&self, shard: u32) {
         let mut map = self.lock();
         // Whoever rested under an earlier reign has nothing to do with this one.
-        let count = self.shards.count;
-        map.slots.retain(|_, slot| !matches!(slot, Slot::Active(active) if active.id.shard(count) == shard));
+        if let Some(active) = map.active.get_mut(shard as usize).filter(|n| **n > 0) {
+            *active = 0;
+            let count = self.shards.count;
+            map.slots
+                .retain(|_, slot| !matches!(slot, Slot::Active(active) if active.id.shard(count) == shard));
+        }
         if let Some(closed) = self.closed.get(shard as usize) {
             closed.store(false, Ordering::Release);
         }
@@ -198,16 +214,14 @@ impl<E: LogEntity> Slots<E> {
 
     /// How many are active in a shard.
     pub fn active_in(&self, shard: u32) -> usize {
-        let count = self.shards.count;
-        let is = |s: &&Slot<E>| matches!(s, Slot::Active(active) if active.id.shard(count) == shard);
-        self.lock().slots.values().filter(is).count()
+        self.lock().active.get(shard as usize).map_or(0, |n| *n as usize)
     }
 
     /// An actor ends because its shard is another node's.
     pub(super) fn left(&self, key: [u8; 16], actor: ActorId) {
         let mut map = self.lock();
         if matches!(map.slots.get(&key), Some(Slot::Active(a)) if a.actor.get_id() == actor) {
-            map.slots.remove(&key);
+            map.remove(key, self.shards.count);
             map.gates.remove(&key);
         }
     }
@@ -312,7 +326,19 @@ impl<E: LogEntity> Slots<E> {
             failures,
         };
         map.slots.insert(key, Slot::Active(active));
+        map.active[id.shard(self.shards.count) as usize] += 1;
         Ok((actor, in_flight))
+    }
+
+    /// Takes nothing new for any shard, and asks everybody to end.
+    pub fn close_all(&self) {
+        let map = self.lock();
+        self.closed.iter().for_each(|closed| closed.store(true, Ordering::Release));
+        for slot in map.slots.values() {
+            if let Slot::Active(active) = slot {
+                let _ = active.actor.cast(Msg::Leave);
+            }
+        }
     }
 
     /// Asks everything that was not used for `idle` to make itself ready to be forgotten.
@@ -339,7 +365,7 @@ impl<E: LogEntity> Slots<E> {
                 if a.actor.get_id() == actor && a.in_flight.load(Ordering::Relaxed) == 0 => {}
             _ => return false,
         }
-        map.slots.remove(&key);
+        map.remove(key, self.shards.count);
         map.gates.remove(&key);
         true
     }
@@ -377,6 +403,7 @@ impl<E: LogEntity> Slots<E> {
             let before = if active.since.elapsed() >= LONG_PAUSE { 0 } else { active.failures };
             let failures = before + 1;
             let id = active.id.clone();
+            map.remove(key, self.shards.count);
             let pause = if failures >= FAILURES_MAX {
                 LONG_PAUSE
             } else {
@@ -392,7 +419,7 @@ impl<E: LogEntity> Slots<E> {
                 }
             });
         } else {
-            map.slots.remove(&key);
+            map.remove(key, self.shards.count);
         }
     }
 }
