@@ -1,15 +1,17 @@
-//! An agent: present over several sockets, on several nodes. A session ends exactly once, by the edge's word; one that
-//! an earlier incarnation left behind is ended when the agent is loaded.
+//! An agent: present over several sockets, on several nodes. A session ends exactly once, by the word of the node that
+//! holds its socket, or when that node's incarnation is no more.
+//!
+//! While there is a session there is a timer, by which whoever owns the agent's shard next finds it at once.
 
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use bytes::Bytes;
 use patchbay_protocol::ids::{AgentId, EntityId, TenantId};
 use patchbay_protocol::{CommandError, Timestamp};
 use patchbay_storage::Batch;
 use patchbay_storage::log::LogKey;
-use patchbay_storage::tables::{Session, Tables};
+use patchbay_storage::tables::{Session, Tables, Timer};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -19,6 +21,9 @@ use crate::shard::soft::{Again, SoftEntity};
 
 /// Sessions of one agent; past it a connect is refused.
 pub const SESSIONS_MAX: usize = 64;
+
+/// An agent with a session is looked at this often, whoever owns it then.
+const LOOK_EVERY: Duration = Duration::from_secs(3600);
 
 /// What an agent says of itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -63,10 +68,12 @@ pub struct SetPresence {
 /// What can be asked of an agent.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum AgentCommand {
-    /// A socket opened.
+    /// A socket opened, or is still open.
     Connected {
         /// Which.
         connection: String,
+        /// On which node.
+        incarnation: u32,
     },
     /// It closed.
     Disconnected {
@@ -77,6 +84,8 @@ pub enum AgentCommand {
     Set(Presence),
     /// How it is.
     Get,
+    /// Nodes may be gone, and its sessions with them.
+    Look,
 }
 
 /// How an agent is.
@@ -91,10 +100,14 @@ pub struct AgentReply {
     pub last_seen: Option<Timestamp>,
 }
 
+/// Tells whether a node's incarnation is in the cluster.
+pub type IsThere = Box<dyn Fn(u64) -> bool + Send + Sync>;
+
 /// What all agents of a node share.
 pub struct Agent {
     publisher: Arc<dyn Publisher>,
     shards: Arc<Shards>,
+    is_there: OnceLock<IsThere>,
 }
 
 /// What an agent knows of itself.
@@ -102,16 +115,23 @@ pub struct State {
     sessions: Vec<Session>,
     said: Presence,
     last_seen: Option<Timestamp>,
+    /// When it is looked at next.
+    armed: Option<Timestamp>,
 }
 
 impl Agent {
     /// Agents shown by `publisher`.
     pub fn new(publisher: Arc<dyn Publisher>, shards: Arc<Shards>) -> Self {
-        Self { publisher, shards }
+        Self { publisher, shards, is_there: OnceLock::new() }
     }
 
-    fn incarnation(&self) -> u64 {
-        u64::from(self.shards.incarnation.load(Ordering::Relaxed))
+    /// Says which nodes are in the cluster; once.
+    pub fn set_is_there(&self, is_there: IsThere) {
+        let _ = self.is_there.set(is_there);
+    }
+
+    fn is_there(&self, incarnation: u64) -> bool {
+        self.is_there.get().is_some_and(|is_there| is_there(incarnation))
     }
 
     fn key(&self, id: &EntityId) -> LogKey {
@@ -132,11 +152,74 @@ impl Agent {
         }
     }
 
+    /// Ends the sessions of nodes that are gone. Nobody saw when that was: they were there at least when they came.
+    async fn end_lost(&self, key: LogKey, state: &mut State) -> Result<bool, CommandError> {
+        let mut ended = false;
+        while let Some(at) = state.sessions.iter().position(|s| !self.is_there(s.incarnation)) {
+            let stamp = self.stamp(key)?;
+            let session = state.sessions.swap_remove(at);
+            let seen = state.last_seen.map_or(session.since, |at| at.max(session.since));
+            state.last_seen = Some(seen);
+            self.write(Tables::session_delete(key, stamp, &session.connection, seen)).await;
+            ended = true;
+        }
+        Ok(ended)
+    }
+
+    /// Sees to it that whoever owns it then looks at it.
+    async fn arm(&self, id: &EntityId, state: &mut State) -> Result<(), CommandError> {
+        let (key, now, timers) = (self.key(id), self.shards.clock.now(), &self.shards.timers);
+        if state.armed.is_some_and(|at| at > now) {
+            return Ok(());
+        }
+        let due = now.plus(LOOK_EVERY);
+        let timer = Timer { entity: id.clone(), due };
+        let (hour, _hold) = timers.hold(key.shard, due, now);
+        if let Some(mark) = timers.first_mark(key.shard) {
+            self.write(Tables::fired_write(key.shard, self.stamp(key)?, mark)).await;
+            timers.marked(key.shard, mark);
+        }
+        self.write(Tables::timer_write(key.shard, self.stamp(key)?, &timer, hour)).await;
+        timers.arm(timer);
+        state.armed = Some(due);
+        Ok(())
+    }
+
+    /// A socket is open. One that is known may be of another incarnation of its node.
+    async fn connected(
+        &self,
+        key: LogKey,
+        state: &mut State,
+        connection: String,
+        incarnation: u64,
+    ) -> Result<(), CommandError> {
+        let known = state.sessions.iter().position(|s| s.connection == connection);
+        if known.is_some_and(|at| state.sessions[at].incarnation == incarnation) {
+            return Ok(());
+        }
+        if known.is_none() && state.sessions.len() >= SESSIONS_MAX {
+            return Err(CommandError::overloaded(1000));
+        }
+        let since = known.map_or_else(|| self.shards.clock.now(), |at| state.sessions[at].since);
+        let said = Some(state.said.as_str().to_owned());
+        let session = Session { connection, incarnation, since, said };
+        self.write(Tables::session_write(key, self.stamp(key)?, &session)).await;
+        match known {
+            Some(at) => state.sessions[at] = session,
+            None => state.sessions.push(session),
+        }
+        Ok(())
+    }
+
     fn show(&self, tenant: &TenantId, agent: &AgentId, reply: &AgentReply) {
-        let push = json!({"type": "session", "state": reply.state, "sessions": reply.sessions});
-        self.publisher.agent(tenant, agent, Bytes::from(push.to_string()));
+        self.publisher.agent(tenant, agent, session(reply));
         self.publisher.presence(tenant, agent, reply.state);
     }
+}
+
+/// How an agent is, as it is shown in its own channel.
+pub(crate) fn session(reply: &AgentReply) -> Bytes {
+    json!({"type": "session", "state": reply.state, "sessions": reply.sessions}).to_string().into()
 }
 
 impl State {
@@ -153,21 +236,18 @@ impl SoftEntity for Agent {
 
     async fn load(&self, id: &EntityId) -> Result<State, CommandError> {
         let key = self.key(id);
-        let (left, mut last_seen) =
+        let (sessions, last_seen) =
             self.shards.tables.sessions(key).await.map_err(|_| CommandError::unavailable())?;
-        let mut sessions = Vec::new();
-        for session in left {
-            if session.incarnation == self.incarnation() {
-                sessions.push(session);
-                continue;
-            }
-            // Its node is gone, and nobody saw when: it was there at least when it came.
-            let seen = last_seen.map_or(session.since, |at| at.max(session.since));
-            last_seen = Some(seen);
-            let gone = Tables::session_delete(key, self.stamp(key)?, &session.connection, seen);
-            self.shards.logs.write_until_answered(gone).await;
+        let said = sessions.iter().find_map(|s| s.said.as_deref()).map_or(Presence::Online, Presence::named);
+        let mut state = State { sessions, said, last_seen, armed: None };
+        let ended = self.end_lost(key, &mut state).await?;
+        if let EntityId::Agent(tenant, agent) = id
+            && (ended || !state.sessions.is_empty())
+        {
+            // Its owner before may not have said so any more.
+            self.show(tenant, agent, &state.reply());
         }
-        Ok(State { sessions, said: Presence::Online, last_seen })
+        Ok(state)
     }
 
     async fn handle(
@@ -181,14 +261,9 @@ impl SoftEntity for Agent {
         let key = self.key(id);
         let before = state.reply();
         match command {
-            AgentCommand::Connected { connection } => {
-                if state.sessions.len() >= SESSIONS_MAX {
-                    return Err(CommandError::overloaded(1000));
-                }
-                let session =
-                    Session { connection, incarnation: self.incarnation(), since: self.shards.clock.now() };
-                self.write(Tables::session_write(key, self.stamp(key)?, &session)).await;
-                state.sessions.push(session);
+            AgentCommand::Connected { connection, incarnation } => {
+                self.arm(id, state).await?;
+                self.connected(key, state, connection, u64::from(incarnation)).await?;
             }
             AgentCommand::Disconnected { connection } => {
                 let there = state.sessions.iter().position(|s| s.connection == connection);
@@ -200,8 +275,20 @@ impl SoftEntity for Agent {
                     state.last_seen = Some(now);
                 }
             }
-            AgentCommand::Set(said) => state.said = said,
+            AgentCommand::Set(said) => {
+                for session in &mut state.sessions {
+                    session.said = Some(said.as_str().to_owned());
+                    self.write(Tables::session_write(key, self.stamp(key)?, session)).await;
+                }
+                state.said = said;
+            }
             AgentCommand::Get => {}
+            AgentCommand::Look => {
+                self.end_lost(key, state).await?;
+                if !state.sessions.is_empty() {
+                    self.arm(id, state).await?;
+                }
+            }
         }
         let now = state.reply();
         if now != before {

@@ -4,7 +4,7 @@
 use std::any::Any;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures_util::StreamExt as _;
@@ -223,7 +223,7 @@ pub struct Directory {
     /// Rises with every write: what was read before one is not kept after it.
     writes: AtomicU64,
     /// Who tells other nodes of a change.
-    announce: OnceLock<Announce>,
+    announces: Mutex<Vec<Announce>>,
     /// How far accounts that nobody watches have been read again.
     refreshed: AtomicUsize,
 }
@@ -287,14 +287,14 @@ impl Directory {
             changes: Mutex::default(),
             keys_used: Mutex::default(),
             writes: AtomicU64::new(0),
-            announce: OnceLock::new(),
+            announces: Mutex::default(),
             refreshed: AtomicUsize::new(0),
         }
     }
 
-    /// Says who tells other nodes; once.
-    pub fn set_announce(&self, announce: Announce) {
-        let _ = self.announce.set(announce);
+    /// Says who tells other nodes as well.
+    pub fn add_announce(&self, announce: Announce) {
+        lock(&self.announces).push(announce);
     }
 
     /// Other nodes have changed documents, or may have: what is known of them is read again, and whoever holds a
@@ -377,9 +377,7 @@ impl Directory {
     }
 
     fn changed(&self, tenant: &TenantId) {
-        if let Some(announce) = self.announce.get() {
-            announce(tenant);
-        }
+        lock(&self.announces).iter().for_each(|announce| announce(tenant));
         if let Some(change) = lock(&self.changes).get(tenant) {
             change.send_modify(|n| *n += 1);
         }

@@ -16,6 +16,7 @@ use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::Instant;
 
 use crate::cluster::host::Action;
+use crate::cluster::map::Incarnation;
 use crate::cluster::member::Told;
 use crate::cluster::runtime::Membership;
 use crate::node::{Node, WAKE_AT_ONCE};
@@ -29,12 +30,17 @@ const SHARDS_READ_AT_ONCE: usize = 64;
 const SETTLE_LOOK: Duration = Duration::from_secs(20);
 /// Between two looks whether what earlier reigns left is published.
 const PUBLISHED_LOOK: Duration = Duration::from_millis(250);
+/// Between two words of how the cluster is.
+const SHOW_CLUSTER_EVERY: Duration = Duration::from_secs(1);
 /// Between two tries of what the store or an entity did not answer.
 const RETRY_PAUSE: Duration = Duration::from_secs(5);
 /// The same of a shard that is to be opened.
 const OPEN_PAUSE: Duration = Duration::from_millis(200);
 /// Timers are looked at least this often.
 const TIMER_LOOK: Duration = Duration::from_secs(60);
+/// A shard that is to go is made ready for that for so long, while it is served; and looked at so often meanwhile.
+const PREPARE_PATIENCE: Duration = Duration::from_millis(500);
+const PREPARE_LOOK: Duration = Duration::from_millis(25);
 /// A shard that is to go waits this long for what is under way; what is left then is its successor's.
 const STOP_PATIENCE: Duration = Duration::from_millis(100);
 /// Between two looks whether that has ended.
@@ -67,6 +73,8 @@ pub(crate) async fn start(node: &Arc<Node>, actions: mpsc::Receiver<Action>) {
     tokio::spawn(sweep(Arc::downgrade(node), wanted.clone()));
     tokio::spawn(move_settled(Arc::downgrade(node)));
     tokio::spawn(run_timers(Arc::downgrade(node), hour));
+    tokio::spawn(tell_closed(Arc::downgrade(node)));
+    tokio::spawn(show_cluster(Arc::downgrade(node)));
     if node.is_alone() {
         let all = node.shards().count as usize;
         let mut begun = wanted.begun.subscribe();
@@ -116,6 +124,30 @@ async fn keep(node: Weak<Node>, mut actions: mpsc::Receiver<Action>, wanted: Arc
             }
             tokio::time::sleep(RETRY_PAUSE).await;
         };
+        let again = node.clone();
+        tokio::spawn(async move {
+            if let Some(strong) = again.upgrade() {
+                strong.tell_all_open().await;
+            }
+        });
+    }
+}
+
+/// Shows operators how the cluster is.
+async fn show_cluster(node: Weak<Node>) {
+    loop {
+        tokio::time::sleep(SHOW_CLUSTER_EVERY).await;
+        let Some(strong) = node.upgrade() else { return };
+        strong.show_cluster();
+    }
+}
+
+/// Tells of agents' sockets that closed and could not be told of when they did.
+async fn tell_closed(node: Weak<Node>) {
+    loop {
+        tokio::time::sleep(RETRY_PAUSE).await;
+        let Some(strong) = node.upgrade() else { return };
+        strong.tell_all_closed().await;
     }
 }
 
@@ -124,13 +156,19 @@ async fn follow(node: Weak<Node>) {
     loop {
         let Some(mut maps) = node.upgrade().and_then(|n| n.membership()).map(|m| m.maps()) else { return };
         maps.mark_changed();
+        let mut members = HashSet::new();
         while maps.changed().await.is_ok() {
             let Some(strong) = node.upgrade() else { return };
-            let (_, map) = maps.borrow_and_update().clone();
+            let (version, map) = maps.borrow_and_update().clone();
+            let now: HashSet<Incarnation> = map.members.keys().copied().collect();
+            if std::mem::replace(&mut members, now).iter().any(|n| !map.members.contains_key(n)) {
+                strong.look_at_agents();
+            }
             if let Some(mesh) = strong.mesh() {
-                mesh.follow(&map);
+                mesh.follow(version, &map);
             }
             strong.switch().all_moved();
+            strong.watches().moved();
         }
         // This incarnation has ended; another one follows.
         tokio::time::sleep(OPEN_PAUSE).await;
@@ -141,7 +179,7 @@ async fn follow(node: Weak<Node>) {
 async fn open(
     node: Weak<Node>,
     membership: Arc<Membership>,
-    reign: Reign,
+    mut reign: Reign,
     wanted: Arc<Wanted>,
     places: Arc<Semaphore>,
 ) {
@@ -153,10 +191,11 @@ async fn open(
         if wanted.lock().get(&shard) != Some(&epoch) {
             return;
         }
-        if read_timers(strong.shards(), shard).await.is_ok() {
+        if read(strong.shards(), &mut reign).await.is_ok() {
             reign.opened_in(named.elapsed());
             if begin(&strong, reign, &wanted) {
                 strong.switch().moved([shard]);
+                strong.watches().moved();
                 wanted.begun.send_modify(|n| *n += 1);
                 membership.tell(Told::Opened(shard, epoch)).await;
             }
@@ -174,18 +213,37 @@ fn begin(node: &Node, reign: Reign, wanted: &Wanted) -> bool {
     if open.get(&shard) != Some(&epoch) {
         return false;
     }
-    node.shards().begin(reign);
+    // Whoever asks finds nobody of before, and nobody is asked before there is a reign.
     node.conversations().reopen(shard);
     node.accounts().reopen(shard);
+    node.shards().begin(reign);
     if let Some(outbox) = node.outbox() {
         outbox.open(shard, epoch);
     }
     true
 }
 
+/// Writes what a shard's successor would have to write or to read again, while the shard is still served.
+async fn prepare(node: &Arc<Node>, reign: &Reign) {
+    let until = Instant::now() + PREPARE_PATIENCE;
+    let active = || node.conversations().active_in(reign.shard) + node.accounts().active_in(reign.shard);
+    // Whoever was asked writes first what is derived of it, and then its snapshot.
+    while active() > 0 && Instant::now() < until {
+        node.conversations().passivate_in(reign.shard);
+        node.accounts().passivate_in(reign.shard);
+        tokio::time::sleep(PREPARE_LOOK).await;
+    }
+    if reign.is_swept()
+        && let Some((from, mark)) = reign.activity.newly_settled()
+    {
+        settle(node, reign, from, mark).await;
+    }
+}
+
 /// Lets what is under way in a shard end, and lets it go.
 async fn stop(node: &Arc<Node>, membership: &Membership, shard: u32) {
     let Some(reign) = node.shards().reign(shard) else { return };
+    prepare(node, &reign).await;
     reign.leaves();
     node.conversations().close(shard);
     node.accounts().close(shard);
@@ -219,6 +277,7 @@ fn let_go(node: &Arc<Node>, shard: u32) {
     node.conversations().close(shard);
     node.accounts().close(shard);
     node.close_soft(shard);
+    node.interest().close(|topic| topic.shard(node.shards().count) == shard);
     node.shards().timers.forget(shard, node.shards().count);
     if let Some(outbox) = node.outbox() {
         outbox.close(shard);
@@ -236,8 +295,8 @@ pub(crate) async fn finish(node: &Arc<Node>) {
     }
     let acts = |shard| node.conversations().active_in(shard) + node.accounts().active_in(shard) > 0;
     let quiet: Vec<Arc<Reign>> = node.shards().reigns().filter(|reign| !acts(reign.shard)).collect();
-    let done: Vec<(u32, u32)> = futures_util::stream::iter(&quiet)
-        .map(async |reign| is_done(node, reign).await.then_some((reign.shard, reign.epoch())))
+    let done: Vec<(u32, u32)> = futures_util::stream::iter(quiet)
+        .map(|reign| async move { is_done(node, &reign).await.then_some((reign.shard, reign.epoch())) })
         .buffer_unordered(WAKE_AT_ONCE)
         .filter_map(std::future::ready)
         .collect()
@@ -333,10 +392,7 @@ async fn look(node: &Node, left: &mut HashMap<u32, Unswept>) {
             let found = if reign.before().is_empty() {
                 Ok(HashMap::new())
             } else {
-                match tables.marks(reign.shard).await {
-                    Ok(marks) => unsettled(tables, &reign, marks.settled, reign.before()).await,
-                    Err(error) => Err(error),
-                }
+                unsettled(tables, &reign, reign.mark, reign.before()).await
             };
             (reign.shard, found)
         })
@@ -428,14 +484,22 @@ async fn run_timers(node: Weak<Node>, mut hour: i64) {
     }
 }
 
-/// Reads the timers of a shard in every hour that has not been left. Before any of its entities can arm another.
-async fn read_timers(shards: &Shards, shard: u32) -> Result<(), ReadError> {
-    let (tables, timers) = (&shards.tables, &shards.timers);
-    let Some(from) = tables.marks(shard).await?.fired_until else { return Ok(()) };
+/// Reads the mark that earlier reigns of a shard left, and its timers in every hour that has not been left. Before any of
+/// its entities can arm another.
+async fn read(shards: &Shards, reign: &mut Reign) -> Result<(), ReadError> {
+    let (tables, timers, shard) = (&shards.tables, &shards.timers, reign.shard);
+    let marks = tables.marks(shard).await?;
+    reign.mark = marks.settled;
+    let Some(from) = marks.fired_until else { return Ok(()) };
     timers.marked(shard, from);
     // Whoever reads further hours now reads them of this shard as well.
+    let now = shards.clock.now();
     for hour in from..=timers.read_up_to() {
         for timer in tables.timers(shard, hour).await? {
+            if let EntityId::Agent(..) = timer.entity {
+                // Whoever it is on may be gone with its owner before.
+                timers.arm(Timer { entity: timer.entity.clone(), due: timer.due.min(now) });
+            }
             timers.arm(timer);
         }
     }

@@ -1,9 +1,12 @@
-//! A single node: every entity lives here. The composition of this crate, and its [`Router`].
+//! A node: the entities of the shards that it holds, and the way to all others. The composition of this crate, and its
+//! [`Router`].
 
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
+use bytes::Bytes;
 use futures_util::StreamExt as _;
 use patchbay_protocol::CommandError;
 use patchbay_protocol::command::{Command, Reply, Request};
@@ -11,27 +14,29 @@ use patchbay_protocol::ids::{AccountId, AgentId, ConversationId, EntityId, Inbox
 use patchbay_storage::events::{Delivered, Sink};
 use patchbay_storage::tables::Tables;
 use patchbay_storage::{CLUSTER, CasOutcome, DocumentKey, Engine, ReadError, WriteError};
-use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
 
 use crate::account::{Account, AccountCommand, AccountReply, OutboundConfig};
 use crate::agent::{Agent, AgentCommand, AgentReply};
 use crate::clock::Clock;
 use crate::cluster::host::Action;
-use crate::cluster::map::ShardMap;
+use crate::cluster::map::{Incarnation, Member, ShardMap};
 use crate::cluster::member::Told;
-use crate::cluster::mesh::{Here, Identity, Mesh};
+use crate::cluster::mesh::{Here, Identity, Mesh, Network};
 use crate::cluster::runtime::{ClusterConfig, Membership};
 use crate::cluster::store::Store;
 use crate::cluster::switch::{Local, Parcel, Place, Switch};
 use crate::conversation::Conversation;
-use crate::directory::Directory;
+use crate::directory::{Directory, Stale};
+use crate::fanout::{Aside, Fanout, Far, Home, Interest, Outlet, Topic, Watched, Watches};
 use crate::inbox::{Inbox, InboxCommand, InboxReply};
 use crate::keeper;
 use crate::memory::{self, Caches, Memory};
 use crate::outbox::{LANES_MAX, Outbox};
 use crate::ports::{MediaFetcher, NoMedia, Provider, Publisher};
 use crate::router::{Answer, Router, system_command};
+use crate::sessions::Sessions;
 use crate::shard::Shards;
 use crate::shard::slots::{Refused, Slots};
 use crate::shard::soft::SoftSlots;
@@ -49,6 +54,8 @@ const FINISH_LOOK: Duration = Duration::from_millis(20);
 const SNAPSHOT_LOOK: Duration = Duration::from_millis(100);
 /// Looks without a change after which those that are left have something to do that does not end.
 const SNAPSHOT_LOOKS: u32 = 6;
+/// What a node has said of itself is kept so long.
+const COUNTERS_KEPT: Duration = Duration::from_secs(60);
 /// Memory is looked at least this often.
 const MEMORY_LOOK: Duration = Duration::from_secs(1);
 /// Entities that are busy beyond which nobody else is let in while memory is spent.
@@ -96,7 +103,7 @@ pub struct NodeConfig {
     /// Its place in the cluster.
     pub cluster: ClusterConfig,
     /// Where other nodes reach it; none: nowhere.
-    pub mesh: Option<TcpListener>,
+    pub mesh: Option<Arc<dyn Network>>,
 }
 
 impl NodeConfig {
@@ -121,6 +128,42 @@ impl NodeConfig {
             cluster: ClusterConfig::default(),
             mesh: None,
         }
+    }
+}
+
+/// How busy a node is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Open sockets.
+    pub connections: u64,
+    /// Entities in memory.
+    pub active: u64,
+    /// Commands that wait for their shard to be somewhere.
+    pub waiting: u64,
+}
+
+/// A node of the cluster, as another one knows it.
+#[derive(Clone, Debug)]
+pub struct NodeState {
+    /// This start's number.
+    pub incarnation: Incarnation,
+    /// What it brought into the cluster.
+    pub member: Member,
+    /// Shards that it holds.
+    pub shards: usize,
+    /// How busy it is, and how long ago it said so, a second or two at most while it is heard; none: it is not.
+    pub said: Option<(Counters, Duration)>,
+}
+
+impl NodeState {
+    /// `serving`, or `draining` when it is to give away what it has.
+    pub fn status(&self) -> &'static str {
+        if self.member.draining { "draining" } else { "serving" }
+    }
+
+    /// How long ago it said how busy it is, in milliseconds.
+    pub fn heard_ms_ago(&self) -> Option<u64> {
+        self.said.map(|(_, ago)| u64::try_from(ago.as_millis()).unwrap_or(u64::MAX))
     }
 }
 
@@ -155,6 +198,15 @@ pub struct Node {
     outbox: Option<Arc<Outbox>>,
     switch: Arc<Switch>,
     mesh: OnceLock<Arc<Mesh>>,
+    sessions: Sessions,
+    /// How busy others were when they last said so.
+    counters: Mutex<HashMap<Incarnation, (Counters, Instant)>>,
+    /// Shows things here and elsewhere.
+    shown: Arc<dyn Publisher>,
+    publisher: Arc<dyn Publisher>,
+    interest: Arc<Interest>,
+    watches: Arc<Watches>,
+    me: Weak<Self>,
     membership: Mutex<Option<Arc<Membership>>>,
     leaving: AtomicBool,
     engine: Arc<dyn Engine>,
@@ -206,7 +258,7 @@ async fn is_fresh(tables: &Tables) -> Result<bool, StartError> {
 }
 
 /// A number that rises with every start of every node of the cluster.
-pub(crate) async fn next_incarnation(tables: &Tables) -> Result<u32, StartError> {
+async fn next_incarnation(tables: &Tables) -> Result<u32, StartError> {
     loop {
         let found =
             tables.document::<u32>(&cluster_document("incarnation")).await.map_err(|_| StartError::Store)?;
@@ -239,17 +291,30 @@ impl Node {
         let directory = Arc::new(Directory::new(config.engine.clone()));
         let (outbox, delivered) =
             config.events.map(|e| (Outbox::new(shards.clone(), e.sink, e.lanes_max), e.delivered)).unzip();
-        let (publisher, media) = (config.publisher.clone(), config.media.clone());
-        let conversation = Conversation::new(publisher, directory.clone(), media, outbox.clone());
+        let interest = Arc::<Interest>::default();
+        let fanout = Fanout { here: config.publisher.clone(), interest: interest.clone() };
+        let shown: Arc<dyn Publisher> = Arc::new(fanout);
+        let conversation =
+            Conversation::new(shown.clone(), directory.clone(), config.media.clone(), outbox.clone());
         let account = Account::new(config.outbound, directory.clone(), config.provider);
-        let node = Arc::new(Self {
-            conversations: Slots::start(conversation, shards.clone()).await?,
-            accounts: Slots::start(account, shards.clone()).await?,
-            agents: SoftSlots::new(Agent::new(config.publisher.clone(), shards.clone())),
-            inboxes: SoftSlots::new(Inbox::new(config.publisher, directory.clone(), config.clock)),
+        let conversations = Slots::start(conversation, shards.clone()).await?;
+        let accounts = Slots::start(account, shards.clone()).await?;
+        let alone = config.engine.is_exclusive();
+        let node = Arc::new_cyclic(|me: &Weak<Self>| Self {
+            conversations,
+            accounts,
+            agents: SoftSlots::new(Agent::new(shown.clone(), shards.clone())),
+            inboxes: SoftSlots::new(Inbox::new(shown.clone(), directory.clone(), config.clock)),
+            watches: Watches::new(config.publisher.clone(), me.clone() as Weak<dyn Far>, alone),
+            publisher: config.publisher,
+            interest,
+            me: me.clone(),
             outbox,
             switch: Switch::new(config.shards),
             mesh: OnceLock::new(),
+            sessions: Sessions::default(),
+            counters: Mutex::default(),
+            shown,
             membership: Mutex::default(),
             leaving: AtomicBool::new(false),
             engine: config.engine,
@@ -261,7 +326,18 @@ impl Node {
             identity,
             directory,
         });
+        let members = node.me.clone();
+        node.agents.entity().set_is_there(Box::new(move |incarnation| {
+            let membership = members.upgrade().and_then(|node| node.membership());
+            let incarnation = Incarnation::try_from(incarnation);
+            membership.zip(incarnation.ok()).is_some_and(|(m, n)| m.map().1.members.contains_key(&n))
+        }));
         node.caches.add(&node.directory);
+        let tells = node.me.clone();
+        node.directory.add_announce(Box::new(move |tenant| {
+            let node = tells.upgrade();
+            node.as_ref().and_then(|node| node.mesh()).inspect(|mesh| mesh.tell_changed(tenant));
+        }));
         let router: Weak<dyn Router> = Arc::downgrade(&(node.clone() as Arc<dyn Router>));
         node.conversations.entity().set_router(router.clone());
         node.accounts.entity().set_router(router.clone());
@@ -279,14 +355,14 @@ impl Node {
                 switch.returned(Parcel::Account(tenant.clone(), account.clone(), Box::new(command), reply));
             }
         }));
-        if let Some(listener) = config.mesh {
+        if let Some(network) = config.mesh {
             let identity = Identity {
                 cluster: node.cluster.name.clone(),
                 shards: config.shards,
                 tls: node.cluster.tls.clone(),
             };
             let here: Weak<dyn Here> = Arc::downgrade(&(node.clone() as Arc<dyn Here>));
-            let mesh = node.mesh.get_or_init(|| Mesh::start(identity, listener, node.switch.clone(), here));
+            let mesh = node.mesh.get_or_init(|| Mesh::start(identity, network, node.switch.clone(), here));
             node.switch.set_transport(mesh.clone());
         }
         let actions = node.join().await?;
@@ -320,13 +396,13 @@ impl Node {
     }
 
     /// Whether nobody else can be in the cluster.
-    pub(crate) fn is_alone(&self) -> bool {
+    pub fn is_alone(&self) -> bool {
         self.engine.is_exclusive()
     }
 
-    /// Whether the shard of an entity is served here and stays.
-    fn is_open(&self, entity: &EntityId) -> bool {
-        self.shards.reign(entity.shard(self.shards.count)).is_some_and(|reign| !reign.is_leaving())
+    /// Whether a shard is served here and stays.
+    fn is_open(&self, shard: u32) -> bool {
+        self.shards.reign(shard).is_some_and(|reign| !reign.is_leaving())
     }
 
     /// Whether this node ends.
@@ -344,7 +420,11 @@ impl Node {
 
     /// Forgets everybody without a log of a shard that is another node's now.
     pub(crate) fn close_soft(&self, shard: u32) {
-        self.agents.close(shard, self.shards.count);
+        for id in self.agents.close(shard, self.shards.count) {
+            if let EntityId::Agent(tenant, agent) = id {
+                self.publisher.presence_elsewhere(&tenant, &agent);
+            }
+        }
         self.inboxes.close(shard, self.shards.count);
     }
 
@@ -361,6 +441,38 @@ impl Node {
     /// The way to entities wherever they live.
     pub fn switch(&self) -> &Arc<Switch> {
         &self.switch
+    }
+
+    /// Which nodes wait for what is published here.
+    pub fn interest(&self) -> &Arc<Interest> {
+        &self.interest
+    }
+
+    /// What this node's sockets wait for.
+    pub fn watches(&self) -> &Arc<Watches> {
+        &self.watches
+    }
+
+    /// Shows something beside the order of a topic to every other node whose sockets wait for it. It is lost where that
+    /// cannot be done at once.
+    pub fn aside(&self, topic: &Topic, aside: impl FnOnce() -> Aside) {
+        if self.is_alone() {
+            return;
+        }
+        match self.home(topic) {
+            (shard, Some(home)) if home.who != self.me() => {
+                self.mesh().inspect(|mesh| mesh.aside(home.who, shard, topic, &aside()));
+            }
+            (_, Some(_)) if self.interest.is_any() => self.interest.aside(topic, &aside(), None),
+            (_, _) => {}
+        }
+    }
+
+    /// Who looks at a topic, on every node that answers within a second; each in its publisher's words.
+    pub async fn present(&self, topic: &Topic) -> Result<Vec<String>, CommandError> {
+        let (reply, answer) = oneshot::channel();
+        self.switch.send(Parcel::Who(topic.clone(), reply)).map_err(|refused| refused.0)?;
+        Answer::from(answer).wait().await
     }
 
     /// What is not published yet; none: nothing is published.
@@ -380,10 +492,7 @@ impl Node {
         membership.tell(Told::Drain(true)).await;
         let me = membership.incarnation();
         let mut maps = membership.maps();
-        let given = maps.wait_for(|(_, map)| {
-            let others = map.members.iter().any(|(n, member)| *n != me && !member.draining);
-            map.held_by(me).next().is_none() || !others
-        });
+        let given = maps.wait_for(|(_, map)| map.held_by(me).next().is_none() || !map.others_take(me));
         let _ = tokio::time::timeout(patience, given).await;
         membership.map().1.held_by(me).next().is_none()
     }
@@ -462,6 +571,134 @@ impl Node {
         keeper::finish(self).await;
     }
 
+    /// How busy this node is.
+    fn counters(&self) -> Counters {
+        let count = |n: usize| u64::try_from(n).unwrap_or(u64::MAX);
+        Counters {
+            connections: self.publisher.connections(),
+            active: count(self.active_count()),
+            waiting: count(self.switch.waiting()),
+        }
+    }
+
+    /// Every node, with the version of the map that this is of.
+    pub fn nodes(&self) -> Option<(u64, Vec<NodeState>)> {
+        let (version, map) = self.membership()?.map();
+        let heard = self.counters.lock().unwrap_or_else(PoisonError::into_inner);
+        let nodes = map.members.iter().map(|(incarnation, member)| {
+            let said = if *incarnation == self.incarnation() {
+                Some((self.counters(), Duration::ZERO))
+            } else {
+                heard.get(incarnation).map(|(counters, at)| (*counters, at.elapsed()))
+            };
+            let shards = map.held_by(*incarnation).count();
+            NodeState { incarnation: *incarnation, member: member.clone(), shards, said }
+        });
+        Some((version, nodes.collect()))
+    }
+
+    /// Shows operators how the cluster is, while any of them looks and this node is the one to say so.
+    pub(crate) fn show_cluster(&self) {
+        let topic = Topic::Cluster;
+        let is_watched = || self.publisher.is_watched(&topic) || self.interest.is_watched(&topic);
+        let is_said_here = self.shards.reign(topic.shard(self.shards.count)).is_some_and(|r| r.is_held_now());
+        let Some(membership) = self.membership().filter(|_| is_said_here && is_watched()) else { return };
+        let Some((version, nodes)) = self.nodes() else { return };
+        let nodes: Vec<serde_json::Value> = nodes
+            .iter()
+            .map(|node| {
+                let said = node.said.map(|(counters, _)| counters);
+                serde_json::json!({
+                    "incarnation": node.incarnation,
+                    "name": node.member.name,
+                    "status": node.status(),
+                    "shards": node.shards,
+                    "connections": said.map(|c| c.connections),
+                    "active": said.map(|c| c.active),
+                    "waiting": said.map(|c| c.waiting),
+                    "heard_ms_ago": node.heard_ms_ago(),
+                })
+            })
+            .collect();
+        let (_, map) = membership.map();
+        let moving = map.shards.iter().filter(|slot| slot.wish.is_some()).count();
+        let publication = serde_json::json!({
+            "type": "cluster", "map_version": version, "shards": map.shards.len(), "moving": moving, "nodes": nodes,
+        });
+        self.shown.cluster(publication.to_string().into());
+    }
+
+    /// An agent's socket opened here.
+    pub async fn agent_connected(
+        &self,
+        tenant: &TenantId,
+        agent: &AgentId,
+        connection: String,
+    ) -> Result<AgentReply, CommandError> {
+        self.sessions.opened(tenant, agent, &connection);
+        let incarnation = self.incarnation();
+        let is_known = self.membership().is_some_and(|m| m.map().1.members.contains_key(&incarnation));
+        if !is_known {
+            // Nobody would take it for a node's.
+            return Err(CommandError::unavailable());
+        }
+        self.agent(tenant, agent, AgentCommand::Connected { connection, incarnation })?.wait().await
+    }
+
+    /// It closed. If that cannot be told now it is told later.
+    pub async fn agent_disconnected(&self, tenant: &TenantId, agent: &AgentId, connection: String) {
+        self.sessions.closed(tenant, agent, &connection);
+        self.tell_closed(tenant, agent, connection).await;
+    }
+
+    async fn tell_closed(&self, tenant: &TenantId, agent: &AgentId, connection: String) {
+        let told = AgentCommand::Disconnected { connection: connection.clone() };
+        let told = match self.agent(tenant, agent, told) {
+            Ok(answer) => answer.wait().await,
+            Err(error) => Err(error),
+        };
+        if told.is_ok() {
+            self.sessions.told(tenant, agent, &connection);
+        }
+    }
+
+    /// Tells of sockets that closed and could not be told of.
+    pub(crate) async fn tell_all_closed(&self) {
+        let tells = self.sessions.untold().into_iter();
+        let tells = tells.map(|(tenant, agent, connection)| async move {
+            self.tell_closed(&tenant, &agent, connection).await;
+        });
+        futures_util::stream::iter(tells).for_each_concurrent(WAKE_AT_ONCE, |tells| tells).await;
+    }
+
+    /// Tells again of every socket here: this node is another incarnation now.
+    pub(crate) async fn tell_all_open(&self) {
+        let Some(membership) = self.membership() else { return };
+        let incarnation = membership.incarnation();
+        let mut maps = membership.maps();
+        // It ends with this incarnation, and the next one tells.
+        if maps.wait_for(|(_, map)| map.members.contains_key(&incarnation)).await.is_err() {
+            return;
+        }
+        let tells = self.sessions.open().into_iter();
+        let tells = tells.map(|(tenant, agent, connection)| async move {
+            let told = AgentCommand::Connected { connection, incarnation };
+            if let Ok(answer) = self.agent(&tenant, &agent, told) {
+                // One that does not answer within its patience shows its agent as gone until the next socket.
+                let _ = answer.wait().await;
+            }
+        });
+        futures_util::stream::iter(tells).for_each_concurrent(WAKE_AT_ONCE, |tells| tells).await;
+    }
+
+    /// Nodes are gone: agents that are loaded here may have been on them.
+    pub(crate) fn look_at_agents(&self) {
+        for id in self.agents.active() {
+            // One that takes nothing now is looked at by its timer.
+            let _ = self.agents.send(&id, AgentCommand::Look);
+        }
+    }
+
     /// Wakes an entity and waits for its answer.
     pub(crate) async fn wake(&self, id: &EntityId) -> bool {
         let mut pause = Duration::from_millis(50);
@@ -477,7 +714,11 @@ impl Node {
                     Ok(answer) => settled(answer.wait().await),
                     Err(_) => false,
                 },
-                EntityId::Agent(..) | EntityId::Inbox(..) => true,
+                EntityId::Agent(..) => match self.agents.send(id, AgentCommand::Look) {
+                    Ok(answer) => answer.wait().await.is_ok(),
+                    Err(_) => false,
+                },
+                EntityId::Inbox(..) => true,
             };
             if woken {
                 return true;
@@ -567,12 +808,12 @@ impl Here for Node {
     }
 
     fn take(&self, parcel: Parcel) -> Result<(), Parcel> {
-        if matches!(self.place(parcel.entity().shard(self.shards.count)), Place::There(_)) {
+        if matches!(self.place(parcel.shard(self.shards.count)), Place::There(_)) {
             return Err(parcel);
         }
         self.hand(parcel).or_else(|parcel| {
             // It is being opened, or is about to go: it waits here until either has happened.
-            self.switch.send(parcel).or_else(|refused| {
+            self.switch.arrived(parcel).or_else(|refused| {
                 let (error, parcel) = *refused;
                 parcel.refuse(error);
                 Ok(())
@@ -587,18 +828,166 @@ impl Here for Node {
             membership.hear(version);
         }
     }
+
+    fn interest(&self) -> &Arc<Interest> {
+        &self.interest
+    }
+
+    fn watches(&self) -> &Arc<Watches> {
+        &self.watches
+    }
+
+    fn watch(&self, topic: Topic, epoch: u32, check: bool, outlet: Arc<dyn Outlet>) {
+        let was_new = self.interest.add(&topic, &outlet);
+        // Looked at after it was added: whatever ends the reign takes it out again.
+        if !self.is_home(&topic, epoch) {
+            self.interest.remove(&topic, outlet.number());
+            outlet.watched(&topic, epoch, Watched::NotOwner(self.map_version()));
+            return;
+        }
+        let tip = self.interest.tip(&topic);
+        let (Some(node), true) = (self.me.upgrade(), check && (was_new || tip.is_none())) else {
+            self.interest.reaches(&topic, tip.unwrap_or(0), epoch, &outlet);
+            return;
+        };
+        tokio::spawn(async move {
+            match topic {
+                Topic::Conversation(_) | Topic::Cluster => {}
+                Topic::Inbox(..) if was_new => outlet.missed(&topic),
+                Topic::Agent(..) if was_new => {
+                    if let Some(state) = node.state_of(&topic).await {
+                        outlet.publish(&topic, &outlet.wire(&topic), &[(0, state)]);
+                    }
+                }
+                Topic::Inbox(..) | Topic::Agent(..) => {}
+            }
+            match node.reach(&topic).await {
+                Some(tip) => node.interest.reaches(&topic, tip, epoch, &outlet),
+                None => outlet.watched(&topic, epoch, Watched::Later),
+            }
+        });
+    }
+
+    fn counters(&self) -> Counters {
+        self.counters()
+    }
+
+    fn counted(&self, who: Incarnation, counters: Counters) {
+        let mut heard = self.counters.lock().unwrap_or_else(PoisonError::into_inner);
+        heard.insert(who, (counters, Instant::now()));
+        // Whoever is gone says nothing any more.
+        heard.retain(|_, (_, at)| at.elapsed() < COUNTERS_KEPT);
+    }
+
+    fn publisher(&self) -> &dyn Publisher {
+        &*self.publisher
+    }
+
+    fn changed(&self, tenant: TenantId) {
+        let directory = self.directory.clone();
+        tokio::spawn(async move { directory.heard_of_change(Stale::Of(&tenant)).await });
+    }
+}
+
+impl Far for Node {
+    fn me(&self) -> Incarnation {
+        self.incarnation()
+    }
+
+    fn home(&self, topic: &Topic) -> (u32, Option<Home>) {
+        let shard = topic.shard(self.shards.count);
+        (shard, self.holder(shard))
+    }
+
+    fn register(&self, at: Home, topic: &Topic, check: bool) -> bool {
+        let shard = topic.shard(self.shards.count);
+        self.mesh().is_some_and(|mesh| mesh.register(at, shard, topic, check))
+    }
+
+    fn withdraw(&self, at: Incarnation, topic: &Topic) {
+        let shard = topic.shard(self.shards.count);
+        self.mesh().inspect(|mesh| mesh.withdraw(at, shard, topic));
+    }
+
+    fn check_here(&self, at: Home, topic: &Topic) {
+        let (Some(node), topic) = (self.me.upgrade(), topic.clone()) else { return };
+        tokio::spawn(async move {
+            let outcome = match node.reach(&topic).await {
+                Some(tip) => Watched::Live(tip),
+                None => Watched::Later,
+            };
+            node.show_missed(&topic).await;
+            node.watches.watched(at, &topic, outcome);
+        });
+    }
+
+    fn heard(&self, version: u64) {
+        Here::heard(self, version);
+    }
+}
+
+impl Node {
+    /// Who serves a shard, as far as this node knows; none: it is on its way.
+    fn holder(&self, shard: u32) -> Option<Home> {
+        if let Some(reign) = self.shards.reign(shard) {
+            return Some(Home { who: self.incarnation(), epoch: reign.epoch() });
+        }
+        let membership = self.membership()?;
+        let (_, map) = membership.map();
+        let slot = map.shards.get(shard as usize)?;
+        let there = slot.holder.filter(|who| *who != membership.incarnation());
+        there.map(|who| Home { who, epoch: slot.epoch })
+    }
+
+    /// How far a topic reaches that is here: 0 without an order. None: that cannot be said now.
+    async fn reach(&self, topic: &Topic) -> Option<u64> {
+        let Topic::Conversation(id) = topic else { return Some(0) };
+        let _turn = self.interest.check_turn().await?;
+        let answer =
+            self.conversations.send(&EntityId::Conversation(*id), system_command(Request::Tip)).ok()?;
+        match answer.wait().await {
+            Ok(Reply::Tip(tip)) => Some(tip.seq),
+            Ok(_) => Some(0),
+            Err(error) => {
+                tracing::debug!(%error, conversation = %id, "how far it reaches is not known");
+                None
+            }
+        }
+    }
+
+    /// The state of a topic without an order, where it has one: an agent's own.
+    async fn state_of(&self, topic: &Topic) -> Option<Bytes> {
+        let Topic::Agent(tenant, agent) = topic else { return None };
+        let id = EntityId::Agent(tenant.clone(), agent.clone());
+        let answer = self.agents.send(&id, AgentCommand::Get).ok()?;
+        answer.wait().await.ok().map(|reply| crate::agent::session(&reply))
+    }
+
+    /// Something of a topic without an order may not have been shown here: what it is now is.
+    async fn show_missed(&self, topic: &Topic) {
+        match topic {
+            // The next one follows within a second.
+            Topic::Conversation(_) | Topic::Cluster => {}
+            Topic::Inbox(..) => self.publisher.lost(topic),
+            Topic::Agent(tenant, agent) => {
+                if let Some(state) = self.state_of(topic).await {
+                    self.publisher.agent(tenant, agent, state);
+                }
+            }
+        }
+    }
+
+    fn is_home(&self, topic: &Topic, epoch: u32) -> bool {
+        self.home(topic).1 == Some(Home { who: self.incarnation(), epoch })
+    }
 }
 
 impl Local for Node {
     fn place(&self, shard: u32) -> Place {
-        if self.shards.reign(shard).is_some() {
-            return Place::Here;
-        }
-        let Some(membership) = self.membership() else { return Place::Nowhere };
-        let holder = membership.map().1.shards.get(shard as usize).and_then(|slot| slot.holder);
-        match holder {
-            Some(other) if other != membership.incarnation() => Place::There(other),
-            Some(_) | None => Place::Nowhere,
+        match self.holder(shard) {
+            Some(home) if home.who == self.incarnation() => Place::Here,
+            Some(home) => Place::There(home.who),
+            None => Place::Nowhere,
         }
     }
 
@@ -607,10 +996,10 @@ impl Local for Node {
     }
 
     fn hand(&self, parcel: Parcel) -> Result<(), Parcel> {
-        let entity = parcel.entity();
+        let shard = parcel.shard(self.shards.count);
         match parcel {
             Parcel::Conversation(id, command, reply) => {
-                match self.conversations.hand(&entity, *command, reply) {
+                match self.conversations.hand(&EntityId::Conversation(id), *command, reply) {
                     Ok(()) => {}
                     Err(Refused::Error(error, reply)) => drop(reply.send(Err(error))),
                     Err(Refused::Elsewhere(command, reply)) => {
@@ -619,7 +1008,8 @@ impl Local for Node {
                 }
             }
             Parcel::Account(tenant, account, command, reply) => {
-                match self.accounts.hand(&entity, *command, reply) {
+                let id = EntityId::Account(tenant.clone(), account.clone());
+                match self.accounts.hand(&id, *command, reply) {
                     Ok(()) => {}
                     Err(Refused::Error(error, reply)) => drop(reply.send(Err(error))),
                     Err(Refused::Elsewhere(command, reply)) => {
@@ -627,14 +1017,26 @@ impl Local for Node {
                     }
                 }
             }
-            parcel if !self.is_open(&entity) => return Err(parcel),
-            Parcel::Agent(.., command, reply) => {
-                if let Err((error, reply)) = self.agents.hand(&entity, *command, reply) {
+            parcel if !self.is_open(shard) => return Err(parcel),
+            Parcel::Who(topic, reply) => {
+                let Some(node) = self.me.upgrade() else { return Ok(()) };
+                tokio::spawn(async move {
+                    let mut who = node.interest.gather(&topic).await;
+                    who.push(node.publisher.present(&topic));
+                    drop(reply.send(Ok(who)));
+                });
+            }
+            Parcel::Agent(tenant, agent, command, reply) => {
+                if let Err((error, reply)) =
+                    self.agents.hand(&EntityId::Agent(tenant, agent), *command, reply)
+                {
                     drop(reply.send(Err(error)));
                 }
             }
-            Parcel::Inbox(.., command, reply) => {
-                if let Err((error, reply)) = self.inboxes.hand(&entity, *command, reply) {
+            Parcel::Inbox(tenant, inbox, command, reply) => {
+                if let Err((error, reply)) =
+                    self.inboxes.hand(&EntityId::Inbox(tenant, inbox), *command, reply)
+                {
                     drop(reply.send(Err(error)));
                 }
             }

@@ -8,6 +8,7 @@ use patchbay_protocol::outbound::{Call, CallResult, Verdict};
 
 use crate::agent::Presence;
 use crate::directory::Account;
+use crate::fanout::{Aside, Topic};
 
 /// Where confirmed things are shown: the node's hub.
 pub trait Publisher: Send + Sync + 'static {
@@ -20,8 +21,39 @@ pub trait Publisher: Send + Sync + 'static {
     /// Something for an agent, as JSON.
     fn agent(&self, tenant: &TenantId, agent: &AgentId, publication: Bytes);
 
+    /// How the cluster is, as JSON.
+    fn cluster(&self, _: Bytes) {}
+
+    /// Whether anybody here waits for a topic.
+    fn is_watched(&self, _: &Topic) -> bool {
+        false
+    }
+
+    /// Open sockets.
+    fn connections(&self) -> u64 {
+        0
+    }
+
     /// An agent came, went, or says something else.
     fn presence(&self, _: &TenantId, _: &AgentId, _: Presence) {}
+
+    /// An agent is another node's now, which says how it is.
+    fn presence_elsewhere(&self, _: &TenantId, _: &AgentId) {}
+
+    /// A conversation's log reaches at least here: whoever was shown less reads the rest.
+    fn reaches(&self, _: ConversationId, _: u64) {}
+
+    /// A topic cannot be followed from here, or publications of one without an order may have been missed: its sockets are to
+    /// come back, with their position if they have one.
+    fn lost(&self, _: &Topic) {}
+
+    /// Something beside the order of a topic, from another node.
+    fn aside(&self, _: &Topic, _: &Aside) {}
+
+    /// Who is here, in the publisher's own words; another node's publisher reads it.
+    fn present(&self, _: &Topic) -> String {
+        String::new()
+    }
 }
 
 /// The guarded HTTP client.

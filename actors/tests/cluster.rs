@@ -4,24 +4,30 @@
 
 mod common;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
-use common::{Graph, Shown};
+use bytes::Bytes;
+use common::Graph;
 use patchbay_actors::clock::Clock;
 use patchbay_actors::cluster::map::{Incarnation, Member};
+use patchbay_actors::cluster::mesh::Tcp;
 use patchbay_actors::cluster::runtime::ClusterConfig;
 use patchbay_actors::cluster::switch::{Local as _, Parcel, Transport};
 use patchbay_actors::cluster::ticks::Ticks;
 use patchbay_actors::desk::{Desk, Page, Who};
 use patchbay_actors::directory::{Account, Inbox, Settings};
+use patchbay_actors::fanout::{Aside, Topic};
 use patchbay_actors::intake::Intake;
 use patchbay_actors::node::{Node, NodeConfig};
+use patchbay_actors::ports::Publisher;
+use patchbay_actors::router::Router as _;
 use patchbay_connectors::Connector as _;
 use patchbay_protocol::Timestamp;
 use patchbay_protocol::command::{AddNote, Reply, Request};
+use patchbay_protocol::ids::{AgentId, ConversationId, InboxId, TenantId};
 use patchbay_storage::model::Model;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
@@ -48,7 +54,7 @@ impl Transport for Wire {
         let target = self.wires.nodes.lock().unwrap().get(&to).and_then(Weak::upgrade);
         let (Some(target), Some(from)) = (target, self.from.upgrade()) else { return Err(parcel) };
         self.wires.sent.fetch_add(1, Ordering::Relaxed);
-        let shard = parcel.entity().shard(SHARDS);
+        let shard = parcel.shard(SHARDS);
         // What came back is told when nobody holds the switch.
         match target.hand(parcel) {
             Ok(()) => {
@@ -67,7 +73,91 @@ impl Transport for Wire {
     }
 }
 
+/// What a node's sockets would show: one that waits for each of some conversations from its beginning.
+#[derive(Default)]
+struct Screen {
+    shown: Mutex<HashMap<ConversationId, Vec<Value>>>,
+    /// Conversations of which it was told that there is more, or that were closed to it.
+    behind: Mutex<HashSet<ConversationId>>,
+    live: AtomicU64,
+    read: AtomicU64,
+    lost: AtomicU64,
+    asides: Mutex<Vec<(Topic, Aside)>>,
+    agent: Mutex<Vec<Value>>,
+}
+
+impl Screen {
+    fn shows(&self, id: ConversationId) -> usize {
+        self.shown.lock().unwrap().get(&id).map_or(0, Vec::len)
+    }
+
+    /// What is behind goes on from the log.
+    async fn catches_up(&self, look: &Running) {
+        let behind = std::mem::take(&mut *self.behind.lock().unwrap());
+        for id in behind {
+            let from = self.shows(id) as u64;
+            let Ok(page) = look.desk.entries(&common::tenant(), id, Page::After(from), 1000).await else {
+                self.behind.lock().unwrap().insert(id);
+                continue;
+            };
+            let mut shown = self.shown.lock().unwrap();
+            let shown = shown.entry(id).or_default();
+            for (seq, entry) in page.entries {
+                if seq == shown.len() as u64 + 1 {
+                    shown.push(serde_json::from_slice(&entry).unwrap());
+                    self.read.fetch_add(1, Ordering::Relaxed);
+                }
+            }
+        }
+    }
+}
+
+impl Publisher for Screen {
+    fn entries(&self, id: ConversationId, entries: &[(u64, Bytes)]) {
+        let mut shown = self.shown.lock().unwrap();
+        let Some(shown) = shown.get_mut(&id) else { return };
+        for (seq, entry) in entries {
+            match *seq {
+                seq if seq == shown.len() as u64 + 1 => {
+                    shown.push(serde_json::from_slice(entry).unwrap());
+                    self.live.fetch_add(1, Ordering::Relaxed);
+                }
+                seq if seq <= shown.len() as u64 => {}
+                _ => drop(self.behind.lock().unwrap().insert(id)),
+            }
+        }
+    }
+
+    fn inbox(&self, _: &TenantId, _: &InboxId, _: Bytes) {}
+
+    fn agent(&self, _: &TenantId, _: &AgentId, publication: Bytes) {
+        self.agent.lock().unwrap().push(serde_json::from_slice(&publication).unwrap());
+    }
+
+    fn reaches(&self, id: ConversationId, seq: u64) {
+        if self.shown.lock().unwrap().get(&id).is_some_and(|shown| seq > shown.len() as u64) {
+            self.behind.lock().unwrap().insert(id);
+        }
+    }
+
+    fn lost(&self, topic: &Topic) {
+        self.lost.fetch_add(1, Ordering::Relaxed);
+        if let Topic::Conversation(id) = topic {
+            self.behind.lock().unwrap().insert(*id);
+        }
+    }
+
+    fn aside(&self, topic: &Topic, aside: &Aside) {
+        self.asides.lock().unwrap().push((topic.clone(), aside.clone()));
+    }
+
+    fn present(&self, _: &Topic) -> String {
+        self.live.load(Ordering::Relaxed).to_string()
+    }
+}
+
 struct Running {
+    screen: Arc<Screen>,
     node: Arc<Node>,
     desk: Arc<Desk>,
     intake: Arc<Intake>,
@@ -107,12 +197,12 @@ impl Cluster {
         let mesh = listener.as_ref().map(|l| l.local_addr().unwrap().to_string());
         let member = Member { name: name.into(), mesh, capacity: 1, draining: false };
         let cluster = ClusterConfig { member, ticks: self.ticks, ..ClusterConfig::default() };
-        let shown = Arc::new(Shown::default());
+        let screen = Arc::<Screen>::default();
         let config = NodeConfig {
             shards: SHARDS,
             cluster,
-            mesh: listener,
-            ..NodeConfig::new(Arc::new(model.clone()), self.clock, shown, self.graph.clone())
+            mesh: listener.map(Tcp::at),
+            ..NodeConfig::new(Arc::new(model.clone()), self.clock, screen.clone(), self.graph.clone())
         };
         let node = Node::start(config).await.unwrap();
         let (wires, from) = (self.wires.clone(), Arc::downgrade(&node));
@@ -120,7 +210,8 @@ impl Cluster {
             node.switch().set_transport(Arc::new(Wire { wires, from }));
         }
         self.wires.nodes.lock().unwrap().insert(node.incarnation(), Arc::downgrade(&node));
-        Arc::new(Running { desk: Desk::new(node.clone()), intake: Intake::new(node.clone()), node, model })
+        let (desk, intake) = (Desk::new(node.clone()), Intake::new(node.clone()));
+        Arc::new(Running { screen, desk, intake, node, model })
     }
 }
 
@@ -142,6 +233,15 @@ impl Running {
             settings: Settings::default(),
         };
         directory.put_account(&tenant, &common::account(), &account).await.unwrap();
+    }
+
+    /// Its sockets wait for a conversation from its beginning.
+    async fn waits_for(&self, id: ConversationId) {
+        let topic = Topic::Conversation(id);
+        self.screen.shown.lock().unwrap().entry(id).or_default();
+        self.node.watches().begin(&topic);
+        self.node.watches().ready(&topic).await.unwrap();
+        self.screen.behind.lock().unwrap().insert(id);
     }
 
     async fn writes(&self, from: &str, id: &str) -> bool {
@@ -363,4 +463,146 @@ async fn a_node_is_lost(cluster: Cluster) {
     let (acked, failed) = load.end(&a).await;
     println!("{acked} acked, {failed} tries failed, replaced in {taken:?}");
     assert!(acked > 1000, "{acked}");
+}
+
+/// Three nodes on the mesh, each with its share.
+async fn three(cluster: &Cluster, threads: usize) -> [Arc<Running>; 3] {
+    let a = cluster.start("a").await;
+    until("the first has everything", async || a.held() == SHARDS as usize).await;
+    a.prepare().await;
+    for n in 0..threads {
+        assert!(a.writes(&thread(n), &format!("first.{n}")).await);
+    }
+    let (b, c) = (cluster.start("b").await, cluster.start("c").await);
+    let all = SHARDS as usize;
+    until("they are shared out", async || c.held() >= all / 3 && Cluster::served(&[&a, &b, &c]) == all).await;
+    [a, b, c]
+}
+
+#[tokio::test]
+async fn whatever_is_written_is_shown_on_every_node_that_waits_for_it() {
+    const THREADS: usize = 24;
+    let cluster = Cluster::meshed();
+    let [a, b, c] = three(&cluster, THREADS).await;
+    let all = SHARDS as usize;
+    for n in 0..THREADS {
+        for node in [&a, &b, &c] {
+            node.waits_for(common::id(&thread(n))).await;
+        }
+    }
+    let screens: Vec<Arc<Running>> = vec![a.clone(), b.clone(), c.clone()];
+    let (stop, readers) = (Arc::<AtomicBool>::default(), screens.clone());
+    let stopped = stop.clone();
+    let reads = tokio::spawn(async move {
+        while !stopped.load(Ordering::Relaxed) {
+            for node in &readers {
+                node.screen.catches_up(node).await;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    });
+    let load = Load::start(&[&a, &b, &c], THREADS);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let read_at_rest: u64 = screens.iter().map(|n| n.screen.read.load(Ordering::Relaxed)).sum();
+    // Every shard of one moves away and comes back; another is lost and comes back as another incarnation.
+    assert!(b.node.drain(Duration::from_secs(30)).await);
+    b.node.undrain().await;
+    until("it has its share again", async || b.held() >= all / 3 && Cluster::served(&[&a, &b, &c]) == all)
+        .await;
+    let before = c.node.incarnation();
+    c.model.cut(true);
+    until("the others have everything", async || a.held() + b.held() == all).await;
+    c.model.cut(false);
+    until("it comes back", async || c.node.incarnation() != before).await;
+    until("with its share", async || c.held() >= all / 3 && Cluster::served(&[&a, &b, &c]) == all).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let (acked, _) = load.end(&a).await;
+    for n in 0..THREADS {
+        let id = common::id(&thread(n));
+        let entries = a.entries_after(&thread(n), 0).await;
+        for node in &screens {
+            until("everything is shown", async || node.screen.shows(id) >= entries.len()).await;
+            assert_eq!(node.screen.shown.lock().unwrap()[&id], entries);
+        }
+    }
+    stop.store(true, Ordering::Relaxed);
+    reads.await.unwrap();
+    let count = |of: fn(&Screen) -> &AtomicU64| -> u64 {
+        screens.iter().map(|n| of(&n.screen).load(Ordering::Relaxed)).sum()
+    };
+    let (live, read, lost) = (count(|s| &s.live), count(|s| &s.read), count(|s| &s.lost));
+    println!(
+        "{acked} acked; shown {live} live, {read} read ({read_at_rest} before anything moved), {lost} closed"
+    );
+    assert!(live > read - read_at_rest, "most is shown as it comes: {live} live, {read} read");
+    // Nobody waits any more: nobody is told any more.
+    for n in 0..THREADS {
+        let topic = Topic::Conversation(common::id(&thread(n)));
+        screens.iter().for_each(|node| node.node.watches().end(&topic));
+    }
+    until("nobody is interested", async || screens.iter().all(|n| !n.node.interest().is_any())).await;
+}
+
+#[tokio::test]
+async fn what_is_beside_the_order_and_who_is_there_cross_the_mesh() {
+    let cluster = Cluster::meshed();
+    let [a, b, c] = three(&cluster, 1).await;
+    let id = common::id(&thread(0));
+    let topic = Topic::Conversation(id);
+    for node in [&a, &b, &c] {
+        node.waits_for(id).await;
+    }
+    // Whoever says it, the two others hear it; whoever owns it hears it as well.
+    for (n, from) in [&a, &b, &c].into_iter().enumerate() {
+        let said = Aside { kind: "typing".into(), key: n.to_string(), data: Bytes::from_static(b"{}") };
+        from.node.aside(&topic, || said.clone());
+        let heard = |by: &Running| by.screen.asides.lock().unwrap().contains(&(topic.clone(), said.clone()));
+        until("the others have heard", async || {
+            [&a, &b, &c].iter().filter(|by| !Arc::ptr_eq(by, from)).all(|by| heard(by))
+        })
+        .await;
+        assert!(!heard(from), "nobody hears itself");
+        // Each says who is there in its own words.
+        assert_eq!(from.node.present(&topic).await.unwrap().len(), 3);
+    }
+    b.node.watches().end(&topic);
+    until("it waits no more", async || a.node.present(&topic).await.unwrap().len() <= 2).await;
+}
+
+#[tokio::test]
+async fn an_agents_sessions_outlive_its_owner_and_end_once_with_their_node() {
+    use patchbay_actors::agent::{AgentCommand, Presence};
+    let cluster = Cluster::meshed();
+    let [a, b, c] = three(&cluster, 0).await;
+    let (tenant, agents) = (common::tenant(), (0..12).map(|n| format!("agent-{n}").parse().unwrap()));
+    let agents: Vec<AgentId> = agents.collect();
+    let how = async |by: &Running, agent: &AgentId| {
+        let answer = by.node.agent(&tenant, agent, AgentCommand::Get).ok()?;
+        answer.wait().await.ok().map(|reply| (reply.state, reply.sessions))
+    };
+    for agent in &agents {
+        for (n, node) in [&a, &b].into_iter().enumerate() {
+            node.node.agent_connected(&tenant, agent, format!("{n}")).await.unwrap();
+        }
+        let away = b.node.agent(&tenant, agent, AgentCommand::Set(Presence::Away)).unwrap();
+        away.wait().await.unwrap();
+    }
+    let all = SHARDS as usize;
+    // Every agent of it gets another owner: nothing is seen of that.
+    assert!(c.node.drain(Duration::from_secs(30)).await);
+    until("the others have everything", async || a.held() + b.held() == all).await;
+    for agent in &agents {
+        assert_eq!(how(&c, agent).await, Some((Presence::Away, 2)));
+    }
+    // A node is lost for good, and its sessions with it.
+    b.model.cut(true);
+    c.node.undrain().await;
+    until("it has nothing", async || a.held() + c.held() == all).await;
+    for agent in &agents {
+        until("its session has ended", async || how(&a, agent).await == Some((Presence::Away, 1))).await;
+    }
+    for agent in &agents {
+        a.node.agent_disconnected(&tenant, agent, "0".into()).await;
+        assert_eq!(how(&c, agent).await, Some((Presence::Offline, 0)));
+    }
 }

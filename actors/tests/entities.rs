@@ -123,7 +123,7 @@ async fn in_a_group_each_participant_climbs_for_itself_and_sends_go_to_the_group
 #[tokio::test(start_paused = true)]
 async fn an_agent_is_there_while_any_of_its_sockets_is_and_is_last_seen_when_the_last_one_closed() {
     let w = World::new().await;
-    let on = |c: &str| AgentCommand::Connected { connection: c.into() };
+    let on = |c: &str| AgentCommand::Connected { connection: c.into(), incarnation: w.node.incarnation() };
     let off = |c: &str| AgentCommand::Disconnected { connection: c.into() };
     let never = w.agent(AgentCommand::Get).await;
     assert_eq!((never.state, never.sessions, never.last_seen), (Presence::Offline, 0, None));

@@ -51,8 +51,13 @@ fn an_idle_conversation_holds_little() {
         forget(&w).await;
         w
     });
-    let counted = allocation_counter::measure(|| runtime.block_on(ask(&w)));
-    let each = counted.bytes_current / CONVERSATIONS as i64;
+    // What was forgotten may be freed a little later, within what is counted: the round that held most counts.
+    let rounds = (0..3).map(|_| {
+        let counted = allocation_counter::measure(|| runtime.block_on(ask(&w)));
+        runtime.block_on(forget(&w));
+        counted.bytes_current / CONVERSATIONS as i64
+    });
+    let each = rounds.max().unwrap_or_default();
     println!("{each} bytes each");
     assert!((1..=BYTES_MAX).contains(&each), "{each} bytes");
 }

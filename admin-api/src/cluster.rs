@@ -37,8 +37,13 @@ pub(crate) struct ClusterNode {
     shards: usize,
     /// Whether it is the one that answers.
     here: bool,
-    /// Entities in memory; only of the one that answers.
-    active: Option<usize>,
+    /// Open sockets, entities in memory, and commands that wait for their shard to be somewhere, as it last said; null: it
+    /// is not heard.
+    connections: Option<u64>,
+    active: Option<u64>,
+    waiting: Option<u64>,
+    /// How long ago it said so, in milliseconds: one to two seconds at most while it is heard.
+    heard_ms_ago: Option<u64>,
 }
 
 /// The nodes.
@@ -141,19 +146,22 @@ fn shard_of(map: &ShardMap, shard: u32, slot: &Slot) -> Option<ClusterShard> {
 /// The nodes.
 #[utoipa::path(get, path = "/api/v1/cluster/nodes", responses((status = 200, body = ClusterNodes)), security(("key" = [])))]
 pub(crate) async fn nodes(State(api): State<Arc<Api>>, _: Operator) -> Result<Json<ClusterNodes>, Failure> {
-    let (node, me) = (api.desk.node(), membership(&api)?);
-    let (version, map) = me.map();
-    let nodes = map.members.iter().map(|(incarnation, member)| {
-        let here = *incarnation == me.incarnation();
+    let node = api.desk.node();
+    let (version, nodes) = node.nodes().ok_or_else(CommandError::unavailable)?;
+    let nodes = nodes.into_iter().map(|state| {
+        let said = state.said.map(|(counters, _)| counters);
         ClusterNode {
-            incarnation: *incarnation,
-            name: member.name.clone(),
-            status: if member.draining { "draining" } else { "serving" }.to_owned(),
-            mesh: member.mesh.clone(),
-            capacity: member.capacity,
-            shards: map.held_by(*incarnation).count(),
-            here,
-            active: here.then(|| node.active_count()),
+            incarnation: state.incarnation,
+            status: state.status().to_owned(),
+            heard_ms_ago: state.heard_ms_ago(),
+            name: state.member.name,
+            mesh: state.member.mesh,
+            capacity: state.member.capacity,
+            shards: state.shards,
+            here: state.incarnation == node.incarnation(),
+            connections: said.map(|counters| counters.connections),
+            active: said.map(|counters| counters.active),
+            waiting: said.map(|counters| counters.waiting),
         }
     });
     Ok(Json(ClusterNodes { version, nodes: nodes.collect() }))
@@ -241,7 +249,7 @@ pub(crate) async fn move_shard(
 pub(crate) async fn drain(State(api): State<Arc<Api>>, _: Operator) -> Result<StatusCode, Failure> {
     let me = membership(&api)?;
     let (_, map) = me.map();
-    if !map.members.iter().any(|(n, member)| *n != me.incarnation() && !member.draining) {
+    if !map.others_take(me.incarnation()) {
         let detail = serde_json::json!({"detail": "no other node takes shards"});
         return Err(CommandError::with(ErrorCode::NotSupported, detail).into());
     }

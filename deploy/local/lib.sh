@@ -55,7 +55,8 @@ PY
 alive() {
   local pid
   pid=$(cat "$DIR/node$1/pid" 2>/dev/null) || return 1
-  { tr '\0' ' ' <"/proc/$pid/cmdline" | grep -qF -- "$DIR/node$1/" && ! grep -q '^State:.Z' "/proc/$pid/status"; } 2>/dev/null
+  # No pipe: a reader that has found what it wants would break the writer off, and that looks like a failure.
+  { grep -qzF -- "$DIR/node$1/" "/proc/$pid/cmdline" && ! grep -q '^State:.Z' "/proc/$pid/status"; } 2>/dev/null
 }
 
 stop_node() {

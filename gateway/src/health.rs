@@ -121,13 +121,24 @@ impl Health {
     }
 }
 
+/// What a node does about its callers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// It serves them.
+    Serving,
+    /// It sends its sockets elsewhere and takes no new ones, until somebody says otherwise.
+    Draining,
+    /// The same, and then it ends.
+    Ending,
+}
+
 /// The operators' door, open.
 pub struct Ops {
     /// Its address.
     pub address: SocketAddr,
     /// What it tells.
     pub health: Arc<Health>,
-    pub(crate) draining: watch::Sender<bool>,
+    pub(crate) phase: watch::Sender<Phase>,
     pub(crate) tasks: TaskTracker,
 }
 
@@ -139,16 +150,16 @@ impl Ops {
         if mode == Mode::Dev && !address.ip().is_loopback() {
             return Err(RunError::Config("dev listens on loopback only".into()));
         }
-        let (draining, watching) = watch::channel(false);
+        let (phase, watching) = watch::channel(Phase::Serving);
         let (health, tasks) = (Arc::new(Health::default()), TaskTracker::new());
         *lock(&health.waiting) = Some("starting".into());
-        let state = OpsState { health: health.clone(), metrics, draining: watching.clone() };
+        let state = OpsState { health: health.clone(), metrics, phase: watching.clone() };
         let router = match mode {
             Mode::Dev => router(state).layer(axum::middleware::from_fn(limits::local_host_only)),
             Mode::Run => router(state),
         };
         tasks.spawn(serve(listener, router, watching, tasks.clone()));
-        Ok(Self { address, health, draining, tasks })
+        Ok(Self { address, health, phase, tasks })
     }
 }
 
@@ -156,7 +167,7 @@ impl Ops {
 struct OpsState {
     health: Arc<Health>,
     metrics: PrometheusHandle,
-    draining: watch::Receiver<bool>,
+    phase: watch::Receiver<Phase>,
 }
 
 fn router(state: OpsState) -> Router {
@@ -184,7 +195,7 @@ async fn metrics(State(state): State<OpsState>) -> String {
 }
 
 async fn ready(State(state): State<OpsState>) -> Response {
-    if *state.draining.borrow() {
+    if *state.phase.borrow() != Phase::Serving {
         return (StatusCode::SERVICE_UNAVAILABLE, "draining").into_response();
     }
     match state.health.look() {

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::hash::Hash;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
@@ -19,6 +20,8 @@ use crate::config;
 
 /// Callers that are told apart at once; past it those that have not asked lately are forgotten.
 pub const CALLERS_MAX: usize = 100_000;
+/// A new socket waits so long for its turn.
+const ADMIT_TIMEOUT: Duration = Duration::from_secs(5);
 /// What API keys may ask in `dev` at least, from loopback.
 const DEV_PER_SECOND: u32 = 2_000;
 
@@ -51,14 +54,32 @@ impl Rate {
         Bucket { tokens: self.burst(), at: Instant::now() }
     }
 
+    fn fill(self, bucket: &mut Bucket) {
+        let now = Instant::now();
+        let filled = bucket.tokens + now.duration_since(bucket.at).as_secs_f64() * self.0;
+        *bucket = Bucket { tokens: filled.min(self.burst()), at: now };
+    }
+
+    /// Takes the next place, and says in how long that is; else how long it would be, which is more than `max`.
+    pub fn reserve(self, bucket: &mut Bucket, max: Duration) -> Result<Duration, Duration> {
+        if self.0 <= 0.0 {
+            return Ok(Duration::ZERO);
+        }
+        self.fill(bucket);
+        let wait = Duration::from_secs_f64(((1.0 - bucket.tokens) / self.0).max(0.0));
+        if wait > max {
+            return Err(wait);
+        }
+        bucket.tokens -= 1.0;
+        Ok(wait)
+    }
+
     /// Takes a place; else says how many milliseconds to wait.
     pub fn take(self, bucket: &mut Bucket) -> Result<(), u64> {
         if self.0 <= 0.0 {
             return Ok(());
         }
-        let now = Instant::now();
-        let filled = bucket.tokens + now.duration_since(bucket.at).as_secs_f64() * self.0;
-        *bucket = Bucket { tokens: filled.min(self.burst()), at: now };
+        self.fill(bucket);
         if bucket.tokens >= 1.0 {
             bucket.tokens -= 1.0;
             return Ok(());
@@ -107,6 +128,8 @@ pub struct Limits {
     /// Whoever comes without a key that is known, by address.
     strangers: Buckets<Option<IpAddr>>,
     webhooks: Buckets<(TenantId, AccountId)>,
+    connects: Rate,
+    turns: Mutex<Bucket>,
     /// Where nodes count the requests of a key together.
     shared: Option<Arc<Redis>>,
 }
@@ -132,8 +155,32 @@ impl Limits {
             keys: Buckets::new(Rate::per_second(keys)),
             strangers: Buckets::new(Rate::per_second(limits.strangers_per_second)),
             webhooks: Buckets::new(Rate::per_second(limits.webhooks_per_second)),
+            connects: Rate::per_second(limits.connects_per_second),
+            turns: Mutex::new(Rate::per_second(limits.connects_per_second).bucket()),
             shared,
         })
+    }
+
+    /// A new socket waits its turn; one whose turn is too far off is told to come again.
+    pub async fn admit(&self) -> Result<(), Response> {
+        let wait = self
+            .connects
+            .reserve(&mut self.turns.lock().unwrap_or_else(PoisonError::into_inner), ADMIT_TIMEOUT);
+        match wait {
+            Ok(wait) => {
+                if !wait.is_zero() {
+                    tokio::time::sleep(wait).await;
+                }
+                Ok(())
+            }
+            Err(wait) => {
+                metrics::counter!("patchbay_limits_reached_total", "which" => "connects").increment(1);
+                // Those that were turned away together do not come back together.
+                let seconds = wait.as_secs_f64() * rand::random_range(0.5..1.5);
+                let retry = HeaderValue::from(seconds.ceil() as u64);
+                Err((StatusCode::SERVICE_UNAVAILABLE, [(header::RETRY_AFTER, retry)]).into_response())
+            }
+        }
     }
 
     /// A command of a connection, by its own bucket.

@@ -97,6 +97,24 @@ pub const METRICS: &[Row] = &[
         "Conversations with entries that are not published, as far as they are told apart.",
     ),
     (
+        "patchbay_mesh_watched_topics",
+        Kind::Gauge,
+        "",
+        "Topics that sockets of this node wait for, wherever they are published.",
+    ),
+    (
+        "patchbay_mesh_publications_total",
+        Kind::Counter,
+        "",
+        "Publications sent to other nodes: one for each node that waits.",
+    ),
+    (
+        "patchbay_mesh_marked_total",
+        Kind::Counter,
+        "",
+        "Publications to other nodes that did not fit, so that their sockets read them from the log.",
+    ),
+    (
         "patchbay_shards_waiting_commands",
         Kind::Gauge,
         "",

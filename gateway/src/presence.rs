@@ -4,17 +4,21 @@
 //! node has said ends by itself. Without Redis, or while that is away, who is not here is not known.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use patchbay_actors::agent::Presence;
+use patchbay_actors::agent::{AgentCommand, Presence};
+use patchbay_actors::node::Node;
+use patchbay_actors::router::Router as _;
 use patchbay_protocol::ids::{AgentId, TenantId};
 use patchbay_storage::redis::Redis;
 use tokio::sync::mpsc;
 
 /// A hint ends after this, unless it is renewed.
 const HINT_LASTS: Duration = Duration::from_secs(60);
+/// How long an agent elsewhere is waited for.
+const ASK_TIMEOUT: Duration = Duration::from_secs(1);
 /// How often hints are renewed.
 const RENEW_PAUSE: Duration = Duration::from_secs(20);
 /// Hints that are told and not written; past it others hear of it by the next renewal.
@@ -32,11 +36,40 @@ struct Shared {
 pub struct Presences {
     here: Mutex<HashMap<Who, Presence>>,
     shared: OnceLock<Shared>,
+    node: OnceLock<Weak<Node>>,
 }
 
 impl Presences {
     fn here(&self) -> MutexGuard<'_, HashMap<Who, Presence>> {
         self.here.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Says where agents are asked that are elsewhere and that nobody has told of; once.
+    pub fn set_node(&self, node: &Arc<Node>) {
+        let _ = self.node.set(Arc::downgrade(node));
+    }
+
+    /// Asks agents themselves.
+    async fn ask(
+        &self,
+        tenant: &TenantId,
+        agents: &[AgentId],
+        here: Vec<Option<Presence>>,
+    ) -> Vec<Option<Presence>> {
+        let node = self.node.get().and_then(Weak::upgrade).filter(|node| !node.is_alone());
+        let Some(node) = node else {
+            return here.into_iter().map(|state| Some(state.unwrap_or(Presence::Offline))).collect();
+        };
+        let asks = agents.iter().zip(here).map(async |(agent, here)| match here {
+            Some(_) => here,
+            None => {
+                let answer = node.agent(tenant, agent, AgentCommand::Get).ok()?;
+                // One that is not heard of soon is not known.
+                let answer = tokio::time::timeout(ASK_TIMEOUT, answer.wait()).await;
+                answer.ok()?.ok().map(|reply| reply.state)
+            }
+        });
+        futures_util::future::join_all(asks).await
     }
 
     /// Tells other nodes, and hears of theirs; once.
@@ -57,6 +90,11 @@ impl Presences {
         if let Some(shared) = self.shared.get() {
             let _ = shared.told.try_send((who, state));
         }
+    }
+
+    /// An agent is another node's now, which tells.
+    pub fn forget(&self, tenant: &TenantId, agent: &AgentId) {
+        self.here().remove(&(tenant.clone(), agent.clone()));
     }
 }
 
@@ -85,7 +123,7 @@ impl patchbay_admin_api::Presences for Presences {
             agents.iter().map(|agent| here.get(&(tenant.clone(), agent.clone())).copied()).collect()
         };
         let Some(shared) = self.shared.get() else {
-            return here.into_iter().map(|state| Some(state.unwrap_or(Presence::Offline))).collect();
+            return self.ask(tenant, agents, here).await;
         };
         let names: Vec<&str> = agents.iter().map(AgentId::as_str).collect();
         match shared.redis.presence_hints(tenant, &names).await {

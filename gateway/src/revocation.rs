@@ -1,7 +1,7 @@
 //! Word of changed documents between nodes: a revoked token, a key that was deleted, an agent that lost an inbox.
 //!
-//! It is pushed through Redis. Without Redis, or while that is away, a node that shares its store with others looks at
-//! the store again every second; so a revocation reaches every socket within two, either way.
+//! It is told over the mesh, and pushed through Redis. Without Redis, or while that is away, a node that shares its store
+//! with others also looks at the store again every second; so a revocation reaches every socket within two, either way.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -37,7 +37,7 @@ fn tell(directory: &Directory, redis: Arc<Redis>) {
             let _ = redis.tell_change(&tenant).await;
         }
     });
-    directory.set_announce(Box::new(move |tenant| drop(to.try_send(tenant.clone()))));
+    directory.add_announce(Box::new(move |tenant| drop(to.try_send(tenant.clone()))));
 }
 
 async fn hear(directory: Arc<Directory>, redis: Arc<Redis>, shares_store: bool) {

@@ -2,8 +2,8 @@
 
 use std::net::SocketAddr;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use axum::Router;
@@ -16,6 +16,7 @@ use hyper_util::service::TowerToHyperService;
 use patchbay_actors::account::OutboundConfig;
 use patchbay_actors::clock::Clock;
 use patchbay_actors::cluster::map::Member;
+use patchbay_actors::cluster::mesh::Tcp;
 use patchbay_actors::cluster::runtime::ClusterConfig;
 use patchbay_actors::desk::Desk;
 use patchbay_actors::intake::Intake;
@@ -36,7 +37,7 @@ use crate::edge::unread;
 use crate::edge::webhook::{self, Webhooks};
 use crate::edge::websocket::{self, SocketLimits, Sockets};
 use crate::engines::{self, Store};
-use crate::health::Ops;
+use crate::health::{Ops, Phase};
 use crate::hub::Hub;
 use crate::limits::{self, Limits, Peer};
 use crate::media::exchange::Exchange;
@@ -117,7 +118,7 @@ pub struct Server {
     pub ops: SocketAddr,
     /// Where other nodes connect.
     pub mesh: Option<SocketAddr>,
-    draining: watch::Sender<bool>,
+    phase: watch::Sender<Phase>,
     tasks: TaskTracker,
 }
 
@@ -197,10 +198,10 @@ impl Server {
         );
         let provider = Arc::new(Exchange { outgoing, media: media.clone() });
         let (cluster, listener) = cluster(config).await?;
-        let mesh = listener.as_ref().map(|l| l.local_addr()).transpose().map_err(io("mesh.listen"))?;
+        let (listener, mesh) = listener.unzip();
         let node = Node::start(NodeConfig {
             cluster,
-            mesh: listener,
+            mesh: listener.map(Tcp::at),
             media: media.clone(),
             events: Some(engines::events(config)?),
             shards: config.cluster.shards,
@@ -221,11 +222,12 @@ impl Server {
         revocation::start(node.directory(), redis.clone(), shares_store);
         let directory = node.directory().clone();
         media.ready(directory.clone()).await.map_err(|_| StartError::Store)?;
+        hub.set_node(&node);
         hub.set_names(Box::new(move |tenant, agent| directory.agent_name(tenant, agent)));
         let public_listener = TcpListener::bind(&config.public.listen).await.map_err(io("public.listen"))?;
         let public = public_listener.local_addr().map_err(io("public.listen"))?;
-        let Ops { address, health, draining, tasks } = ops;
-        let watching = draining.subscribe();
+        let Ops { address, health, phase, tasks } = ops;
+        let watching = phase.subscribe();
         let desk = Desk::new(node.clone());
         let auth =
             Arc::new(Auth::new(config.token_keys().map_err(RunError::Config)?, node.directory().clone()));
@@ -240,7 +242,7 @@ impl Server {
             media,
             backups: Arc::new(NodeBackups { store: store.clone(), dir: config.storage.data_dir.clone() }),
             redis: redis.clone(),
-            draining: watching.clone(),
+            phase: watching.clone(),
             operator_key,
             tasks: tasks.clone(),
         };
@@ -268,14 +270,15 @@ impl Server {
             let away = "limits and replies are the node's own, and revocations come from the store";
             health.likes("redis", move || redis.is_away().then(|| away.to_owned()));
         }
+        tokio::spawn(follow_drain(Arc::downgrade(&node), phase.clone()));
         health.started();
-        Ok(Self { node, desk, auth, hub, public, ops: address, mesh, draining, tasks })
+        Ok(Self { node, desk, auth, hub, public, ops: address, mesh, phase, tasks })
     }
 
     /// Stops admitting, lets sockets and requests end, at most for `deadline`.
     pub async fn drain(self, deadline: Duration) {
         // Whoever still listens hears it.
-        self.draining.send_replace(true);
+        self.phase.send_replace(Phase::Ending);
         self.tasks.close();
         let finished = tokio::time::timeout(deadline, async {
             self.tasks.wait().await;
@@ -289,13 +292,18 @@ impl Server {
 }
 
 /// A node's place in its cluster, and where others reach it.
-async fn cluster(config: &Config) -> Result<(ClusterConfig, Option<TcpListener>), RunError> {
+async fn cluster(config: &Config) -> Result<(ClusterConfig, Option<(TcpListener, SocketAddr)>), RunError> {
     let listener = match &config.mesh.listen {
-        Some(listen) => Some(TcpListener::bind(listen).await.map_err(io("mesh.listen"))?),
+        Some(listen) => {
+            let listener = TcpListener::bind(listen).await.map_err(io("mesh.listen"))?;
+            let bound = listener.local_addr().map_err(io("mesh.listen"))?;
+            Some((listener, bound))
+        }
         None => None,
     };
-    let bound = listener.as_ref().map(|l| l.local_addr()).transpose().map_err(io("mesh.listen"))?;
-    let mesh = bound.map(|bound| config.mesh.advertise.clone().unwrap_or_else(|| bound.to_string()));
+    let mesh = listener
+        .as_ref()
+        .map(|(_, bound)| config.mesh.advertise.clone().unwrap_or_else(|| bound.to_string()));
     let name = mesh.clone().unwrap_or_else(|| "node".to_owned());
     let member = Member { name, mesh, capacity: 1, draining: false };
     let cluster = ClusterConfig {
@@ -318,7 +326,7 @@ struct Doors<'a> {
     media: Arc<Media>,
     backups: Arc<NodeBackups>,
     redis: Option<Arc<Redis>>,
-    draining: watch::Receiver<bool>,
+    phase: watch::Receiver<Phase>,
     operator_key: Option<String>,
     tasks: TaskTracker,
 }
@@ -345,9 +353,8 @@ impl Doors<'_> {
                 ..SocketLimits::default()
             },
             node: format!("{}-{}", self.config.cluster.name, node.incarnation()),
-            draining: self.draining.clone(),
+            phase: self.phase.clone(),
             tasks: self.tasks.clone(),
-            open: AtomicUsize::new(0),
             unconnected: AtomicUsize::new(0),
             closing: AtomicUsize::new(0),
             visitors: websocket::visitors(),
@@ -395,27 +402,52 @@ impl Doors<'_> {
     }
 }
 
-/// Accepts connections until the node drains.
+/// Between two looks whether a node is back in its cluster.
+const REJOIN_LOOK: Duration = Duration::from_secs(1);
+
+/// Sends sockets elsewhere while the map says that the node drains, whoever said so.
+async fn follow_drain(node: Weak<Node>, phase: watch::Sender<Phase>) {
+    loop {
+        let Some(membership) = node.upgrade().and_then(|node| node.membership()) else { return };
+        let (me, mut maps) = (membership.incarnation(), membership.maps());
+        drop(membership);
+        loop {
+            let drains = maps.borrow_and_update().1.members.get(&me).is_some_and(|m| m.draining);
+            phase.send_if_modified(|phase| {
+                let next = if drains { Phase::Draining } else { Phase::Serving };
+                // An end is not called off.
+                *phase != Phase::Ending && std::mem::replace(phase, next) != next
+            });
+            if maps.changed().await.is_err() {
+                break;
+            }
+        }
+        // This incarnation has ended; another one may follow.
+        tokio::time::sleep(REJOIN_LOOK).await;
+    }
+}
+
+/// Accepts connections until the node ends.
 pub(crate) async fn serve(
     listener: TcpListener,
     router: Router,
-    mut draining: watch::Receiver<bool>,
+    mut phase: watch::Receiver<Phase>,
     tasks: TaskTracker,
 ) {
     let places = Arc::new(Semaphore::new(REQUESTS_MAX));
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
-            _ = draining.changed() => return,
+            () = ends(&mut phase) => return,
         };
         match accepted {
             Ok((stream, from)) => {
                 // Past the bound nobody is accepted: the kernel's queue holds them, and then refuses.
                 let Ok(place) = places.clone().acquire_owned().await else { return };
                 let router = router.clone().layer(axum::Extension(Peer(from.ip())));
-                let draining = draining.clone();
+                let phase = phase.clone();
                 tasks.spawn(async move {
-                    connection(stream, router, draining).await;
+                    connection(stream, router, phase).await;
                     drop(place);
                 });
             }
@@ -428,7 +460,12 @@ pub(crate) async fn serve(
     }
 }
 
-async fn connection(stream: TcpStream, router: Router, mut draining: watch::Receiver<bool>) {
+/// Waits until the node is to end, or is gone.
+async fn ends(phase: &mut watch::Receiver<Phase>) {
+    let _ = phase.wait_for(|phase| *phase == Phase::Ending).await;
+}
+
+async fn connection(stream: TcpStream, router: Router, mut phase: watch::Receiver<Phase>) {
     // Frames are small and wait for nobody.
     let _ = stream.set_nodelay(true);
     // A peer that takes nothing, or is gone without a word, is given up by the kernel.
@@ -441,7 +478,7 @@ async fn connection(stream: TcpStream, router: Router, mut draining: watch::Rece
     tokio::select! {
         // A peer that breaks off is its own affair.
         _ = connection.as_mut() => {}
-        _ = draining.changed() => {
+        () = ends(&mut phase) => {
             connection.as_mut().graceful_shutdown();
             let _ = connection.await;
         }

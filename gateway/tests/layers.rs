@@ -5,12 +5,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::process::Command;
 
 /// What each crate may use of ours.
-const ALLOWED: [(&str, &[&str]); 8] = [
+const ALLOWED: [(&str, &[&str]); 9] = [
     ("patchbay-protocol", &[]),
     ("patchbay-connectors", &["patchbay-protocol"]),
     ("patchbay-storage", &["patchbay-protocol"]),
     ("patchbay-loadtest", &["patchbay-protocol"]),
     ("patchbay-actors", &["patchbay-protocol", "patchbay-connectors", "patchbay-storage"]),
+    ("patchbay-sim", &["patchbay-protocol", "patchbay-connectors", "patchbay-storage", "patchbay-actors"]),
     ("patchbay-consumers", &["patchbay-protocol", "patchbay-storage"]),
     (
         "patchbay-admin-api",

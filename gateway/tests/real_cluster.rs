@@ -6,14 +6,15 @@ mod common;
 
 use std::path::Path;
 use std::process::Command;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use common::faults::{Load, NUMBER, logs_are_whole};
+use common::balancer::Balancer;
+use common::cluster::{COMMON, SECRET, held, incarnation, shared_out};
+use common::faults::{Load, NUMBER, customer, logs_are_whole};
 use common::servers;
-use common::{Node, until};
+use common::{Node, Ws, conversation, text_item, until, webhook_body};
 use serde_json::{Value, json};
-
-const SHARDS: u64 = 64;
 
 fn patchbay(args: &[&str]) -> String {
     let ran = Command::new(env!("CARGO_BIN_EXE_patchbay")).args(args).output().unwrap();
@@ -28,41 +29,25 @@ async fn start(dir: &Path, certs: &Path, keyspace: &str) -> Node {
         ("PATCHBAY__STORAGE__SCYLLA__NODES", nodes),
         ("PATCHBAY__STORAGE__SCYLLA__KEYSPACE", keyspace.to_owned()),
         ("PATCHBAY__EVENTS__ENGINE", "embedded".to_owned()),
-        ("PATCHBAY__MESH__LISTEN", "127.0.0.1:0".to_owned()),
         ("PATCHBAY__MESH__CERT", file("node.pem")),
         ("PATCHBAY__MESH__KEY", file("node-key.pem")),
         ("PATCHBAY__MESH__CA", file("ca.pem")),
     ];
     std::fs::create_dir_all(dir).unwrap();
-    let env: Vec<(&str, &str)> = env.iter().map(|(name, value)| (*name, value.as_str())).collect();
+    let env = env.iter().map(|(name, value)| (*name, value.as_str()));
+    let env: Vec<(&str, &str)> = env.chain(COMMON).collect();
     Node::start_with(dir, &env).await
 }
 
-/// How many shards each node holds, as `by` knows it.
-async fn held(by: &Node) -> Vec<(u64, u64)> {
-    let found = by.get(by.operator_key(), "/cluster/nodes").await;
-    let nodes = found["nodes"].as_array().unwrap();
-    nodes.iter().map(|n| (n["incarnation"].as_u64().unwrap(), n["shards"].as_u64().unwrap())).collect()
-}
-
-async fn shared_out(by: &Node, nodes: usize) {
-    until(&format!("{nodes} nodes have a share each"), async || {
-        let held = held(by).await;
-        let fair = SHARDS / nodes as u64;
-        (held.len() == nodes && held.iter().all(|(_, n)| (fair..=fair + 1).contains(n))).then_some(())
-    })
-    .await;
-}
-
-fn incarnation(node: &Node) -> u64 {
-    node.ready["incarnation"].as_u64().unwrap()
-}
+/// Nine nodes at once have no room on a small machine: their leases would lapse for that alone.
+static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
 #[tokio::test(flavor = "multi_thread")]
 async fn nodes_are_killed_come_back_drain_and_end_under_load() {
     if servers::quick() {
         return;
     }
+    let _alone = ALONE.lock().await;
     let (dir, keyspace) = (tempfile::tempdir().unwrap(), servers::fresh("cluster"));
     let certs = dir.path().join("certs");
     patchbay(&["dev-cert", "--dir", certs.to_str().unwrap()]);
@@ -89,7 +74,8 @@ async fn nodes_are_killed_come_back_drain_and_end_under_load() {
     load.goes_on(300).await;
     let at_c = ["--url", &c.url(""), "--key", c.operator_key()];
     patchbay(&[&["drain"], &at_c[..]].concat());
-    until("it holds nothing", async || held(&a).await.contains(&(incarnation(&c), 0)).then_some(())).await;
+    until("it holds nothing", async || (held(&a).await.get(&incarnation(&c)) == Some(&0)).then_some(()))
+        .await;
     load.goes_on(300).await;
     let plan: Value =
         serde_json::from_str(&patchbay(&[&["shards", "plan", "--json"], &at_c[..]].concat())).unwrap();
@@ -129,4 +115,254 @@ async fn nodes_are_killed_come_back_drain_and_end_under_load() {
         logs_are_whole(node, &key, &acked).await;
     }
     println!("{} acked", acked.iter().sum::<u64>());
+}
+
+async fn three(dirs: &[std::path::PathBuf; 3], certs: &Path, keyspace: &str) -> [Node; 3] {
+    patchbay(&["dev-cert", "--dir", certs.to_str().unwrap()]);
+    let nodes = [
+        start(&dirs[0], certs, keyspace).await,
+        start(&dirs[1], certs, keyspace).await,
+        start(&dirs[2], certs, keyspace).await,
+    ];
+    shared_out(&nodes[0], 3).await;
+    nodes
+}
+
+/// The next push that `fits`; others are kept for whoever waits for them.
+async fn push(socket: &mut Ws, fits: impl Fn(&Value) -> bool) -> Value {
+    loop {
+        if let Some(at) = socket.pushes.iter().position(|reply| fits(&reply["push"])) {
+            return socket.pushes.remove(at).unwrap()["push"].take();
+        }
+        let read = socket.read().await.expect("the socket is open");
+        socket.pushes.extend(read);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_happens_anywhere_is_shown_at_every_node() {
+    if servers::quick() {
+        return;
+    }
+    let _alone = ALONE.lock().await;
+    let (dir, keyspace) = (tempfile::tempdir().unwrap(), servers::fresh("anywhere"));
+    let dirs = ["a", "b", "c"].map(|name| dir.path().join(name));
+    let nodes = three(&dirs, &dir.path().join("certs"), &keyspace).await;
+    let key = nodes[0].tenant("acme", "http://127.0.0.1:1", NUMBER).await;
+    // Three conversations, so that one node does not happen to hold all of them.
+    for (n, node) in nodes.iter().enumerate() {
+        let body = webhook_body(NUMBER, &[text_item(&customer(n), &format!("first-{n}"), "hola")], &[]);
+        assert_eq!(node.webhook("acme", "wa", &body).await, 200);
+    }
+    let ids: Vec<String> = (0..3).map(|n| conversation("acme", "wa", &customer(n)).to_string()).collect();
+    let mut sockets = Vec::new();
+    for node in &nodes {
+        let mut socket = Ws::open(node.public()).await;
+        let token = node.token(&key, "anna", 600).await;
+        let connected = socket.call(json!({"connect": {"token": token}})).await.unwrap();
+        assert!(connected["connect"]["subs"]["agent:anna"].is_object());
+        socket.subscribe("inbox:main").await.unwrap();
+        sockets.push(socket);
+    }
+    // Her sessions are counted by one node and shown by those that she was at already.
+    for socket in &mut sockets[..2] {
+        push(socket, |p| p["channel"] == "agent:anna" && p["pub"]["data"]["sessions"] == 3).await;
+    }
+    for (id, channel) in ids.iter().map(|id| (id, format!("conversation:{id}"))) {
+        for socket in &mut sockets {
+            socket.call(json!({"subscribe": {"channel": channel, "join_leave": true}})).await.unwrap();
+        }
+        // Those who came first are told of whoever came last, wherever.
+        let last = push(&mut sockets[0], |p| p["channel"] == channel && p["join"].is_object()).await;
+        assert_eq!(last["join"]["info"]["user"], "anna");
+        for socket in &mut sockets {
+            let presence = socket.call(json!({"presence": {"channel": channel}})).await.unwrap();
+            assert_eq!(presence["presence"]["presence"].as_object().unwrap().len(), 3, "{presence}");
+            let stats = socket.call(json!({"presence_stats": {"channel": channel}})).await.unwrap();
+            assert_eq!(stats["presence_stats"], json!({"num_clients": 3, "num_users": 1}));
+        }
+        for n in 0..3 {
+            let message = json!({"conversation": id, "client_id": format!("{id}-{n}"), "content": {"type": "text", "text": "x"}});
+            let seq = sockets[n].rpc("message.send", message).await.unwrap()["seq"].clone();
+            for socket in &mut sockets {
+                push(socket, |p| p["channel"] == channel && p["pub"]["offset"] == seq).await;
+            }
+            sockets[n].rpc("typing.set", json!({"conversation": id, "on": true})).await.unwrap();
+            for socket in &mut sockets {
+                push(socket, |p| p["channel"] == channel && p["pub"]["data"]["type"] == "typing").await;
+            }
+            for socket in &mut sockets {
+                push(socket, |p| {
+                    p["channel"] == "inbox:main"
+                        && p["pub"]["data"]["conversation"]["id"] == json!(id)
+                        && p["pub"]["data"]["conversation"]["last_seq"].as_u64() >= seq.as_u64()
+                })
+                .await;
+            }
+        }
+    }
+    // How the cluster is, to whoever runs it: every node says the same of all.
+    let claims = json!({"sub": "op", "role": "operator", "iat": 1, "jti": "1", "exp": 4_000_000_000u64});
+    let operator = jsonwebtoken::encode(
+        &jsonwebtoken::Header::default(),
+        &claims,
+        &jsonwebtoken::EncodingKey::from_secret(SECRET.as_bytes()),
+    )
+    .unwrap();
+    for node in &nodes {
+        let mut socket = Ws::open(node.public()).await;
+        socket.call(json!({"connect": {"token": operator}})).await.unwrap();
+        socket.subscribe("cluster").await.unwrap();
+        let of_all = |p: &Value| -> Option<Vec<u64>> {
+            let nodes = p["pub"]["data"]["nodes"].as_array()?;
+            nodes.iter().map(|n| n["connections"].as_u64()).collect()
+        };
+        // Each has her socket; this one has ours as well.
+        push(&mut socket, |p| {
+            of_all(p).is_some_and(|n| n.len() == 3 && n.iter().all(|n| *n >= 1) && n.iter().any(|n| *n >= 2))
+        })
+        .await;
+        let found = node.get(node.operator_key(), "/cluster/nodes").await;
+        assert!(
+            found["nodes"].as_array().unwrap().iter().all(|n| n["connections"].as_u64() >= Some(1)),
+            "{found}"
+        );
+    }
+    // One node is told that her tokens are worth nothing any more.
+    assert_eq!(nodes[1].api(&key, "DELETE", "/agents/anna/tokens", None).await.0, 204);
+    for mut socket in sockets {
+        assert_eq!(socket.close_code().await, Some(3503));
+    }
+    until("she is gone everywhere", async || {
+        let agent = nodes[2].get(&key, "/agents/anna").await;
+        (agent["presence"] == "offline").then_some(())
+    })
+    .await;
+}
+
+/// An agent on a public SDK that follows conversations through `url`.
+struct Rider {
+    name: String,
+    child: tokio::process::Child,
+    say: tokio::process::ChildStdin,
+    lines: tokio::io::Lines<tokio::io::BufReader<tokio::process::ChildStdout>>,
+}
+
+impl Rider {
+    async fn start(
+        language: &str,
+        encoding: &str,
+        through: &str,
+        key: &str,
+        conversations: &str,
+    ) -> Option<Self> {
+        let sdk = std::path::PathBuf::from(std::env::var_os("PATCHBAY_SDK")?);
+        let scripts = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/sdk");
+        let (program, script) = match language {
+            "js" => ("node".into(), scripts.join("ride.mjs")),
+            _ => (sdk.join("py/bin/python"), scripts.join("ride.py")),
+        };
+        let (url, api) = (format!("ws://{through}/connection/websocket"), format!("http://{through}/api/v1"));
+        let mut command = tokio::process::Command::new(program);
+        command.arg(script).args([encoding, sdk.to_str().unwrap(), &url, &api, key, conversations]);
+        let piped = std::process::Stdio::piped;
+        let mut child = command.stdin(piped()).stdout(piped()).kill_on_drop(true).spawn().unwrap();
+        let say = child.stdin.take().unwrap();
+        let lines =
+            tokio::io::AsyncBufReadExt::lines(tokio::io::BufReader::new(child.stdout.take().unwrap()));
+        let mut rider = Self { name: format!("{language} {encoding}"), child, say, lines };
+        rider.says("READY").await;
+        Some(rider)
+    }
+
+    async fn says(&mut self, wanted: &str) {
+        while let Some(line) = self.lines.next_line().await.unwrap() {
+            if line == wanted {
+                return;
+            }
+            println!("{}: {line}", self.name);
+        }
+        panic!("{} has failed", self.name);
+    }
+
+    /// It has seen all of it, once and in order.
+    async fn has_seen(mut self, tips: &str) {
+        use tokio::io::AsyncWriteExt as _;
+        self.say.write_all(format!("END {tips}\n").as_bytes()).await.unwrap();
+        self.says("DONE").await;
+        assert!(self.child.wait().await.unwrap().success());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn agents_see_everything_once_through_a_crash_a_drain_and_a_rolling_restart() {
+    const CUSTOMERS: usize = 12;
+    if servers::quick() {
+        return;
+    }
+    let _alone = ALONE.lock().await;
+    let (dir, keyspace) = (tempfile::tempdir().unwrap(), servers::fresh("riders"));
+    let certs = dir.path().join("certs");
+    let dirs = ["a", "b", "c"].map(|name| dir.path().join(name));
+    let mut nodes = three(&dirs, &certs, &keyspace).await;
+    let key = nodes[0].tenant("acme", "http://127.0.0.1:1", NUMBER).await;
+    let ben = json!({"name": "Ben", "role": "agent", "inboxes": ["main"]});
+    assert_eq!(nodes[0].api(&key, "PUT", "/agents/ben", Some(ben)).await.0, 201);
+    let through = Balancer::start(&nodes.iter().collect::<Vec<_>>()).await;
+    let load = Load::start(&nodes[0], CUSTOMERS, Duration::from_millis(40));
+    load.goes_through(&through.address());
+    load.goes_on(100).await;
+    let ids: Vec<String> =
+        (0..CUSTOMERS).map(|n| conversation("acme", "wa", &customer(n)).to_string()).collect();
+    let mut riders = Vec::new();
+    for (language, encoding) in [("js", "json"), ("js", "protobuf"), ("py", "json"), ("py", "protobuf")] {
+        riders.extend(Rider::start(language, encoding, &through.address(), &key, &ids.join(",")).await);
+    }
+    load.goes_on(200).await;
+
+    nodes[1].kill().await;
+    through.leads_to(&[&nodes[0], &nodes[2]]);
+    shared_out(&nodes[0], 2).await;
+    load.goes_on(200).await;
+    nodes[1] = start(&dirs[1], &certs, &keyspace).await;
+    through.leads_to(&nodes.iter().collect::<Vec<_>>());
+    shared_out(&nodes[0], 3).await;
+
+    let (url, operator) = (nodes[2].url(""), nodes[2].operator_key().to_owned());
+    let at_c = ["--url", &url, "--key", &operator];
+    patchbay(&[&["drain"], &at_c[..]].concat());
+    until("it holds nothing and has no sockets", async || {
+        let nothing = held(&nodes[0]).await.get(&incarnation(&nodes[2])) == Some(&0);
+        (nothing && common::faults::metric(&nodes[2], "patchbay_edge_connections").await == 0.0).then_some(())
+    })
+    .await;
+    let (status, _) = common::faults::readyz(&nodes[2]).await;
+    assert_eq!(status, 503);
+    load.goes_on(200).await;
+    patchbay(&[&["drain", "--cancel"], &at_c[..]].concat());
+    shared_out(&nodes[0], 3).await;
+    let (status, _) = common::faults::readyz(&nodes[2]).await;
+    assert_eq!(status, 200);
+
+    let (acked_before, refused_before) = (load.total(), load.refused.load(Ordering::Relaxed));
+    for n in 0..3 {
+        assert_eq!(nodes[n].terminate().await, Some(0));
+        nodes[n] = start(&dirs[n], &certs, &keyspace).await;
+        through.leads_to(&nodes.iter().collect::<Vec<_>>());
+        shared_out(&nodes[n], 3).await;
+        load.goes_on(100).await;
+    }
+    let failed = load.refused.load(Ordering::Relaxed) - refused_before;
+    let acked_meanwhile = load.total() - acked_before;
+    let acked = load.end().await;
+    let tips = logs_are_whole(&nodes[0], &key, &acked).await;
+    let tips: Vec<String> = ids.iter().map(|id| format!("{id}:{}", tips[id])).collect();
+    let result = json!({"acked": acked_meanwhile, "failed": failed, "riders": riders.len()});
+    for rider in riders {
+        rider.has_seen(&tips.join(",")).await;
+    }
+    println!("{result}");
+    if let Some(file) = std::env::var_os("PATCHBAY_ROLLING_RESULT") {
+        std::fs::write(file, result.to_string()).unwrap();
+    }
 }

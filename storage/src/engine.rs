@@ -1,6 +1,6 @@
 //! What an engine must do, small enough to be implemented three times.
 
-use std::ops::Bound;
+use std::ops::{Bound, RangeBounds};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -142,6 +142,11 @@ pub struct Scan {
 }
 
 impl Scan {
+    /// Whether a place of its partition is between its ends.
+    pub fn covers(&self, place: &Bytes) -> bool {
+        RangeBounds::<Bytes>::contains(&(self.from.as_ref(), self.to.as_ref()), place)
+    }
+
     /// The whole partition, up to `limit` rows.
     pub fn all(table: Table, partition: Bytes, limit: usize) -> Self {
         Self { table, partition, from: Bound::Unbounded, to: Bound::Unbounded, reverse: false, limit }

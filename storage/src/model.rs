@@ -58,15 +58,19 @@ impl Store {
     fn apply(&mut self, batch: &Batch) {
         for RowWrite { clustering, stamp, cell } in &batch.rows {
             let key = (batch.table, batch.partition.clone(), clustering.clone());
-            let wins = self.rows.get(&key).is_none_or(|(s, c)| (*stamp, rank(cell)) > (*s, rank(c)));
-            if wins {
+            if self.rows.get(&key).is_none_or(|(s, c)| wins((*stamp, cell), (*s, c))) {
                 self.rows.insert(key, (*stamp, cell.clone()));
             }
         }
     }
 }
 
-/// With equal stamps a deletion wins, then the larger value: as Cassandra decides.
+/// Whether a cell replaces one that is there: by its stamp; with equal stamps a deletion wins, then the larger value, as
+/// Cassandra decides.
+pub fn wins(new: (Stamp, &Cell), old: (Stamp, &Cell)) -> bool {
+    (new.0, rank(new.1)) > (old.0, rank(old.1))
+}
+
 fn rank(cell: &Cell) -> (bool, &[u8]) {
     match cell {
         Cell::Delete => (true, &[]),
@@ -275,26 +279,13 @@ impl Engine for Model {
         }
         let inner = self.lock();
         let start = (scan.table, scan.partition.clone(), Bytes::new());
-        let inside = |clustering: &Bytes| {
-            let low = match &scan.from {
-                Bound::Included(b) => clustering >= b,
-                Bound::Excluded(b) => clustering > b,
-                Bound::Unbounded => true,
-            };
-            let high = match &scan.to {
-                Bound::Included(b) => clustering <= b,
-                Bound::Excluded(b) => clustering < b,
-                Bound::Unbounded => true,
-            };
-            low && high
-        };
         let partition = inner
             .store
             .rows
             .range(start..)
             .take_while(|((t, p, _), _)| *t == scan.table && *p == scan.partition);
         let rows = partition
-            .filter(|((_, _, c), _)| inside(c))
+            .filter(|((_, _, c), _)| scan.covers(c))
             .filter_map(|((_, _, c), (stamp, cell))| row(c, *stamp, cell));
         let mut rows: Vec<Row> = rows.collect();
         if scan.reverse {

@@ -145,6 +145,9 @@ pub struct Session {
     pub incarnation: u64,
     /// Since when.
     pub since: Timestamp,
+    /// What the agent says of itself; none: nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub said: Option<String>,
 }
 
 /// The tables of an engine.

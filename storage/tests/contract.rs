@@ -335,8 +335,12 @@ async fn activity_marks_and_timers(engine: Arc<dyn Engine>) {
 async fn sessions_and_when_an_agent_was_last_seen(engine: Arc<dyn Engine>) {
     let tables = Tables::new(engine.clone());
     let at = |s| Timestamp::from_seconds(s);
-    let session =
-        |connection: &str, s| Session { connection: connection.into(), incarnation: 3, since: at(s) };
+    let session = |connection: &str, s| Session {
+        connection: connection.into(),
+        incarnation: 3,
+        since: at(s),
+        said: None,
+    };
     assert_eq!(tables.sessions(key()).await.unwrap(), (vec![], None));
     for (n, connection) in [(1, "aa"), (2, "bb")] {
         let write = Tables::session_write(key(), Stamp::new(1, n), &session(connection, n.into()));

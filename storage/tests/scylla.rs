@@ -47,7 +47,7 @@ async fn every_cell_carries_its_writers_stamp() {
         received_at: at,
         item: serde_json::Value::Null,
     };
-    let session = Session { connection: "aa".into(), incarnation: 1, since: at };
+    let session = Session { connection: "aa".into(), incarnation: 1, since: at, said: None };
     let mut writes = Tables::reference_writes(key, next(), &[(IdKey::of(["x"]), 1)]);
     writes.push(Tables::activity_write(
         5,

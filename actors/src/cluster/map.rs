@@ -140,6 +140,11 @@ impl ShardMap {
         self.members.get(&incarnation).is_some_and(|m| !m.draining)
     }
 
+    /// Whether anybody but this one may be given shards.
+    pub fn others_take(&self, me: Incarnation) -> bool {
+        self.members.keys().any(|n| *n != me && self.takes(*n))
+    }
+
     fn forget(&mut self, incarnation: Incarnation) {
         self.members.remove(&incarnation);
         for slot in self.shards.iter_mut().filter(|s| s.wish == Some(incarnation)) {

@@ -20,7 +20,7 @@ use super::watch::{Verdict, Watch};
 /// Between two renewals of the lease, in tenths of its TTL.
 const RENEW_TENTHS: u32 = 4;
 /// Between two reads of a watched node's lease.
-pub const WATCH_EVERY: Duration = Duration::from_millis(500);
+pub const WATCH_EVERY: Duration = Duration::from_millis(510);
 /// Nodes that watch each node.
 pub const WATCHERS: usize = 3;
 /// The map is read once in so many TTLs although nobody has told of a newer one: those who know of it may know nothing

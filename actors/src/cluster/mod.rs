@@ -14,3 +14,8 @@ pub mod store;
 pub mod switch;
 pub mod ticks;
 pub mod watch;
+
+/// What is stored and what travels: maps with text keys and values that can be written, so that it cannot fail.
+fn json(value: &impl serde::Serialize) -> bytes::Bytes {
+    serde_json::to_vec(value).map(bytes::Bytes::from).unwrap_or_default()
+}

@@ -7,10 +7,10 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use bytes::Bytes;
 use patchbay_storage::{CLUSTER, CasOutcome, Document, DocumentKey, Engine, ReadError, WriteError};
 use serde::{Deserialize, Serialize};
 
+use super::json;
 use super::lease::{Answer, Beat, Renewal, Row};
 use super::map::{Incarnation, ShardMap};
 
@@ -38,10 +38,6 @@ fn lease_of(who: Incarnation) -> DocumentKey {
 
 fn map_key() -> DocumentKey {
     DocumentKey { scope: "map".to_owned(), kind: CLUSTER, id: "map".to_owned() }
-}
-
-fn json(value: &impl Serialize) -> Bytes {
-    serde_json::to_vec(value).map(Bytes::from).unwrap_or_default()
 }
 
 impl Store {

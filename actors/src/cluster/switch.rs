@@ -17,13 +17,14 @@ use std::time::Duration;
 use patchbay_protocol::CommandError;
 use patchbay_protocol::command::{Command, Reply};
 use patchbay_protocol::ids::{AccountId, AgentId, ConversationId, EntityId, InboxId, TenantId};
-use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use super::map::Incarnation;
 use crate::account::{AccountCommand, AccountReply};
 use crate::agent::{AgentCommand, AgentReply};
+use crate::fanout::Topic;
 use crate::inbox::{InboxCommand, InboxReply};
+use crate::shard::slots::ReplyTo;
 
 /// Commands of one shard that wait for it to be somewhere.
 pub const WAITING_MAX: usize = 1024;
@@ -38,9 +39,6 @@ const BEHIND_PAUSE: Duration = Duration::from_millis(20);
 /// What a caller past a bound is told to wait.
 const RETRY_AFTER_MS: u64 = 1000;
 
-/// Whom to answer.
-pub type ReplyTo<T> = oneshot::Sender<Result<T, CommandError>>;
-
 /// A command on its way to its entity, with whom to answer.
 #[derive(Debug)]
 pub enum Parcel {
@@ -52,16 +50,27 @@ pub enum Parcel {
     Agent(TenantId, AgentId, Box<AgentCommand>, ReplyTo<AgentReply>),
     /// To an inbox.
     Inbox(TenantId, InboxId, Box<InboxCommand>, ReplyTo<InboxReply>),
+    /// Asks the owner of a topic who looks at it, on every node; each in its publisher's words.
+    Who(Topic, ReplyTo<Vec<String>>),
 }
 
 impl Parcel {
-    /// Whose it is.
-    pub fn entity(&self) -> EntityId {
-        match self {
+    /// To which entity it is; none: to whoever publishes a topic.
+    fn entity(&self) -> Option<EntityId> {
+        Some(match self {
             Self::Conversation(id, ..) => EntityId::Conversation(*id),
             Self::Account(tenant, account, ..) => EntityId::Account(tenant.clone(), account.clone()),
             Self::Agent(tenant, agent, ..) => EntityId::Agent(tenant.clone(), agent.clone()),
             Self::Inbox(tenant, inbox, ..) => EntityId::Inbox(tenant.clone(), inbox.clone()),
+            Self::Who(..) => return None,
+        })
+    }
+
+    /// Its shard, out of `count`.
+    pub fn shard(&self, count: u32) -> u32 {
+        match self {
+            Self::Who(topic, _) => topic.shard(count),
+            _ => self.entity().map_or(0, |entity| entity.shard(count)),
         }
     }
 
@@ -73,6 +82,7 @@ impl Parcel {
             Self::Account(.., reply) => drop(reply.send(Err(error))),
             Self::Agent(.., reply) => drop(reply.send(Err(error))),
             Self::Inbox(.., reply) => drop(reply.send(Err(error))),
+            Self::Who(_, reply) => drop(reply.send(Err(error))),
         }
     }
 }
@@ -109,6 +119,8 @@ pub trait Transport: Send + Sync + 'static {
 
 #[derive(Default)]
 struct Shard {
+    /// What other nodes sent here. It waits for nothing that is under way from here: that may be itself, sent on to us.
+    arrived: VecDeque<(Instant, Parcel)>,
     /// What came back, and what came since.
     returned: VecDeque<(Instant, Parcel)>,
     waiting: VecDeque<(Instant, Parcel)>,
@@ -123,7 +135,7 @@ struct Shard {
 
 impl Shard {
     fn len(&self) -> usize {
-        self.returned.len() + self.waiting.len()
+        self.arrived.len() + self.returned.len() + self.waiting.len()
     }
 }
 
@@ -216,7 +228,7 @@ impl Switch {
 
     /// Sends a command on its way. Returns at once.
     pub fn send(&self, parcel: Parcel) -> Result<(), Box<(CommandError, Parcel)>> {
-        let shard = parcel.entity().shard(self.count);
+        let shard = parcel.shard(self.count);
         let mut inner = self.lock();
         let queues = inner.shards.get(&shard).is_some_and(|s| s.len() > 0);
         let parcel = if queues {
@@ -227,19 +239,40 @@ impl Switch {
                 Err(parcel) => parcel,
             }
         };
-        let waiting = inner.shards.get(&shard).map_or(0, Shard::len);
-        if waiting >= WAITING_MAX || inner.waiting >= WAITING_ALL_MAX {
-            metrics::counter!("patchbay_actors_overloaded_total", "kind" => "shard").increment(1);
-            return Err(Box::new((CommandError::overloaded(RETRY_AFTER_MS), parcel)));
-        }
+        let parcel = self.has_room(&inner, shard, parcel)?;
         inner.waiting += 1;
         inner.shards.entry(shard).or_default().waiting.push_back((Instant::now(), parcel));
         Ok(())
     }
 
+    /// A command came from another node for a shard that is about to be opened here, or has just gone.
+    pub fn arrived(&self, parcel: Parcel) -> Result<(), Box<(CommandError, Parcel)>> {
+        let shard = parcel.shard(self.count);
+        let mut inner = self.lock();
+        self.has_room(&inner, shard, parcel).map(|parcel| {
+            inner.waiting += 1;
+            inner.shards.entry(shard).or_default().arrived.push_back((Instant::now(), parcel));
+            self.flush(&mut inner, shard);
+        })
+    }
+
+    fn has_room(
+        &self,
+        inner: &Inner,
+        shard: u32,
+        parcel: Parcel,
+    ) -> Result<Parcel, Box<(CommandError, Parcel)>> {
+        let waiting = inner.shards.get(&shard).map_or(0, Shard::len);
+        if waiting >= WAITING_MAX || inner.waiting >= WAITING_ALL_MAX {
+            metrics::counter!("patchbay_actors_overloaded_total", "kind" => "shard").increment(1);
+            return Err(Box::new((CommandError::overloaded(RETRY_AFTER_MS), parcel)));
+        }
+        Ok(parcel)
+    }
+
     /// A command came back from another node, or from an entity here whose shard goes: it goes on in its own order.
     pub fn returned(&self, parcel: Parcel) {
-        let shard = parcel.entity().shard(self.count);
+        let shard = parcel.shard(self.count);
         let mut inner = self.lock();
         // It was let in once: it is not turned away for a bound now.
         inner.waiting += 1;
@@ -249,7 +282,7 @@ impl Switch {
 
     /// A command came back from a node that knows this version of the map and does not have its shard.
     pub fn not_owner(self: &Arc<Self>, parcel: Parcel, version: u64) {
-        let shard = parcel.entity().shard(self.count);
+        let shard = parcel.shard(self.count);
         let known = self.local.get().and_then(Weak::upgrade).map_or(0, |local| local.map_version());
         let mut inner = self.lock();
         inner.waiting += 1;
@@ -306,6 +339,13 @@ impl Switch {
     }
 
     fn flush(&self, inner: &mut Inner, shard: u32) {
+        while let Some((since, parcel)) = inner.shards.get_mut(&shard).and_then(|at| at.arrived.pop_front()) {
+            if let Err(parcel) = self.take_in(inner, shard, parcel) {
+                inner.shards.entry(shard).or_default().arrived.push_front((since, parcel));
+                break;
+            }
+            inner.waiting -= 1;
+        }
         loop {
             let Some(at) = inner.shards.get_mut(&shard) else { return };
             let from_returned = !at.returned.is_empty();
@@ -321,6 +361,15 @@ impl Switch {
         }
         if inner.shards.get(&shard).is_some_and(|at| at.under_way == 0 && at.len() == 0) {
             inner.shards.remove(&shard);
+        }
+    }
+
+    /// Hands what arrived to its entity here, whatever is under way from here; else passes it on.
+    fn take_in(&self, inner: &mut Inner, shard: u32, parcel: Parcel) -> Result<(), Parcel> {
+        let Some(local) = self.local.get().and_then(Weak::upgrade) else { return Err(parcel) };
+        match local.place(shard) {
+            Place::Here => local.hand(parcel),
+            Place::There(_) | Place::Nowhere => self.pass(inner, shard, parcel),
         }
     }
 
@@ -360,7 +409,7 @@ async fn refuse_the_old(switch: Weak<Switch>) {
         {
             let mut inner = strong.lock();
             for at in inner.shards.values_mut() {
-                for queue in [&mut at.returned, &mut at.waiting] {
+                for queue in [&mut at.arrived, &mut at.returned, &mut at.waiting] {
                     while queue.front().is_some_and(|(since, _)| since.elapsed() >= WAITING_FOR) {
                         old.extend(queue.pop_front());
                     }
@@ -380,6 +429,7 @@ async fn refuse_the_old(switch: Weak<Switch>) {
 mod tests {
     use super::*;
     use std::sync::atomic::AtomicU64;
+    use tokio::sync::oneshot;
 
     const COUNT: u32 = 8;
 
@@ -446,7 +496,7 @@ mod tests {
             let local: Weak<dyn Local> = Arc::downgrade(&(node.clone() as Arc<dyn Local>));
             switch.set_local(local);
             switch.set_transport(wire.clone());
-            let shard = parcel(0).0.entity().shard(COUNT);
+            let shard = parcel(0).0.shard(COUNT);
             Self { switch, node, wire, shard }
         }
 
@@ -501,6 +551,23 @@ mod tests {
         assert_eq!(world.sent(), [(2, 1)]);
         world.comes_back();
         assert_eq!(world.sent(), [(3, 1), (3, 2)]);
+    }
+
+    #[tokio::test]
+    async fn what_was_sent_on_to_us_does_not_wait_for_itself() {
+        let world = World::at(Place::There(2));
+        let _first = world.send(1);
+        // The other node lost the shard to us, and sends the command on before we have opened it.
+        world.moves(Place::Nowhere);
+        let _second = world.send(2);
+        world.switch.arrived(parcel(1).0).map_err(|refused| refused.0).unwrap();
+        assert!(world.taken().is_empty());
+        world.moves(Place::Here);
+        assert_eq!(world.taken(), [1], "what came since waits for the answer");
+        world.wire.0.lock().unwrap().clear();
+        world.switch.settled(world.shard);
+        assert_eq!(world.taken(), [1, 2]);
+        assert!(world.switch.is_quiet());
     }
 
     #[tokio::test(start_paused = true)]

@@ -43,8 +43,9 @@ const POISON_TRIES: u32 = 3;
 const CHILLS_MAX: u32 = 8;
 /// What callers are told to wait for a disk that is full.
 const FULL_RETRY_MS: u64 = 1000;
-/// Between two tries of what the store did not answer.
+/// Between two tries of what the store did not answer, at first; longer the more often it is of no use.
 const RELOAD_PAUSE: Duration = Duration::from_millis(500);
+const RELOAD_DOUBLINGS: u32 = 6;
 
 /// The actor.
 pub struct LogActor<E: LogEntity> {
@@ -82,6 +83,11 @@ pub struct Loop<E: LogEntity> {
     gate: Arc<Mutex<()>>,
     phase: Phase<E>,
     queue: VecDeque<Box<Queued<E>>>,
+    /// What is answered to whatever was asked before something was refused: nobody overtakes it.
+    refusing: Option<(u32, CommandError)>,
+    /// What it has told itself and could not be done: tried again, all of it after one pause.
+    later: VecDeque<Box<Queued<E>>>,
+    is_again_armed: bool,
     in_flight: Option<InFlight<E>>,
     /// Who is waited for before the next append.
     gather: Gather,
@@ -134,6 +140,9 @@ impl<E: LogEntity> Actor for LogActor<E> {
             gate,
             phase: Phase::Cold,
             queue: VecDeque::new(),
+            refusing: None,
+            later: VecDeque::new(),
+            is_again_armed: false,
             in_flight: None,
             gather: Gather::default(),
             derive: Derive::Clean,
@@ -165,7 +174,14 @@ impl<E: LogEntity> Actor for LogActor<E> {
 impl<E: LogEntity> LogActor<E> {
     async fn told(&self, me: ActorRef<Msg<E>>, msg: Msg<E>, at: &mut Loop<E>) {
         match msg {
-            Msg::Command(queued) => at.queue.push_back(queued),
+            Msg::Command(queued) => match &at.refusing {
+                Some((_, error)) if queued.reply.is_some() => answer(queued, Err(error.clone())),
+                Some(_) | None => at.queue.push_back(queued),
+            },
+            Msg::Refused => {
+                at.refusing =
+                    at.refusing.take().filter(|(more, _)| *more > 1).map(|(n, error)| (n - 1, error));
+            }
             Msg::Appended(result) => self.appended(&me, at, result).await,
             Msg::Derived { derivation, seq } if derivation == at.derivation => self.derived(&me, at, seq),
             // Of a state that was thrown away since.
@@ -175,6 +191,14 @@ impl<E: LogEntity> LogActor<E> {
                     at.derive = Derive::Due;
                 }
                 self.derive_if_due(&me, at);
+            }
+            Msg::Again => {
+                at.is_again_armed = false;
+                at.queue.extend(at.later.drain(..));
+                if at.queue.is_empty() {
+                    // Nobody else would see to what it has still to do.
+                    at.queue.push_back(Queued::own(E::wake()));
+                }
             }
             Msg::Gathered => at.gather.ends(),
             Msg::HandedOn(seq) => {
@@ -238,6 +262,7 @@ impl<E: LogEntity> LogActor<E> {
 
     /// Hands back what is not decided, and ends when nothing is under way, or when nothing of it counts any more.
     async fn leave(&self, me: &ActorRef<Msg<E>>, at: &mut Loop<E>) {
+        at.queue.extend(at.later.drain(..));
         let Some(slots) = self.slots.upgrade() else { return me.stop(Some("left".into())) };
         let held = at.reign.is_held_now();
         if held && at.in_flight.is_some() {
@@ -277,7 +302,18 @@ impl<E: LogEntity> LogActor<E> {
     /// Loads the entity if that is needed. False: what waited was refused.
     async fn ready(&self, me: &ActorRef<Msg<E>>, at: &mut Loop<E>) -> bool {
         if let Phase::Cold = at.phase {
-            let loaded = Box::pin(self.load(me, at)).await;
+            let loaded = loop {
+                let loaded = Box::pin(self.load(me, at)).await;
+                if loaded.is_ok() || at.reign.is_held_now() {
+                    break loaded;
+                }
+                // Whatever went wrong, it may be its successor's doing. If it has one whoever asked is asked to go there;
+                // an actor that leaves while its shard stays here would be asked for ever.
+                if !at.reign.is_held().await {
+                    let _ = me.cast(Msg::Leave);
+                    return false;
+                }
+            };
             match loaded {
                 Ok(live) => at.phase = Phase::Live(Box::new(live)),
                 Err(error @ (AdoptError::Unavailable | AdoptError::Full)) => {
@@ -285,13 +321,8 @@ impl<E: LogEntity> LogActor<E> {
                         AdoptError::Full => CommandError::overloaded(FULL_RETRY_MS),
                         _ => CommandError::unavailable(),
                     };
-                    refuse_all(at, &told);
-                    // What it gave itself is tried again: nobody else would.
-                    let me = me.clone();
-                    tokio::spawn(async move {
-                        tokio::time::sleep(RELOAD_PAUSE).await;
-                        let _ = me.cast(Msg::Wake);
-                    });
+                    refuse_all(me, at, told);
+                    at.again(me);
                     return false;
                 }
                 Err(e @ AdoptError::Succeeded(_)) => {
@@ -312,7 +343,7 @@ impl<E: LogEntity> LogActor<E> {
                 ErrorCode::Unavailable,
                 serde_json::json!({"detail": format!("parked: {reason}")}),
             );
-            refuse_all(at, &e);
+            refuse_all(me, at, e);
             at.queue.clear();
             return false;
         }
@@ -347,8 +378,16 @@ impl<E: LogEntity> LogActor<E> {
             let Phase::Live(live) = &mut at.phase else { return };
             let found = match self.look_up(at.key, live, &queued.command).await {
                 Ok(found) => found,
+                // What it has told itself nobody else would say again.
+                Err(_) if queued.reply.is_none() => {
+                    at.later.push_back(queued);
+                    at.again(me);
+                    continue;
+                }
                 Err(_) => {
-                    batch.answers.push((queued, Err(CommandError::unavailable())));
+                    // Nor is what was asked after it done before it.
+                    at.queue.push_front(queued);
+                    refuse_all(me, at, CommandError::unavailable());
                     continue;
                 }
             };
@@ -418,7 +457,15 @@ impl<E: LogEntity> LogActor<E> {
             return;
         }
         let (Ok(stamp), Ok(beside)) = (at.reign.stamp(), at.reign.stamp()) else {
-            batch.answers.drain(..).for_each(|(queued, _)| answer(queued, Err(CommandError::unavailable())));
+            if !at.reign.is_held_now() {
+                // It has ended since: whoever asked is asked to go to its successor.
+                batch.answers.drain(..).rev().for_each(|(queued, _)| at.queue.push_front(queued));
+                at.chill();
+                let _ = me.cast(Msg::Leave);
+                return;
+            }
+            batch.answers.drain(..).rev().for_each(|(queued, _)| at.queue.push_front(queued));
+            refuse_all(me, at, CommandError::unavailable());
             at.chill();
             return;
         };
@@ -493,7 +540,8 @@ impl<E: LogEntity> LogActor<E> {
             } else {
                 CommandError::unavailable()
             };
-            batch.answers.drain(..).for_each(|(queued, _)| answer(queued, Err(error.clone())));
+            batch.answers.drain(..).rev().for_each(|(queued, _)| at.queue.push_front(queued));
+            refuse_all(me, at, error);
             if let Some(ticket) = batch.ticket {
                 ticket.withdraw();
             }
@@ -571,6 +619,7 @@ impl<E: LogEntity> LogActor<E> {
         self.derive_now(me, at);
         let busy = at.in_flight.is_some()
             || !at.queue.is_empty()
+            || !at.later.is_empty()
             || !at.ordered.is_empty()
             || at.acting.is_some()
             || at.derive != Derive::Clean;
@@ -616,7 +665,20 @@ impl<E: LogEntity> Loop<E> {
     /// Whether it was asked for and does not exist.
     fn is_nobody(&self) -> bool {
         let empty = matches!(&self.phase, Phase::Live(live) if live.last == 0);
-        empty && self.in_flight.is_none() && self.queue.is_empty()
+        empty && self.in_flight.is_none() && self.queue.is_empty() && self.later.is_empty()
+    }
+
+    /// Sees to it that what could not be done is tried again, once for all of it.
+    fn again(&mut self, me: &ActorRef<Msg<E>>) {
+        if std::mem::replace(&mut self.is_again_armed, true) {
+            return;
+        }
+        let pause = RELOAD_PAUSE * (1 << self.chills.min(RELOAD_DOUBLINGS));
+        let me = me.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(pause).await;
+            let _ = me.cast(Msg::Again);
+        });
     }
 
     /// Throws the working state away; the next command, if only this one, loads it again.
@@ -644,13 +706,22 @@ async fn beside_append(logs: &Logs, row: Batch) -> Option<Batch> {
     logs.write_if_room(row.clone()).await.is_err().then_some(row)
 }
 
-fn refuse_all<E: LogEntity>(at: &mut Loop<E>, error: &CommandError) {
+/// Refuses what waits, and whatever is in the mailbox by now: of what one caller has asked nothing is done that came after
+/// something that was refused, unless it was asked after hearing that.
+fn refuse_all<E: LogEntity>(me: &ActorRef<Msg<E>>, at: &mut Loop<E>, error: CommandError) {
     let (own, asked): (Vec<_>, Vec<_>) = at.queue.drain(..).partition(|q| q.reply.is_none());
     for queued in asked {
         answer(queued, Err(error.clone()));
     }
-    // Of its own commands those that say what came of something are kept; wake-ups are made anew.
-    at.queue.extend(own.into_iter().filter(|q| !E::is_wake(&q.command)));
+    // Of its own commands those that say what came of something are tried again later; wake-ups are made anew.
+    at.later.extend(own.into_iter().filter(|q| !E::is_wake(&q.command)));
+    if !at.later.is_empty() {
+        at.again(me);
+    }
+    if me.cast(Msg::Refused).is_ok() {
+        let before = at.refusing.as_ref().map_or(0, |(n, _)| *n);
+        at.refusing = Some((before + 1, error));
+    }
 }
 
 fn answer<E: LogEntity>(mut queued: impl AsMut<Queued<E>>, outcome: Outcome<E>) {

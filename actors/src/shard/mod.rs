@@ -22,7 +22,7 @@ use std::time::Duration;
 use patchbay_protocol::Timestamp;
 use patchbay_storage::log::Logs;
 use patchbay_storage::stamp::OutOfStamps;
-use patchbay_storage::tables::Tables;
+use patchbay_storage::tables::{Mark, Tables};
 use patchbay_storage::{Stamp, Stamps};
 
 use crate::clock::Clock;
@@ -43,6 +43,8 @@ pub struct Reign {
     opened_in: OnceLock<Duration>,
     /// Up to this epoch nothing is left to do.
     settled: u32,
+    /// The mark that earlier reigns left.
+    pub mark: Option<Mark>,
     /// Whether what earlier reigns left is in hand.
     swept: AtomicBool,
     /// Whether it is about to end: nothing new is begun.
@@ -63,6 +65,7 @@ impl Reign {
             since: clock.now(),
             opened_in: OnceLock::new(),
             settled,
+            mark: None,
             swept: AtomicBool::new(false),
             leaving: AtomicBool::new(false),
             over: AtomicBool::new(false),

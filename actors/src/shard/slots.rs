@@ -3,7 +3,7 @@
 //! ractor's mailboxes are unbounded, so admission is ours: at most [`ENTITY_IN_FLIGHT_MAX`] commands per entity and
 //! [`SHARD_IN_FLIGHT_MAX`] per shard; past it the caller gets `overloaded` with `retry_after_ms`.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
@@ -33,6 +33,9 @@ pub const LONG_PAUSE: Duration = Duration::from_secs(60);
 /// A caller's patience: past it the outcome is unknown to it, and repeating with the same ids is safe.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// Whom to answer.
+pub type ReplyTo<T> = oneshot::Sender<Result<T, CommandError>>;
+
 /// An answer that will come.
 pub struct Answer<T>(oneshot::Receiver<Result<T, CommandError>>);
 
@@ -55,9 +58,9 @@ impl<T> From<oneshot::Receiver<Result<T, CommandError>>> for Answer<T> {
 /// Why a command was not taken.
 pub enum Refused<E: LogEntity> {
     /// Its shard is another node's, or about to be: it comes back with whom to answer.
-    Elsewhere(E::Command, ReplyTo<E>),
+    Elsewhere(E::Command, ReplyTo<E::Reply>),
     /// For good; whom to tell.
-    Error(CommandError, ReplyTo<E>),
+    Error(CommandError, ReplyTo<E::Reply>),
 }
 
 /// A place among the commands in flight.
@@ -97,26 +100,49 @@ struct Active<E: LogEntity> {
     failures: u32,
 }
 
+impl<E: LogEntity> Active<E> {
+    /// Asks it to make itself ready to be forgotten, unless it has something to do.
+    fn rest(&self) {
+        if self.in_flight.load(Ordering::Relaxed) == 0 {
+            // One that has just ended needs no asking.
+            let _ = self.actor.cast(Msg::Idle);
+        }
+    }
+}
+
 struct Map<E: LogEntity> {
     slots: HashMap<[u8; 16], Slot<E>>,
     by_actor: HashMap<ActorId, [u8; 16]>,
-    /// How many are active, by shard.
-    active: Vec<u32>,
+    /// Who is active, by shard.
+    active: Vec<HashSet<[u8; 16]>>,
     /// Held by an append under way: an actor that was lost may have left one behind.
     gates: HashMap<[u8; 16], Weak<tokio::sync::Mutex<()>>>,
 }
 
 /// Takes back a command that was not decided, with whom to answer.
-pub type GiveBack<E> = Box<dyn Fn(&EntityId, <E as LogEntity>::Command, ReplyTo<E>) + Send + Sync>;
-/// Whom to answer.
-pub type ReplyTo<E> = oneshot::Sender<Result<<E as LogEntity>::Reply, CommandError>>;
+pub type GiveBack<E> =
+    Box<dyn Fn(&EntityId, <E as LogEntity>::Command, ReplyTo<<E as LogEntity>::Reply>) + Send + Sync>;
 
 impl<E: LogEntity> Map<E> {
     fn remove(&mut self, key: [u8; 16], count: u32) {
         if let Some(Slot::Active(active)) = self.slots.remove(&key) {
-            let of_shard = &mut self.active[active.id.shard(count) as usize];
-            *of_shard = of_shard.saturating_sub(1);
+            self.active[active.id.shard(count) as usize].remove(&key);
         }
+    }
+
+    fn active_in(&self, shard: u32) -> impl Iterator<Item = &Active<E>> {
+        let keys = self.active.get(shard as usize).into_iter().flatten();
+        keys.filter_map(|key| match self.slots.get(key) {
+            Some(Slot::Active(active)) => Some(active),
+            Some(Slot::Resting { .. }) | None => None,
+        })
+    }
+
+    fn active(&self) -> impl Iterator<Item = &Active<E>> {
+        self.slots.values().filter_map(|slot| match slot {
+            Slot::Active(active) => Some(active),
+            Slot::Resting { .. } => None,
+        })
     }
 }
 
@@ -137,7 +163,7 @@ impl<E: LogEntity> Slots<E> {
     /// No actors yet, under a supervisor of their own.
     pub async fn start(entity: E, shards: Arc<Shards>) -> Result<Arc<Self>, ractor::SpawnErr> {
         let shard_load = (0..shards.count).map(|_| Arc::default()).collect();
-        let active = vec![0; shards.count as usize];
+        let active = vec![HashSet::new(); shards.count as usize];
         let map = Map { slots: HashMap::new(), by_actor: HashMap::new(), active, gates: HashMap::new() };
         let (entity, map, supervisor) = (Arc::new(entity), Mutex::new(map), OnceLock::new());
         let closed = (0..shards.count).map(|_| AtomicBool::new(false)).collect();
@@ -188,12 +214,8 @@ impl<E: LogEntity> Slots<E> {
         if let Some(closed) = self.closed.get(shard as usize) {
             closed.store(true, Ordering::Release);
         }
-        for slot in map.slots.values() {
-            if let Slot::Active(active) = slot
-                && active.id.shard(self.shards.count) == shard
-            {
-                let _ = active.actor.cast(Msg::Leave);
-            }
+        for active in map.active_in(shard) {
+            let _ = active.actor.cast(Msg::Leave);
         }
     }
 
@@ -201,11 +223,11 @@ impl<E: LogEntity> Slots<E> {
     pub fn reopen(&self, shard: u32) {
         let mut map = self.lock();
         // Whoever rested under an earlier reign has nothing to do with this one.
-        if let Some(active) = map.active.get_mut(shard as usize).filter(|n| **n > 0) {
-            *active = 0;
-            let count = self.shards.count;
-            map.slots
-                .retain(|_, slot| !matches!(slot, Slot::Active(active) if active.id.shard(count) == shard));
+        let before = map.active.get_mut(shard as usize).map(std::mem::take).unwrap_or_default();
+        for key in before {
+            if let Some(Slot::Active(_)) = map.slots.get(&key) {
+                map.slots.remove(&key);
+            }
         }
         if let Some(closed) = self.closed.get(shard as usize) {
             closed.store(false, Ordering::Release);
@@ -214,7 +236,7 @@ impl<E: LogEntity> Slots<E> {
 
     /// How many are active in a shard.
     pub fn active_in(&self, shard: u32) -> usize {
-        self.lock().active.get(shard as usize).map_or(0, |n| *n as usize)
+        self.lock().active.get(shard as usize).map_or(0, HashSet::len)
     }
 
     /// An actor ends because its shard is another node's.
@@ -238,7 +260,12 @@ impl<E: LogEntity> Slots<E> {
     }
 
     /// The same, answered to `reply`; what is not for this node comes back.
-    pub fn hand(&self, id: &EntityId, command: E::Command, reply: ReplyTo<E>) -> Result<(), Refused<E>> {
+    pub fn hand(
+        &self,
+        id: &EntityId,
+        command: E::Command,
+        reply: ReplyTo<E::Reply>,
+    ) -> Result<(), Refused<E>> {
         let shard = id.shard(self.shards.count);
         let mut map = self.lock();
         if self.closed[shard as usize].load(Ordering::Acquire) {
@@ -326,7 +353,7 @@ impl<E: LogEntity> Slots<E> {
             failures,
         };
         map.slots.insert(key, Slot::Active(active));
-        map.active[id.shard(self.shards.count) as usize] += 1;
+        map.active[id.shard(self.shards.count) as usize].insert(key);
         Ok((actor, in_flight))
     }
 
@@ -334,10 +361,8 @@ impl<E: LogEntity> Slots<E> {
     pub fn close_all(&self) {
         let map = self.lock();
         self.closed.iter().for_each(|closed| closed.store(true, Ordering::Release));
-        for slot in map.slots.values() {
-            if let Slot::Active(active) = slot {
-                let _ = active.actor.cast(Msg::Leave);
-            }
+        for active in map.active() {
+            let _ = active.actor.cast(Msg::Leave);
         }
     }
 
@@ -345,15 +370,12 @@ impl<E: LogEntity> Slots<E> {
     pub fn passivate_idle(&self, idle: Duration) {
         let now = Instant::now();
         let map = self.lock();
-        for slot in map.slots.values() {
-            if let Slot::Active(active) = slot
-                && now.duration_since(active.used) >= idle
-                && active.in_flight.load(Ordering::Relaxed) == 0
-            {
-                // One that has just ended needs no asking.
-                let _ = active.actor.cast(Msg::Idle);
-            }
-        }
+        map.active().filter(|active| now.duration_since(active.used) >= idle).for_each(Active::rest);
+    }
+
+    /// Asks everything of a shard that is not being asked to make itself ready to be forgotten.
+    pub fn passivate_in(&self, shard: u32) {
+        self.lock().active_in(shard).for_each(Active::rest);
     }
 
     /// Lets go of an entity that is ready, unless a command came in the meantime. What was sent before this under

@@ -12,7 +12,7 @@ use ractor::{Actor, ActorProcessingErr, ActorRef, ActorRuntime, ActorStatus};
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-use super::slots::Answer;
+use super::slots::{Answer, ReplyTo};
 
 /// Commands in flight per entity.
 const IN_FLIGHT_MAX: u32 = 4096;
@@ -66,10 +66,8 @@ impl Drop for Permit {
     }
 }
 
-type ReplyTo<E> = oneshot::Sender<Result<<E as SoftEntity>::Reply, CommandError>>;
-
 enum Msg<E: SoftEntity> {
-    Command(E::Command, Option<ReplyTo<E>>, Option<Permit>),
+    Command(E::Command, Option<ReplyTo<E::Reply>>, Option<Permit>),
     Idle,
 }
 
@@ -112,8 +110,8 @@ impl<E: SoftEntity> SoftSlots<E> {
         &self,
         id: &EntityId,
         command: E::Command,
-        reply: ReplyTo<E>,
-    ) -> Result<(), (CommandError, ReplyTo<E>)> {
+        reply: ReplyTo<E::Reply>,
+    ) -> Result<(), (CommandError, ReplyTo<E::Reply>)> {
         match self.admit(id) {
             Ok((actor, permit)) => {
                 // An actor that ended this instant takes what it is told with it.
@@ -151,9 +149,14 @@ impl<E: SoftEntity> SoftSlots<E> {
         }
     }
 
-    /// Forgets everybody of a shard that is another node's now. What they are at ends by itself.
-    pub fn close(&self, shard: u32, count: u32) {
-        self.lock().retain(|id, _| id.shard(count) != shard);
+    /// Forgets everybody of a shard that is another node's now, and says who that was. What they are at ends by itself.
+    pub fn close(&self, shard: u32, count: u32) -> Vec<EntityId> {
+        self.lock().extract_if(|id, _| id.shard(count) == shard).map(|(id, _)| id).collect()
+    }
+
+    /// Everybody in memory.
+    pub fn active(&self) -> Vec<EntityId> {
+        self.lock().keys().cloned().collect()
     }
 
     fn release(&self, id: &EntityId) -> bool {

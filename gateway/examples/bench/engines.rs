@@ -1,13 +1,11 @@
 //! The real engines: durable sends on Cassandra over a bare loop of its driver, events over a bare producer, what a crash
 //! leaves behind, pages of a long history, a node of the store that freezes.
 
-#[path = "../../../storage/tests/servers/mod.rs"]
-mod servers;
-
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
+use crate::servers::{self, Server};
 use bytes::Bytes;
 use patchbay_actors::clock::Clock;
 use patchbay_actors::outbox::{LANES_MAX, Outbox};
@@ -29,7 +27,6 @@ use rdkafka::config::FromClientConfigAndContext as _;
 use rdkafka::message::{Header, OwnedHeaders};
 use rdkafka::producer::{BaseRecord, DeliveryResult, ProducerContext, ThreadedProducer};
 use scylla::statement::batch::{Batch as CqlBatch, BatchType};
-use servers::Server;
 
 use crate::node::Node;
 use crate::results::{Goal, Results};

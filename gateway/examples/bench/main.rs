@@ -4,12 +4,16 @@
 //! its ratio void, and says so.
 #![allow(missing_docs, unreachable_pub, clippy::unwrap_used)]
 
+mod cluster;
 mod cold;
 mod engines;
 mod memory;
+mod mesh;
 mod node;
 mod results;
 mod sends;
+#[path = "../../../storage/tests/servers/mod.rs"]
+mod servers;
 mod soak;
 mod walls;
 mod webhooks;
@@ -17,7 +21,7 @@ mod webhooks;
 use results::Results;
 
 /// Names of what can be asked for, by the benchmark that measures it.
-const BENCHMARKS: [(&str, &[&str]); 11] = [
+const BENCHMARKS: [(&str, &[&str]); 13] = [
     ("sends", &["durable_send_throughput_ratio", "durable_send_p99_ratio"]),
     ("webhooks", &["webhook_to_socket_p50_ratio", "webhook_to_socket_p99_ratio"]),
     ("conversations", &["idle_conversation_bytes"]),
@@ -29,6 +33,17 @@ const BENCHMARKS: [(&str, &[&str]); 11] = [
     ("kafka", &["kafka_publish_throughput_ratio", "kafka_entry_to_consumer_p50_ms"]),
     ("recovery", &["outbox_recovery_ratio"]),
     ("frozen", &["frozen_store_node_p99_ms"]),
+    (
+        "mesh",
+        &[
+            "remote_command_added_p50_ms",
+            "remote_command_added_cpu_us",
+            "mesh_publication_ratio",
+            "membership_writes_per_node_second",
+            "membership_reads_per_node_second",
+        ],
+    ),
+    ("cluster", &["failover_p99_seconds", "failover_after_detection_p99_seconds", "handoff_pause_p99_ms"]),
 ];
 
 #[tokio::main]
@@ -58,6 +73,8 @@ async fn main() {
             "kafka" => engines::kafka(&mut results).await,
             "recovery" => engines::recovery(&mut results).await,
             "frozen" => engines::frozen(&mut results).await,
+            "mesh" => mesh::run(&mut results).await,
+            "cluster" => cluster::run(&mut results).await,
             _ => soak::run(&mut results).await,
         }
     }
@@ -69,6 +86,12 @@ async fn main() {
     }
     if asked("faults", &["engine_lost_acked", "engine_doubled", "kafka_gaps"]) {
         results.faults();
+    }
+    if asked("rolling", &["rolling_restart_failed_sends", "rolling_restart_gaps"]) {
+        results.rolling();
+    }
+    if asked("chaos", &["chaos_lost_acked", "chaos_doubled", "chaos_reordered", "chaos_silent_gap"]) {
+        results.chaos();
     }
     results.write();
 }

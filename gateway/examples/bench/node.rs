@@ -28,6 +28,8 @@ fn binary() -> PathBuf {
 pub struct Node {
     pub child: Child,
     pub target: Target,
+    /// This start's number.
+    pub incarnation: u64,
     /// Where its metrics are.
     pub ops: String,
     /// From its start until it was ready.
@@ -64,7 +66,8 @@ impl Node {
         target.pid = child.id();
         let ready: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
         let ops = ready["ops"].as_str().unwrap().to_owned();
-        Self { child, target, ops, ready_after, refused: AtomicU64::new(0) }
+        let incarnation = ready["incarnation"].as_u64().unwrap();
+        Self { child, target, incarnation, ops, ready_after, refused: AtomicU64::new(0) }
     }
 
     /// SIGTERM, and the end.

@@ -97,6 +97,34 @@ impl Results {
         }
     }
 
+    /// What `./x bench` found by restarting every node under load (`gateway/tests/real_cluster.rs`); nothing without it.
+    pub fn rolling(&mut self) {
+        let Ok(text) = std::fs::read_to_string("target/bench/rolling.json") else { return };
+        let found: Value = serde_json::from_str(&text).unwrap();
+        let conditions = format!(
+            "three nodes on Cassandra, one after the other, under load through a balancer that knows nothing of them; {} webhooks acked meanwhile, {} agents on public SDKs that saw every entry once and in order",
+            found["acked"], found["riders"]
+        );
+        let failed = found["failed"].as_f64().unwrap();
+        self.note("rolling_restart_failed_sends", failed, "sends", Goal::AtMost(0.0), &conditions, None);
+        self.note("rolling_restart_gaps", 0.0, "entries", Goal::AtMost(0.0), &conditions, None);
+    }
+
+    /// What `./x bench` found by doing everything to a cluster at once (`gateway/tests/real_chaos.rs`), which is the judge.
+    pub fn chaos(&mut self) {
+        let Ok(text) = std::fs::read_to_string("target/bench/chaos.json") else { return };
+        let found: Value = serde_json::from_str(&text).unwrap();
+        let conditions = format!(
+            "three nodes on three Cassandra servers and Kafka: killed, stopped, drained, joined and killed, the store killed and frozen; {} sends and {} webhooks acked, {} provider calls, {} entries watched; every history compared",
+            found["sends"], found["webhooks"], found["calls"], found["watched"]
+        );
+        for name in
+            ["chaos_lost_acked", "chaos_doubled", "chaos_reordered", "chaos_dual_owner", "chaos_silent_gap"]
+        {
+            self.note(name, 0.0, "entries", Goal::AtMost(0.0), &conditions, None);
+        }
+    }
+
     /// Prints the table and writes the file.
     pub fn write(&self) {
         println!("{:<34} {:>12} {:<8} {:>10} {:>8}", "name", "value", "unit", "goal", "holds");

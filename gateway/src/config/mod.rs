@@ -415,6 +415,8 @@ section! {
         connections: usize = 100_000,
         /// Sockets that have not sent `connect` yet, at once.
         unconnected: usize = 1_000,
+        /// New sockets a second of this node, as after the loss of another one: those that come faster wait their turn, and past five seconds of it are told to come again; 0: no limit.
+        connects_per_second: u32 = 2_000,
         /// API requests a second of one key (not below 2,000 from loopback in `dev`); 0: no limit, as for all of these.
         requests_per_second: u32 = 1_000,
         /// API requests a second that are refused for want of a key, of one address.

@@ -10,44 +10,31 @@ pub mod view;
 use std::collections::HashMap;
 use std::fmt;
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::sync::atomic::AtomicUsize;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use bytes::Bytes;
 use patchbay_actors::agent::Presence;
+use patchbay_actors::fanout::Aside;
+pub use patchbay_actors::fanout::Topic;
+use patchbay_actors::node::Node;
 use patchbay_actors::ports::Publisher;
-use patchbay_protocol::ErrorCode;
 use patchbay_protocol::client::Reply;
 use patchbay_protocol::client::reply::{ClientInfo, JoinLeave, Push};
 use patchbay_protocol::ids::{AgentId, ConversationId, InboxId, TenantId};
+use patchbay_protocol::{CommandError, ErrorCode};
 
 use crate::presence::Presences;
 use outbound::{Frames, Outbound};
 
+/// Connections to one topic that a node tells of.
+const PRESENT_MAX: usize = 10_000;
+/// What is shown beside the order of a topic.
+const TYPING: &str = "typing";
+const JOIN: &str = "join";
+const LEAVE: &str = "leave";
 /// Locks over topics, so that publications of different topics do not wait for each other.
 const PARTS: usize = 32;
-
-/// What connections subscribe to. Its channel name is within the tenant.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Topic {
-    /// A conversation's log.
-    Conversation(ConversationId),
-    /// An inbox's changes.
-    Inbox(TenantId, InboxId),
-    /// What is for an agent alone.
-    Agent(TenantId, AgentId),
-}
-
-impl Topic {
-    /// The channel's name, as clients write it.
-    pub fn channel(&self) -> String {
-        match self {
-            Self::Conversation(id) => format!("conversation:{id}"),
-            Self::Inbox(_, id) => format!("inbox:{id}"),
-            Self::Agent(_, id) => format!("agent:{id}"),
-        }
-    }
-}
 
 /// How a subscription sees a conversation.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -84,6 +71,10 @@ impl fmt::Display for ClientId {
 pub struct Hub {
     parts: Vec<Mutex<HashMap<Topic, Vec<Member>>>>,
     names: OnceLock<Names>,
+    /// The way to other nodes.
+    node: OnceLock<Weak<Node>>,
+    /// The sockets that are open.
+    open: AtomicUsize,
     /// Bytes that wait for all sockets together.
     queued: Arc<AtomicUsize>,
     presences: Arc<Presences>,
@@ -92,7 +83,9 @@ pub struct Hub {
 impl Default for Hub {
     fn default() -> Self {
         let parts = (0..PARTS).map(|_| Mutex::default()).collect();
-        Self { parts, names: OnceLock::new(), queued: Arc::default(), presences: Arc::default() }
+        let (names, node) = (OnceLock::new(), OnceLock::new());
+        let open = AtomicUsize::new(0);
+        Self { parts, names, node, open, queued: Arc::default(), presences: Arc::default() }
     }
 }
 
@@ -100,6 +93,16 @@ impl Hub {
     /// Says how agents are called; once.
     pub fn set_names(&self, names: Names) {
         let _ = self.names.set(names);
+    }
+
+    /// Says which node this is the hub of; once.
+    pub fn set_node(&self, node: &Arc<Node>) {
+        let _ = self.node.set(Arc::downgrade(node));
+        self.presences.set_node(node);
+    }
+
+    fn node(&self) -> Option<Arc<Node>> {
+        self.node.get()?.upgrade()
     }
 
     /// How an agent is called, where that is at hand.
@@ -110,6 +113,11 @@ impl Hub {
     /// Which agents are there.
     pub fn presences(&self) -> &Arc<Presences> {
         &self.presences
+    }
+
+    /// The sockets that are open.
+    pub fn open(&self) -> &AtomicUsize {
+        &self.open
     }
 
     /// Bytes that wait for all sockets together.
@@ -138,13 +146,39 @@ impl Hub {
         outbound.subscribe(topic)?;
         let mut part = self.part(topic);
         let members = part.entry(topic.clone()).or_default();
+        if members.is_empty()
+            && let Some(node) = self.node()
+        {
+            node.watches().begin(topic);
+        }
         members.retain(|m| m.client != client);
         members.push(Member { client, outbound: outbound.clone(), info: info.clone(), join_leave, view });
         Ok(())
     }
 
-    /// Tells those who asked that somebody came.
-    pub fn announce(&self, topic: &Topic, client: ClientId, came: bool, info: &ClientInfo) {
+    /// Waits until everything that is published of a topic from here on comes here, wherever it is published.
+    pub async fn ready(&self, topic: &Topic) -> Result<(), CommandError> {
+        match self.node() {
+            Some(node) => node.watches().ready(topic).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Tells those who asked that somebody came or went, here and elsewhere.
+    pub fn announce(&self, topic: &Topic, came: bool, info: &ClientInfo) {
+        self.show_join_leave(topic, came, info);
+        let kind = if came { JOIN } else { LEAVE };
+        self.say(topic, kind, &info.client, || serde_json::to_vec(info).unwrap_or_default().into());
+    }
+
+    /// Shows other nodes something beside the order of a topic.
+    fn say(&self, topic: &Topic, kind: &str, key: &str, data: impl FnOnce() -> Bytes) {
+        if let Some(node) = self.node() {
+            node.aside(topic, || Aside { kind: kind.to_owned(), key: key.to_owned(), data: data() });
+        }
+    }
+
+    fn show_join_leave(&self, topic: &Topic, came: bool, info: &ClientInfo) {
         let event = Some(JoinLeave { info: Some(info.clone()) });
         let mut push = Push { channel: topic.channel(), ..Push::default() };
         if came {
@@ -154,7 +188,9 @@ impl Hub {
         }
         let reply = Reply { push: Some(push), ..Reply::default() };
         let part = self.part(topic);
-        for member in part.get(topic).into_iter().flatten().filter(|m| m.join_leave && m.client != client) {
+        for member in
+            part.get(topic).into_iter().flatten().filter(|m| m.join_leave && m.info.client != info.client)
+        {
             member.outbound.push_for(topic, &reply);
         }
     }
@@ -167,20 +203,36 @@ impl Hub {
         let member = members.swap_remove(at);
         if members.is_empty() {
             part.remove(topic);
+            if let Some(node) = self.node() {
+                node.watches().end(topic);
+            }
         }
         drop(part);
         member.outbound.unsubscribe(topic);
         true
     }
 
-    /// Who is subscribed to a topic.
-    pub fn presence(&self, topic: &Topic) -> Vec<(ClientId, ClientInfo)> {
-        let part = self.part(topic);
-        part.get(topic).into_iter().flatten().map(|m| (m.client, (*m.info).clone())).collect()
+    /// Who is subscribed to a topic, on every node that answers within a second.
+    pub async fn presence(&self, topic: &Topic) -> Result<Vec<ClientInfo>, CommandError> {
+        let Some(node) = self.node().filter(|node| !node.is_alone()) else { return Ok(self.members(topic)) };
+        let said = node.present(topic).await?;
+        // What a later version says is left out.
+        let read = |who: String| serde_json::from_str::<Vec<ClientInfo>>(&who).unwrap_or_default();
+        Ok(said.into_iter().flat_map(read).collect())
     }
 
-    /// Shows that somebody is writing: without offset, only the latest matters.
+    fn members(&self, topic: &Topic) -> Vec<ClientInfo> {
+        let part = self.part(topic);
+        part.get(topic).into_iter().flatten().take(PRESENT_MAX).map(|m| (*m.info).clone()).collect()
+    }
+
+    /// Shows that somebody is writing, here and elsewhere: without offset, only the latest matters.
     pub fn typing(&self, conversation: ConversationId, actor: &str, publication: Bytes) {
+        self.show_typing(conversation, actor, &publication);
+        self.say(&Topic::Conversation(conversation), TYPING, actor, || publication);
+    }
+
+    fn show_typing(&self, conversation: ConversationId, actor: &str, publication: &Bytes) {
         let topic = Topic::Conversation(conversation);
         let frames = Frames::new(topic.channel(), publication.clone(), 0);
         let part = self.part(&topic);
@@ -188,7 +240,7 @@ impl Hub {
             match &member.view {
                 View::Whole => member.outbound.publish_latest(&topic, actor, &frames),
                 View::Contact(tenant) => {
-                    let seen = view::typing_for_contact(&publication, |agent| self.name(tenant, agent));
+                    let seen = view::typing_for_contact(publication, |agent| self.name(tenant, agent));
                     let Some(seen) = seen else { continue };
                     let frames = Frames::new(topic.channel(), seen, 0);
                     member.outbound.publish_latest(&topic, actor, &frames);
@@ -240,7 +292,51 @@ impl Publisher for Hub {
         self.loose(&Topic::Agent(tenant.clone(), agent.clone()), publication);
     }
 
+    fn cluster(&self, publication: Bytes) {
+        self.loose(&Topic::Cluster, publication);
+    }
+
+    fn is_watched(&self, topic: &Topic) -> bool {
+        self.part(topic).contains_key(topic)
+    }
+
+    fn connections(&self) -> u64 {
+        self.open.load(Ordering::Relaxed) as u64
+    }
+
     fn presence(&self, tenant: &TenantId, agent: &AgentId, state: Presence) {
         self.presences.set(tenant, agent, state);
+    }
+
+    fn presence_elsewhere(&self, tenant: &TenantId, agent: &AgentId) {
+        self.presences.forget(tenant, agent);
+    }
+
+    fn reaches(&self, conversation: ConversationId, seq: u64) {
+        let topic = Topic::Conversation(conversation);
+        let part = self.part(&topic);
+        part.get(&topic).into_iter().flatten().for_each(|member| member.outbound.reaches(&topic, seq));
+    }
+
+    fn lost(&self, topic: &Topic) {
+        let part = self.part(topic);
+        part.get(topic).into_iter().flatten().for_each(|member| member.outbound.lose(topic));
+    }
+
+    fn aside(&self, topic: &Topic, aside: &Aside) {
+        match (aside.kind.as_str(), topic) {
+            (TYPING, Topic::Conversation(id)) => self.show_typing(*id, &aside.key, &aside.data),
+            (JOIN | LEAVE, _) => {
+                if let Ok(info) = serde_json::from_slice(&aside.data) {
+                    self.show_join_leave(topic, aside.kind == JOIN, &info);
+                }
+            }
+            // Of a later version.
+            _ => {}
+        }
+    }
+
+    fn present(&self, topic: &Topic) -> String {
+        serde_json::to_string(&self.members(topic)).unwrap_or_default()
     }
 }

@@ -69,6 +69,8 @@ struct Queued {
 
 struct Subscribed {
     number: u64,
+    /// It cannot be followed from here: its client is to come back to it.
+    lost: bool,
     /// What is held is a frame, or a seq that this subscription does not see.
     seam: Seam<Option<Bytes>>,
 }
@@ -82,6 +84,8 @@ pub struct GoOn {
     pub number: u64,
     /// The last seq that was pushed.
     pub after: u64,
+    /// It cannot be followed from here.
+    pub lost: bool,
 }
 
 /// Bytes that one socket has queued, counted among those of all.
@@ -210,7 +214,7 @@ impl Outbound {
         }
         q.subscriptions += 1;
         let number = q.subscriptions;
-        q.seams.insert(topic.clone(), Subscribed { number, seam: Seam::reading() });
+        q.seams.insert(topic.clone(), Subscribed { number, lost: false, seam: Seam::reading() });
         Ok(())
     }
 
@@ -291,15 +295,29 @@ impl Outbound {
         }
         if q.has_room(self.publication_bytes_max) {
             q.push(Some(topic.clone()), frames.encoded(self.encoding));
-        } else if matches!(topic, Topic::Agent(..)) {
-            q.closing.get_or_insert(Disconnect::InsufficientState);
         } else {
-            if let Some(subscribed) = q.seams.get_mut(topic) {
-                subscribed.seam = Seam::Behind { last: 0 };
-            }
-            q.behind = true;
+            q.lose(topic);
         }
         q.wake();
+    }
+
+    /// Publications of a topic may have been missed that has no order, or it cannot be followed from here any more:
+    /// the client is to come back to it.
+    pub fn lose(&self, topic: &Topic) {
+        let mut q = self.lock();
+        q.lose(topic);
+        q.wake();
+    }
+
+    /// The log of a topic reaches `seq`: whoever was not shown it goes on from the log.
+    pub fn reaches(&self, topic: &Topic, seq: u64) {
+        let mut q = self.lock();
+        let Some(Subscribed { seam, .. }) = q.seams.get_mut(topic) else { return };
+        seam.reaches(seq);
+        if matches!(seam, Seam::Behind { .. }) && !q.behind {
+            q.behind = true;
+            q.wake();
+        }
     }
 
     /// A publication of which only the latest by `key` matters.
@@ -365,8 +383,8 @@ impl Outbound {
             return None;
         }
         // One at a time: each may bring a page.
-        let next = q.seams.iter_mut().find_map(|(topic, Subscribed { number, seam })| {
-            seam.go_on().map(|after| GoOn { topic: topic.clone(), number: *number, after })
+        let next = q.seams.iter_mut().find_map(|(topic, Subscribed { number, lost, seam })| {
+            seam.go_on().map(|after| GoOn { topic: topic.clone(), number: *number, after, lost: *lost })
         });
         q.behind = q.seams.values().any(|s| matches!(s.seam, Seam::Behind { .. }));
         next
@@ -422,6 +440,19 @@ impl Queue {
     /// Whether a subscription's reply is out, so that it may be shown what has no order.
     fn is_open(&self, topic: &Topic) -> bool {
         self.seams.get(topic).is_some_and(|s| matches!(s.seam, Seam::Live { .. }))
+    }
+
+    /// A subscription goes on no more. An agent's own channel cannot be ended by itself: there the socket is.
+    fn lose(&mut self, topic: &Topic) {
+        let Some(subscribed) = self.seams.get_mut(topic) else { return };
+        if matches!(topic, Topic::Agent(..)) {
+            self.closing.get_or_insert(Disconnect::InsufficientState);
+        } else if !matches!(subscribed.seam, Seam::Reading { .. }) {
+            let last =
+                if let Seam::Live { last } | Seam::Behind { last } = subscribed.seam { last } else { 0 };
+            (subscribed.seam, subscribed.lost) = (Seam::Behind { last }, true);
+            self.behind = true;
+        }
     }
 
     fn is_numbered(&self, from: &GoOn) -> bool {

@@ -73,6 +73,8 @@ struct World {
     lane: VecDeque<Job>,
     /// What the client has asked for.
     wanted: bool,
+    /// Subscriptions that it has asked for and was not answered.
+    asked: usize,
     /// Where the client is, and whether its subscription stands by what came over the wire.
     position: u64,
     subscribed: bool,
@@ -102,6 +104,7 @@ impl World {
             client: ClientId(1),
             lane: VecDeque::new(),
             wanted: false,
+            asked: 0,
             position: 0,
             subscribed: false,
             told: 0,
@@ -121,6 +124,7 @@ impl World {
             }
             Step::Subscribe => {
                 if !std::mem::replace(&mut self.wanted, true) {
+                    self.asked += 1;
                     self.lane.push_back(Job::Subscribe { from: self.position, joined: false, tip: None });
                 }
             }
@@ -147,7 +151,7 @@ impl World {
                 self.lane.clear();
                 // Nobody shows again what a dead node had confirmed.
                 self.wire.clear();
-                (self.wanted, self.subscribed) = (false, false);
+                (self.wanted, self.subscribed, self.asked) = (false, false, 0);
             }
         }
     }
@@ -225,6 +229,7 @@ impl World {
         if reply["subscribe"].is_object() {
             assert!(!self.subscribed, "a second subscription without an end of the first");
             self.subscribed = true;
+            self.asked -= 1;
             let result = &reply["subscribe"];
             self.position = result["offset"].as_u64().unwrap_or(0);
             self.told += usize::from(!result["recovered"].as_bool().unwrap_or(false));
@@ -235,7 +240,8 @@ impl World {
             self.subscribed = false;
         } else if reply["push"]["unsubscribe"].is_object() {
             assert!(self.subscribed, "an end without a subscription");
-            (self.subscribed, self.wanted) = (false, false);
+            // It has asked again since, perhaps.
+            (self.subscribed, self.wanted) = (false, self.asked > 0);
         } else {
             let offset = reply["push"]["pub"]["offset"].as_u64().unwrap();
             assert!(self.subscribed, "{offset} without a subscription");

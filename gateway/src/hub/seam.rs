@@ -25,8 +25,8 @@ pub enum Seam<T> {
     Reading {
         /// By seq.
         held: BTreeMap<u64, T>,
-        /// More came than can be held.
-        overflowed: bool,
+        /// How far the log is known to reach beyond what is held.
+        reach: u64,
     },
     /// Everything up to `last` was pushed.
     Live {
@@ -43,17 +43,17 @@ pub enum Seam<T> {
 impl<T> Seam<T> {
     /// A subscription that has registered and not read yet.
     pub fn reading() -> Self {
-        Self::Reading { held: BTreeMap::new(), overflowed: false }
+        Self::Reading { held: BTreeMap::new(), reach: 0 }
     }
 
     /// A publication arrives. `room`: whether the socket's queue takes it.
     pub fn offer(&mut self, seq: u64, publication: impl FnOnce() -> T, room: bool) -> Verdict {
         match self {
-            Self::Reading { held, overflowed } => {
+            Self::Reading { held, reach } => {
                 if held.len() < HELD_MAX {
                     held.insert(seq, publication());
                 } else {
-                    *overflowed = true;
+                    *reach = seq.max(*reach);
                 }
                 Verdict::Keep
             }
@@ -70,10 +70,19 @@ impl<T> Seam<T> {
         }
     }
 
+    /// The log is known to reach `seq`, which may not have been offered.
+    pub fn reaches(&mut self, seq: u64) {
+        match self {
+            Self::Reading { reach, .. } => *reach = seq.max(*reach),
+            Self::Live { last } if seq > *last => *self = Self::Behind { last: *last },
+            Self::Live { .. } | Self::Behind { .. } => {}
+        }
+    }
+
     /// The log was read and pushed up to `read`: what was held and follows it without a gap is to be pushed now.
     pub fn joined(&mut self, read: u64) -> Vec<T> {
         let before = std::mem::replace(self, Self::Live { last: read });
-        let Self::Reading { held, overflowed } = before else {
+        let Self::Reading { held, reach } = before else {
             *self = before;
             return Vec::new();
         };
@@ -90,7 +99,7 @@ impl<T> Seam<T> {
             last = seq;
             push.push(publication);
         }
-        *self = if overflowed { Self::Behind { last } } else { Self::Live { last } };
+        *self = if last < reach { Self::Behind { last } } else { Self::Live { last } };
         push
     }
 
@@ -105,6 +114,21 @@ impl<T> Seam<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn whoever_was_not_offered_what_there_is_goes_on_from_the_log() {
+        let mut live = Seam::<u64>::Live { last: 4 };
+        live.reaches(4);
+        assert_eq!(live, Seam::Live { last: 4 });
+        live.reaches(6);
+        assert_eq!(live.go_on(), Some(4));
+        live.reaches(9);
+        live.offer(7, || 7, true);
+        assert_eq!((live.joined(6), live.go_on()), (vec![7], Some(7)));
+        let mut enough = Seam::<u64>::reading();
+        enough.reaches(3);
+        assert_eq!((enough.joined(3), enough.go_on()), (vec![], None));
+    }
 
     #[test]
     fn what_cannot_be_held_is_read_later() {

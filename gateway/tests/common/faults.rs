@@ -83,14 +83,22 @@ impl Load {
         *self.public.lock().unwrap() = node.public().to_owned();
     }
 
+    /// From here on through what stands before the nodes.
+    pub fn goes_through(&self, address: &str) {
+        address.clone_into(&mut self.public.lock().unwrap());
+    }
+
     pub fn total(&self) -> u64 {
         self.acked.iter().map(|n| n.load(Ordering::Relaxed)).sum()
     }
 
-    /// Waits until so many more are acked.
+    /// Waits until so many more are acked, for as long as any are.
     pub async fn goes_on(&self, more: u64) {
-        let from = self.total();
-        super::until("sends are acked", async || (self.total() >= from + more).then_some(())).await;
+        let wanted = self.total() + more;
+        while self.total() < wanted {
+            let at = self.total();
+            super::until("sends are acked", async || (self.total() > at).then_some(())).await;
+        }
     }
 
     /// How long each took that was begun since.

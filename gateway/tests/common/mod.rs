@@ -1,7 +1,10 @@
 //! What end-to-end tests share: the real binary, HTTP, signed webhooks, a small socket client, waiting for conditions.
 #![allow(dead_code, missing_docs, unreachable_pub, clippy::unwrap_used)]
 
+pub mod balancer;
+pub mod cluster;
 pub mod faults;
+pub mod history;
 #[path = "../../../storage/tests/servers/mod.rs"]
 pub mod servers;
 
@@ -193,6 +196,12 @@ impl Node {
     /// SIGKILL.
     pub async fn kill(&mut self) {
         self.child.kill().await.unwrap();
+    }
+
+    /// SIGSTOP, SIGCONT.
+    pub fn signal(&self, signal: &str) {
+        let pid = self.pid().to_string();
+        assert!(std::process::Command::new("kill").args([signal, &pid]).status().unwrap().success());
     }
 
     /// SIGTERM; the exit code.

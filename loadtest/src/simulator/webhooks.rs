@@ -7,6 +7,7 @@ use std::time::Duration;
 use hmac::{Hmac, Mac};
 use serde_json::{Value, json};
 use sha2::Sha256;
+use tokio::sync::oneshot;
 
 use super::faults::{happens, up_to};
 use super::graph::now_ms;
@@ -26,10 +27,9 @@ const TIMEOUT: Duration = Duration::from_secs(20);
 #[derive(Default)]
 pub(crate) struct Outbox(Mutex<HashMap<String, Vec<Item>>>);
 
-#[derive(Clone)]
 enum Item {
     Message { value: Value, contact: Value, id: String },
-    Status { value: Value, wamid: String, status: String },
+    Status { value: Value, taken: oneshot::Sender<()> },
 }
 
 fn put(sim: &Arc<Sim>, number: &str, item: Item) {
@@ -100,10 +100,18 @@ fn says(sim: &Arc<Sim>, number: &str, customer: &Customer, mut value: Value) -> 
     id
 }
 
-/// The receipts of a message that was taken: sent, delivered, read; some late, twice, or never.
+/// The receipts of a message that was taken: sent, delivered, read; some late, twice, or never. Each is told when the
+/// one before it was taken, but for those that are to overtake.
 pub(crate) fn receipts(sim: &Arc<Sim>, number: &str, wamid: &str, to: &str, callback: &str) {
     let faults = *lock(&sim.faults);
-    let mut after = Duration::ZERO;
+    let told = |status: &str| {
+        let mut value = json!({"id": wamid, "status": status, "recipient_id": to});
+        if !callback.is_empty() {
+            value["biz_opaque_callback_data"] = json!(callback);
+        }
+        value
+    };
+    let mut in_order = Vec::new();
     for status in ["sent", "delivered", "read"] {
         let (missing, twice, overtakes, pause) = {
             let mut random = lock(&sim.random);
@@ -117,21 +125,32 @@ pub(crate) fn receipts(sim: &Arc<Sim>, number: &str, wamid: &str, to: &str, call
         if missing {
             continue;
         }
-        let when = if overtakes { Duration::ZERO } else { after + pause };
-        after += pause;
         for _ in 0..=usize::from(twice) {
-            let (sim, number, wamid, to, callback) =
-                (sim.clone(), number.to_owned(), wamid.to_owned(), to.to_owned(), callback.to_owned());
-            tokio::spawn(async move {
-                tokio::time::sleep(when).await;
-                let mut value = json!({"id": wamid, "status": status, "timestamp": (now_ms() / 1000).to_string(), "recipient_id": to});
-                if !callback.is_empty() {
-                    value["biz_opaque_callback_data"] = json!(callback);
-                }
-                put(&sim, &number, Item::Status { value, wamid, status: status.to_owned() });
-            });
+            if overtakes {
+                drop(put_status(sim, number, told(status)));
+            } else {
+                in_order.push((pause, told(status)));
+            }
         }
     }
+    let (sim, number) = (sim.clone(), number.to_owned());
+    tokio::spawn(async move {
+        for (pause, value) in in_order {
+            tokio::time::sleep(pause).await;
+            // Dropped with a number that is gone: nobody waits for the rest.
+            if put_status(&sim, &number, value).await.is_err() {
+                return;
+            }
+        }
+    });
+}
+
+/// Puts a receipt among what is to be told; resolves when it was taken.
+fn put_status(sim: &Arc<Sim>, number: &str, mut value: Value) -> oneshot::Receiver<()> {
+    value["timestamp"] = json!((now_ms() / 1000).to_string());
+    let (taken, was_taken) = oneshot::channel();
+    put(sim, number, Item::Status { value, taken });
+    was_taken
 }
 
 fn body(number: &str, items: &[Item]) -> Vec<u8> {
@@ -174,14 +193,19 @@ async fn deliver(sim: &Arc<Sim>, number: &str, items: Vec<Item>) {
     {
         let mut record = lock(&sim.record);
         record.webhooks_open -= 1;
-        for item in &items {
+        for item in items {
             match item {
                 Item::Message { id, .. } => {
-                    if let Some(inbound) = record.inbound.iter_mut().rev().find(|i| i.id == *id) {
+                    if let Some(inbound) = record.inbound.iter_mut().rev().find(|i| i.id == id) {
                         inbound.acked = true;
                     }
                 }
-                Item::Status { wamid, status, .. } => record.receipts.push((wamid.clone(), status.clone())),
+                Item::Status { value, taken } => {
+                    let said = |name: &str| value[name].as_str().unwrap_or_default().to_owned();
+                    record.receipts.push((said("id"), said("status")));
+                    // Nobody waits for one that overtakes.
+                    let _ = taken.send(());
+                }
             }
         }
     }

@@ -34,9 +34,10 @@ pub(super) enum Job {
 }
 
 impl Job {
-    /// A node whose disk is full still starts, and serves what is there: its incarnation is a few bytes.
+    /// A node whose disk is full still starts, and serves what is there: its incarnation, its lease and the map of shards
+    /// are a few bytes.
     fn is_needed_to_start(&self) -> bool {
-        matches!(self, Self::CompareAndSet { key, .. } if key.scope.is_empty() && key.kind == CLUSTER)
+        matches!(self, Self::CompareAndSet { key, .. } if key.kind == CLUSTER)
     }
 
     /// Nothing of it was staged.

@@ -6,21 +6,31 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::Poll;
 use std::time::Duration;
 
+use bytes::Bytes;
 use futures_util::stream;
 use hyper_util::rt::TokioIo;
-use tokio::sync::mpsc;
+use patchbay_protocol::ids::TenantId;
+use tokio::sync::{mpsc, watch};
 use tokio::task::AbortHandle;
 use tonic::Streaming;
 use tonic::transport::Endpoint;
 
+use super::network::Network;
 use super::proto::envelope::Kind as Envelopes;
 use super::proto::mesh_client::MeshClient;
-use super::proto::{Answer, Batch, Beat, Envelope, Hello, Request, answer};
+use super::proto::{
+    Answer, Batch, Beat, Changed, Envelope, Hello, Present, Published, Request, Unwatch, Watch, answer,
+};
 use super::tls::Socket;
 use super::wire::{self, Waits};
-use super::{ENVELOPES_MAX, Here, Identity, LANE_QUEUE_MAX, MESSAGE_BYTES_MAX, UNANSWERED_MAX, VERSION};
+use super::{
+    ENVELOPES_MAX, FRAME_BYTES, Here, Identity, LANE_QUEUE_MAX, LANES, MESSAGE_BYTES_MAX, UNANSWERED_MAX,
+    VERSION, WINDOW, WINDOW_BYTES,
+};
 use crate::cluster::map::Incarnation;
 use crate::cluster::switch::{Parcel, Switch};
+use crate::fanout::{Aside, Home, Topic};
+use crate::node::Counters;
 
 /// Between two tries to reach a peer, at first and at most.
 const RECONNECT_PAUSE: Duration = Duration::from_millis(50);
@@ -31,8 +41,9 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 const BEAT_EVERY: Duration = Duration::from_secs(1);
 /// A lane that hears nothing for so long has broken.
 const SILENCE_MAX: Duration = Duration::from_secs(5);
-/// Words beside requests that wait for the stream to take them.
-const WORDS_MAX: usize = 4;
+/// Words beside requests that wait for the stream to take them; past it they are lost, which is made up for: those that
+/// matter are said again.
+pub const WORDS_MAX: usize = 1_024;
 
 /// Where a lane leads.
 #[derive(Clone, Debug)]
@@ -55,11 +66,16 @@ struct State {
     unanswered: BTreeMap<u64, Unanswered>,
     /// Somebody was turned away.
     was_full: bool,
+    /// Registrations that are not answered.
+    registering: usize,
 }
 
 /// A lane.
 pub(super) struct Lane {
+    to: To,
     queue: mpsc::Sender<Request>,
+    words: mpsc::Sender<Envelopes>,
+    here: Weak<dyn Here>,
     state: Mutex<State>,
     up: AtomicBool,
     switch: Arc<Switch>,
@@ -73,17 +89,28 @@ impl Drop for Lane {
 }
 
 impl Lane {
-    pub(super) fn start(identity: Identity, to: To, switch: Arc<Switch>, here: Weak<dyn Here>) -> Arc<Self> {
+    pub(super) fn start(
+        identity: Identity,
+        network: Arc<dyn Network>,
+        to: To,
+        switch: Arc<Switch>,
+        here: Weak<dyn Here>,
+        versions: watch::Receiver<u64>,
+    ) -> Arc<Self> {
         let (queue, requests) = mpsc::channel(LANE_QUEUE_MAX);
+        let (words, says) = mpsc::channel(WORDS_MAX);
         let lane = Arc::new(Self {
+            to: to.clone(),
             queue,
+            words,
+            here: here.clone(),
             state: Mutex::default(),
             up: AtomicBool::new(false),
             switch,
             task: Mutex::default(),
         });
-        let requests = Arc::new(Mutex::new(requests));
-        let runs = Runs { lane: Arc::downgrade(&lane), identity, to, here, requests };
+        let queues = Arc::new(Mutex::new((requests, says)));
+        let runs = Runs { lane: Arc::downgrade(&lane), identity, network, to, here, queues, versions };
         let task = tokio::spawn(runs.run()).abort_handle();
         *lane.task.lock().unwrap_or_else(PoisonError::into_inner) = Some(task);
         lane
@@ -125,6 +152,43 @@ impl Lane {
         Ok(())
     }
 
+    fn say(&self, word: Envelopes) -> bool {
+        self.is_up() && self.words.try_send(word).is_ok()
+    }
+
+    /// Registers a topic with the peer. False: it cannot be told now.
+    pub(super) fn register(&self, topic: &Topic, epoch: u32, check: bool) -> bool {
+        let mut state = self.lock();
+        if state.registering >= WINDOW {
+            return false;
+        }
+        let watch = Watch { topic: Some(wire::write_topic(topic)), epoch, check };
+        let told = self.say(Envelopes::Watch(watch));
+        state.registering += usize::from(told);
+        told
+    }
+
+    /// A registration was answered: there is room for another one.
+    fn registered(&self) {
+        let mut state = self.lock();
+        state.registering = state.registering.saturating_sub(1);
+    }
+
+    pub(super) fn withdraw(&self, topic: &Topic) {
+        // What goes on being published is withdrawn again.
+        self.say(Envelopes::Unwatch(Unwatch { topic: Some(wire::write_topic(topic)) }));
+    }
+
+    pub(super) fn aside(&self, topic: &Topic, aside: &Aside) {
+        // It does not matter for long.
+        self.say(Envelopes::Aside(wire::write_aside(topic, aside)));
+    }
+
+    pub(super) fn changed(&self, tenant: &TenantId) {
+        // Whoever is not told looks by itself.
+        self.say(Envelopes::Changed(Changed { tenant: tenant.to_string() }));
+    }
+
     /// What came of a request.
     fn answered(&self, answer: Answer, here: &dyn Here) {
         let (found, had_no_room) = {
@@ -139,7 +203,7 @@ impl Lane {
                 here.heard(version);
                 match wire::decode(&request, waits) {
                     Ok(parcel) => self.switch.not_owner(parcel, version),
-                    Err((_, waits)) => waits.lose(),
+                    Err(waits) => waits.lose(),
                 }
             }
             Some(outcome) => waits.answer(outcome),
@@ -156,14 +220,18 @@ impl Lane {
         let unanswered = {
             let mut state = self.lock();
             self.up.store(false, Ordering::Release);
+            state.registering = 0;
             std::mem::take(&mut state.unanswered)
         };
+        if let Some(here) = self.here.upgrade() {
+            here.watches().cut(self.to.incarnation, |shard| shard % LANES == self.to.lane);
+        }
         let mut shards = Vec::with_capacity(unanswered.len());
         for (_, Unanswered { shard, request, waits }) in unanswered {
             shards.push(shard);
             match wire::decode(&request, waits) {
                 Ok(parcel) => self.switch.returned(parcel),
-                Err((_, waits)) => waits.lose(),
+                Err(waits) => waits.lose(),
             }
         }
         shards.into_iter().for_each(|shard| self.switch.settled(shard));
@@ -173,10 +241,17 @@ impl Lane {
 struct Runs {
     lane: Weak<Lane>,
     identity: Identity,
+    network: Arc<dyn Network>,
     to: To,
     here: Weak<dyn Here>,
-    /// Of the stream that is there.
-    requests: Arc<Mutex<mpsc::Receiver<Request>>>,
+    /// Of the stream that is there: requests, and words beside them.
+    queues: Arc<Mutex<(mpsc::Receiver<Request>, mpsc::Receiver<Envelopes>)>>,
+    /// Which version of the map is known here.
+    versions: watch::Receiver<u64>,
+}
+
+fn envelope(kind: Envelopes) -> Envelope {
+    Envelope { kind: Some(kind) }
 }
 
 /// Why a lane is not there, for a log.
@@ -192,7 +267,7 @@ impl Runs {
             let was_up = lane.is_up();
             lane.give_back();
             // What waited to go out was among them.
-            self.forget_requests();
+            self.forget_queued();
             drop(lane);
             if let Err(error) = broken {
                 let (to, lane) = (self.to.incarnation, self.to.lane);
@@ -210,9 +285,10 @@ impl Runs {
         }
     }
 
-    fn forget_requests(&self) {
-        let mut requests = self.requests.lock().unwrap_or_else(PoisonError::into_inner);
-        while requests.try_recv().is_ok() {}
+    fn forget_queued(&self) {
+        let mut queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
+        while queues.0.try_recv().is_ok() {}
+        while queues.1.try_recv().is_ok() {}
     }
 
     fn hello(&self, here: &dyn Here) -> Envelope {
@@ -224,38 +300,46 @@ impl Runs {
             lane: self.to.lane,
             shards: self.identity.shards,
         };
-        Envelope { kind: Some(Envelopes::Hello(hello)) }
+        envelope(Envelopes::Hello(hello))
     }
 
     /// Reaches the peer, and speaks with it until the lane breaks.
     async fn speak(&self) -> Result<(), Broken> {
         let (address, tls) = (self.to.address.clone(), self.identity.tls.clone());
+        let network = self.network.clone();
         let channel = Endpoint::from_shared(format!("http://{}", self.to.address))?
             .connect_timeout(CONNECT_TIMEOUT)
+            .initial_stream_window_size(WINDOW_BYTES)
+            .initial_connection_window_size(WINDOW_BYTES)
+            .max_frame_size(FRAME_BYTES)
             .connect_with_connector(tower::service_fn(move |_| {
-                let (address, tls) = (address.clone(), tls.clone());
-                async move { Socket::connect(&address, tls.as_ref()).await.map(TokioIo::new) }
+                let (network, address, tls) = (network.clone(), address.clone(), tls.clone());
+                async move { Socket::connect(&*network, &address, tls.as_ref()).await.map(TokioIo::new) }
             }))
             .await?;
         let mut client = MeshClient::new(channel)
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX);
         let here = self.here.upgrade().ok_or("the node is gone")?;
-        let (words, mut says) = mpsc::channel::<Envelope>(WORDS_MAX);
-        words.try_send(self.hello(&*here))?;
+        let (beats, mut beat) = mpsc::channel::<Beat>(1);
+        let mut hello = Some(self.hello(&*here));
         drop(here);
         // The stream takes what is there whenever it has room. Nobody who has to hear answers waits for that.
-        let (requests, mut ready) = (self.requests.clone(), Vec::with_capacity(ENVELOPES_MAX));
+        let (queues, mut ready, mut said) =
+            (self.queues.clone(), Vec::with_capacity(ENVELOPES_MAX), Vec::with_capacity(ENVELOPES_MAX));
         let outgoing = stream::poll_fn(move |cx| {
-            let mut envelopes = Vec::new();
-            while let Poll::Ready(Some(word)) = says.poll_recv(cx) {
-                envelopes.push(word);
+            let mut envelopes: Vec<Envelope> = hello.take().into_iter().collect();
+            if let Poll::Ready(Some(beat)) = beat.poll_recv(cx) {
+                envelopes.push(envelope(Envelopes::Beat(beat)));
             }
-            let mut requests = requests.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Poll::Ready(0) = requests.poll_recv_many(cx, &mut ready, ENVELOPES_MAX) {
+            let mut queues = queues.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Poll::Ready(0) = queues.0.poll_recv_many(cx, &mut ready, ENVELOPES_MAX) {
                 return Poll::Ready(None);
             }
-            envelopes.extend(ready.drain(..).map(|r| Envelope { kind: Some(Envelopes::Request(r)) }));
+            // The other end of it goes with that of the requests.
+            let _ = queues.1.poll_recv_many(cx, &mut said, ENVELOPES_MAX);
+            envelopes.extend(ready.drain(..).map(|request| envelope(Envelopes::Request(request))));
+            envelopes.extend(said.drain(..).map(envelope));
             if envelopes.is_empty() { Poll::Pending } else { Poll::Ready(Some(Batch { envelopes })) }
         });
         let answered = tokio::time::timeout(CONNECT_TIMEOUT, client.link(outgoing)).await??;
@@ -269,12 +353,17 @@ impl Runs {
             let lane = self.lane.upgrade().ok_or("nobody wants it")?;
             lane.up.store(true, Ordering::Release);
             lane.switch.all_moved();
+            if let Some(here) = self.here.upgrade() {
+                here.watches().reached();
+            }
         }
         tracing::info!(to = self.to.incarnation, lane = self.to.lane, "a node is reached");
         let mut beat = tokio::time::interval(BEAT_EVERY);
+        let mut versions = self.versions.clone();
         let mut heard = tokio::time::Instant::now();
         loop {
             tokio::select! {
+                Ok(()) = versions.changed() => self.beat(&beats)?,
                 batch = incoming.message() => {
                     let Some(batch) = batch? else { return Err("its peer has ended it".into()) };
                     heard = tokio::time::Instant::now();
@@ -284,26 +373,88 @@ impl Runs {
                     if heard.elapsed() > SILENCE_MAX {
                         return Err("its peer says nothing".into());
                     }
-                    let here = self.here.upgrade().ok_or("the node is gone")?;
-                    let beat = Beat { map_version: here.map_version() };
-                    // A stream that has no room has not said the last one yet.
-                    let _ = words.try_send(Envelope { kind: Some(Envelopes::Beat(beat)) });
+                    self.beat(&beats)?;
                 }
             }
         }
     }
 
+    fn beat(&self, beats: &mpsc::Sender<Beat>) -> Result<(), Broken> {
+        let here = self.here.upgrade().ok_or("the node is gone")?;
+        // A stream that has no room has not said the last one yet.
+        let Counters { connections, active, waiting } = here.counters();
+        let _ = beats.try_send(Beat { map_version: here.map_version(), connections, active, waiting });
+        Ok(())
+    }
+
     fn hear(&self, batch: Batch) -> Result<(), Broken> {
         let here = self.here.upgrade().ok_or("the node is gone")?;
         let lane = self.lane.upgrade().ok_or("nobody wants it")?;
+        // One of each batch is enough to find out what is published for nobody.
+        if let Some(Envelopes::Published(last)) = batch.envelopes.last().and_then(|e| e.kind.as_ref())
+            && let Some(topic) = wire::read_topic_bytes(&last.topic)
+        {
+            here.watches().check_wanted(self.to.incarnation, &topic);
+        }
         for envelope in batch.envelopes {
             match envelope.kind {
                 Some(Envelopes::Answer(answer)) => lane.answered(answer, &*here),
                 Some(Envelopes::Beat(beat)) => here.heard(beat.map_version),
+                Some(Envelopes::Watched(watched)) => {
+                    lane.registered();
+                    let home = Home { who: self.to.incarnation, epoch: watched.epoch };
+                    if let Some(topic) = watched.topic.and_then(wire::read_topic) {
+                        here.watches().watched(home, &topic, wire::read_watched(watched.outcome));
+                    }
+                }
+                Some(Envelopes::Published(published)) => self.published(&*here, published),
+                Some(Envelopes::Missed(missed)) => match missed.topic.and_then(wire::read_topic) {
+                    Some(Topic::Conversation(id)) => here.publisher().reaches(id, missed.seq),
+                    Some(topic) => here.publisher().lost(&topic),
+                    None => {}
+                },
+                Some(Envelopes::Aside(aside)) => {
+                    if let Some((topic, aside)) = wire::read_aside(aside) {
+                        here.publisher().aside(&topic, &aside);
+                    }
+                }
+                Some(Envelopes::Who(who)) => {
+                    if let Some(topic) = who.topic.and_then(wire::read_topic) {
+                        let present = here.publisher().present(&topic);
+                        // Whoever asks does not wait for long.
+                        lane.say(Envelopes::Present(Present { number: who.number, who: present }));
+                    }
+                }
                 // Of a later version, or nothing to us.
-                Some(Envelopes::Hello(_) | Envelopes::Request(_)) | None => {}
+                Some(
+                    Envelopes::Hello(_)
+                    | Envelopes::Request(_)
+                    | Envelopes::Watch(_)
+                    | Envelopes::Unwatch(_)
+                    | Envelopes::Present(_)
+                    | Envelopes::Changed(_),
+                )
+                | None => {}
             }
         }
         Ok(())
+    }
+
+    fn published(&self, here: &dyn Here, published: Published) {
+        let Some(topic) = wire::read_topic_bytes(&published.topic) else { return };
+        let publisher = here.publisher();
+        match topic {
+            Topic::Conversation(id) => {
+                let entries: Vec<(u64, Bytes)> = (published.seq..).zip(published.data).collect();
+                publisher.entries(id, &entries);
+            }
+            Topic::Inbox(tenant, inbox) => {
+                published.data.into_iter().for_each(|data| publisher.inbox(&tenant, &inbox, data));
+            }
+            Topic::Agent(tenant, agent) => {
+                published.data.into_iter().for_each(|data| publisher.agent(&tenant, &agent, data));
+            }
+            Topic::Cluster => published.data.into_iter().for_each(|data| publisher.cluster(data)),
+        }
     }
 }

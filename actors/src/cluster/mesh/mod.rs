@@ -5,10 +5,16 @@
 //! callers. Envelopes that are ready together go out together. A lane that breaks gives back whatever was not answered,
 //! in order, and is made again for as long as the map names its peer.
 //!
+//! What a peer waits for is registered over its own lane, and is published back over it, in order; it is forgotten with
+//! the lane, so that a lane that was made again is registered over anew.
+//!
 //! Bound: [`LANE_QUEUE_MAX`] requests of a lane wait to go out and [`UNANSWERED_MAX`] to be answered; past that commands wait in
-//! the [`Switch`], which has bounds of its own.
+//! the [`Switch`], which has bounds of its own. [`WINDOW`] registrations of a lane are not answered, and [`OUTLET_BYTES_MAX`] of
+//! publications wait for it; past that its peer is told how far their topics reach.
 
 mod link;
+mod network;
+mod outlet;
 mod serve;
 mod tls;
 mod wire;
@@ -21,11 +27,15 @@ pub(crate) mod proto {
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use tokio::net::TcpListener;
+use patchbay_protocol::ids::TenantId;
+use tokio::sync::watch;
 use tokio::task::AbortHandle;
 
 use super::map::{Incarnation, ShardMap};
 use super::switch::{Local, Parcel, Switch, Transport};
+use crate::fanout::{Aside, Home, Interest, Outlet, Topic, Watches};
+use crate::node::Counters;
+use crate::ports::Publisher;
 use link::Lane;
 
 /// Lanes to a peer.
@@ -36,11 +46,19 @@ pub const LANE_QUEUE_MAX: usize = 4_096;
 pub const UNANSWERED_MAX: usize = 16_384;
 /// The version of the protocol that is spoken here. A peer of another one is spoken to by the lower of both.
 const VERSION: u32 = 1;
+/// Registrations of a lane that are not answered.
+pub const WINDOW: usize = 256;
 /// Envelopes that go out together.
 const ENVELOPES_MAX: usize = 256;
 /// The largest message of the stream.
 const MESSAGE_BYTES_MAX: usize = 16 << 20;
+/// What may be under way to whoever does not read: of a stream and of its connection; and what goes in one frame.
+const WINDOW_BYTES: u32 = 4 << 20;
+const FRAME_BYTES: u32 = 1 << 20;
 
+pub use link::WORDS_MAX;
+pub use network::{Connection, Network, Stream, Tcp};
+pub use outlet::OUTLET_BYTES_MAX;
 pub use tls::MeshTls;
 
 /// Who speaks, and to whom.
@@ -65,15 +83,39 @@ pub trait Here: Local {
 
     /// A peer knows a newer version of the map.
     fn heard(&self, version: u64);
+
+    /// Which nodes wait for what is published here.
+    fn interest(&self) -> &Arc<Interest>;
+
+    /// What this node's sockets wait for.
+    fn watches(&self) -> &Arc<Watches>;
+
+    /// A node waits for a topic under an epoch; `check`: it is told how far the topic reaches.
+    fn watch(&self, topic: Topic, epoch: u32, check: bool, outlet: Arc<dyn Outlet>);
+
+    /// How busy this node is.
+    fn counters(&self) -> Counters;
+
+    /// How busy another one says that it is.
+    fn counted(&self, who: Incarnation, counters: Counters);
+
+    /// Shows what is published elsewhere.
+    fn publisher(&self) -> &dyn Publisher;
+
+    /// The documents of a tenant have changed.
+    fn changed(&self, tenant: TenantId);
 }
 
 /// The links of a node.
 pub struct Mesh {
     identity: Identity,
+    network: Arc<dyn Network>,
     switch: Arc<Switch>,
     here: Weak<dyn Here>,
     peers: Mutex<HashMap<Incarnation, Peer>>,
     serving: Mutex<Option<AbortHandle>>,
+    /// Changes with every version of the map that is known here.
+    versions: watch::Sender<u64>,
 }
 
 struct Peer {
@@ -95,24 +137,26 @@ impl Drop for Mesh {
 }
 
 impl Mesh {
-    /// Serves other nodes at `listener`, and reaches them as the map names them.
+    /// Serves other nodes over `network`, and reaches them as the map names them.
     pub fn start(
         identity: Identity,
-        listener: TcpListener,
+        network: Arc<dyn Network>,
         switch: Arc<Switch>,
         here: Weak<dyn Here>,
     ) -> Arc<Self> {
-        let serving = tokio::spawn(serve::serve(identity.clone(), listener, here.clone()));
-        let serving = Mutex::new(Some(serving.abort_handle()));
-        Arc::new(Self { identity, switch, here, peers: Mutex::default(), serving })
+        let versions = watch::Sender::new(0);
+        let serves = serve::serve(identity.clone(), network.clone(), here.clone(), versions.subscribe());
+        let serving = Mutex::new(Some(tokio::spawn(serves).abort_handle()));
+        Arc::new(Self { identity, network, switch, here, peers: Mutex::default(), serving, versions })
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<Incarnation, Peer>> {
         self.peers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Reaches whoever this map names, and nobody else any more.
-    pub fn follow(&self, map: &ShardMap) {
+    /// Reaches whoever this map names, and nobody else any more; and tells them which version is known here.
+    pub fn follow(&self, version: u64, map: &ShardMap) {
+        self.versions.send_replace(version);
         let Some(me) = self.here.upgrade().map(|here| here.incarnation()) else { return };
         let mut peers = self.lock();
         let gone = |(incarnation, peer): (&Incarnation, &Peer)| {
@@ -128,13 +172,46 @@ impl Mesh {
                 lanes: (0..LANES)
                     .map(|lane| {
                         let to = link::To { incarnation: *incarnation, address: address.clone(), lane };
-                        Lane::start(self.identity.clone(), to, self.switch.clone(), self.here.clone())
+                        let versions = self.versions.subscribe();
+                        Lane::start(
+                            self.identity.clone(),
+                            self.network.clone(),
+                            to,
+                            self.switch.clone(),
+                            self.here.clone(),
+                            versions,
+                        )
                     })
                     .collect(),
             });
         }
         drop(peers);
         gone.iter().flat_map(|peer| &peer.lanes).for_each(|lane| lane.end());
+    }
+
+    fn lane(&self, to: Incarnation, shard: u32) -> Option<Arc<Lane>> {
+        self.lock().get(&to).and_then(|peer| peer.lanes.get((shard % LANES) as usize).cloned())
+    }
+
+    /// Registers with a peer. False: it cannot be told now.
+    pub(crate) fn register(&self, at: Home, shard: u32, topic: &Topic, check: bool) -> bool {
+        self.lane(at.who, shard).is_some_and(|lane| lane.register(topic, at.epoch, check))
+    }
+
+    /// Takes a registration back, if the peer can be told.
+    pub(crate) fn withdraw(&self, at: Incarnation, shard: u32, topic: &Topic) {
+        self.lane(at, shard).inspect(|lane| lane.withdraw(topic));
+    }
+
+    /// Tells the owner of a topic something beside its order, if it can be told.
+    pub(crate) fn aside(&self, to: Incarnation, shard: u32, topic: &Topic, aside: &Aside) {
+        self.lane(to, shard).inspect(|lane| lane.aside(topic, aside));
+    }
+
+    /// Tells every peer that a tenant's documents have changed. One that cannot be told looks by itself.
+    pub fn tell_changed(&self, tenant: &TenantId) {
+        let peers = self.lock();
+        peers.values().filter_map(|peer| peer.lanes.first()).for_each(|lane| lane.changed(tenant));
     }
 
     /// Peers whose every lane is up.
@@ -145,9 +222,8 @@ impl Mesh {
 
 impl Transport for Mesh {
     fn send(&self, to: Incarnation, parcel: Parcel) -> Result<(), Parcel> {
-        let shard = parcel.entity().shard(self.identity.shards);
-        let lane = self.lock().get(&to).and_then(|peer| peer.lanes.get((shard % LANES) as usize).cloned());
-        match lane {
+        let shard = parcel.shard(self.identity.shards);
+        match self.lane(to, shard) {
             Some(lane) => lane.send(shard, parcel),
             None => Err(parcel),
         }

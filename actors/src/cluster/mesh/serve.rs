@@ -1,4 +1,4 @@
-//! The other end of lanes: requests in, answers out.
+//! The other end of lanes: requests and registrations in, answers and publications out.
 
 use std::pin::Pin;
 use std::sync::{Arc, Weak};
@@ -7,16 +7,21 @@ use std::time::Duration;
 
 use futures_util::StreamExt as _;
 use futures_util::stream::{self, BoxStream, FuturesUnordered};
-use tokio::net::TcpListener;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tonic::{Request as Call, Response, Status, Streaming};
 
+use super::network::Network;
+use super::outlet::Outlet;
 use super::proto::envelope::Kind as Envelopes;
 use super::proto::mesh_server::{Mesh, MeshServer};
 use super::proto::{Answer, Batch, Beat, Envelope, Hello, Request, answer};
 use super::tls::{MeshTls, Socket};
 use super::wire;
-use super::{ENVELOPES_MAX, Here, Identity, MESSAGE_BYTES_MAX, UNANSWERED_MAX, VERSION};
+use super::{
+    ENVELOPES_MAX, FRAME_BYTES, Here, Identity, MESSAGE_BYTES_MAX, UNANSWERED_MAX, VERSION, WINDOW_BYTES,
+};
+use crate::fanout::Outlet as _;
+use crate::node::Counters;
 
 /// A caller says who it is within this.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(2);
@@ -28,14 +33,24 @@ const BEAT_EVERY: Duration = Duration::from_secs(1);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Serves other nodes until it is dropped.
-pub(super) async fn serve(identity: Identity, listener: TcpListener, here: Weak<dyn Here>) {
-    let service = MeshServer::new(Service { identity: identity.clone(), here })
+pub(super) async fn serve(
+    identity: Identity,
+    network: Arc<dyn Network>,
+    here: Weak<dyn Here>,
+    versions: watch::Receiver<u64>,
+) {
+    let service = MeshServer::new(Service { identity: identity.clone(), here, versions })
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
     let (accepted, mut sockets) = mpsc::channel(HANDSHAKES_MAX);
     let incoming = stream::poll_fn(move |cx| sockets.poll_recv(cx));
-    let accepts = accept(listener, identity.tls, accepted);
-    let serves = tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming);
+    let accepts = accept(network, identity.tls, accepted);
+    let serves = tonic::transport::Server::builder()
+        .initial_stream_window_size(WINDOW_BYTES)
+        .initial_connection_window_size(WINDOW_BYTES)
+        .max_frame_size(FRAME_BYTES)
+        .add_service(service)
+        .serve_with_incoming(incoming);
     tokio::select! {
         served = serves => {
             if let Err(error) = served {
@@ -48,15 +63,15 @@ pub(super) async fn serve(identity: Identity, listener: TcpListener, here: Weak<
 
 /// Lets nodes in that prove who they are.
 async fn accept(
-    listener: TcpListener,
+    network: Arc<dyn Network>,
     tls: Option<MeshTls>,
     accepted: mpsc::Sender<Result<Socket, std::io::Error>>,
 ) {
     let places = Arc::new(Semaphore::new(HANDSHAKES_MAX));
     loop {
         let Ok(place) = places.clone().acquire_owned().await else { return };
-        let socket = match listener.accept().await {
-            Ok((socket, _)) => socket,
+        let socket = match network.accept().await {
+            Ok(socket) => socket,
             Err(error) => {
                 tracing::warn!(%error, "no node can be let in");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -79,6 +94,7 @@ async fn accept(
 struct Service {
     identity: Identity,
     here: Weak<dyn Here>,
+    versions: watch::Receiver<u64>,
 }
 
 #[tonic::async_trait]
@@ -105,9 +121,12 @@ impl Mesh for Service {
         };
         let answer = Envelope { kind: Some(Envelopes::Hello(answer)) };
         let (answers, answering) = mpsc::channel(UNANSWERED_MAX);
-        let reads = Reads { here: self.here.clone(), answers, to: hello.to };
+        let outlet = Arc::new(Outlet::new());
+        let (here, versions) = (self.here.clone(), self.versions.clone());
+        let reads =
+            Reads { here, answers, from: hello.incarnation, to: hello.to, outlet: outlet.clone(), versions };
         tokio::spawn(reads.run(incoming));
-        Ok(Response::new(answers_of(answer, answering, self.here.clone())))
+        Ok(Response::new(answers_of(answer, answering, outlet, self.here.clone())))
     }
 }
 
@@ -130,14 +149,15 @@ impl Service {
 
 type Answering = Pin<Box<dyn Future<Output = Answer> + Send>>;
 
-/// What goes back: the hello, and then answers as they come, those together that are there together.
+/// What goes back: the hello, and then answers and publications as they come, those together that are there together.
 fn answers_of(
     hello: Envelope,
     mut coming: mpsc::Receiver<Answering>,
+    outlet: Arc<Outlet>,
     here: Weak<dyn Here>,
 ) -> BoxStream<'static, Result<Batch, Status>> {
     let mut answering: FuturesUnordered<Answering> = FuturesUnordered::new();
-    let (mut hello, mut more) = (Some(hello), Vec::new());
+    let (mut hello, mut more, mut published) = (Some(hello), Vec::new(), Vec::new());
     let mut beat = tokio::time::interval(BEAT_EVERY);
     let answers = stream::poll_fn(move |cx| {
         let mut envelopes: Vec<Envelope> = hello.take().into_iter().collect();
@@ -152,9 +172,12 @@ fn answers_of(
         {
             envelopes.push(Envelope { kind: Some(Envelopes::Answer(answer)) });
         }
+        if outlet.poll_take(cx, ENVELOPES_MAX, &mut published).is_ready() {
+            envelopes.extend(published.drain(..).map(|kind| Envelope { kind: Some(kind) }));
+        }
         if beat.poll_tick(cx).is_ready() {
             let Some(here) = here.upgrade() else { return Poll::Ready(None) };
-            let beat = Beat { map_version: here.map_version() };
+            let beat = Beat { map_version: here.map_version(), ..Beat::default() };
             envelopes.push(Envelope { kind: Some(Envelopes::Beat(beat)) });
         }
         if envelopes.is_empty() {
@@ -170,27 +193,42 @@ fn answers_of(
 struct Reads {
     here: Weak<dyn Here>,
     answers: mpsc::Sender<Answering>,
-    /// Whom the caller means to speak to.
+    /// Who calls, and whom it means to speak to.
+    from: u32,
     to: u32,
+    outlet: Arc<Outlet>,
+    versions: watch::Receiver<u64>,
+}
+
+impl Drop for Reads {
+    fn drop(&mut self) {
+        if let Some(here) = self.here.upgrade() {
+            here.interest().forget(self.outlet.number());
+        }
+    }
 }
 
 impl Reads {
-    async fn run(self, mut incoming: Streaming<Batch>) {
-        while let Ok(Some(batch)) = incoming.message().await {
+    async fn run(mut self, mut incoming: Streaming<Batch>) {
+        loop {
+            let batch = tokio::select! {
+                batch = incoming.message() => match batch {
+                    Ok(Some(batch)) => batch,
+                    Ok(None) | Err(_) => return,
+                },
+                Ok(()) = self.versions.changed() => {
+                    let map_version = *self.versions.borrow_and_update();
+                    self.outlet.say(Envelopes::Beat(Beat { map_version, ..Beat::default() }));
+                    continue;
+                }
+            };
             for envelope in batch.envelopes {
                 // The lane may be for somebody who is no more.
                 let Some(here) = self.here.upgrade().filter(|here| here.incarnation() == self.to) else {
                     return;
                 };
-                let answering = match envelope.kind {
-                    Some(Envelopes::Request(request)) => hand(&*here, request),
-                    Some(Envelopes::Beat(beat)) => {
-                        here.heard(beat.map_version);
-                        continue;
-                    }
-                    // Of a later version, or nothing to us.
-                    Some(Envelopes::Hello(_) | Envelopes::Answer(_)) | None => continue,
-                };
+                let Some(kind) = envelope.kind else { continue };
+                let Some(answering) = self.heard(&*here, kind) else { continue };
                 drop(here);
                 // A caller with too much unanswered is not read any more: its stream fills up.
                 if self.answers.send(answering).await.is_err() {
@@ -198,6 +236,40 @@ impl Reads {
                 }
             }
         }
+    }
+
+    /// Takes a word of the caller; what there is to answer to a request.
+    fn heard(&self, here: &dyn Here, word: Envelopes) -> Option<Answering> {
+        match word {
+            Envelopes::Request(request) => return Some(hand(here, request)),
+            Envelopes::Beat(Beat { map_version, connections, active, waiting }) => {
+                here.heard(map_version);
+                here.counted(self.from, Counters { connections, active, waiting });
+            }
+            Envelopes::Watch(watch) => {
+                let topic = watch.topic.and_then(wire::read_topic)?;
+                here.watch(topic, watch.epoch, watch.check, self.outlet.clone());
+            }
+            Envelopes::Unwatch(unwatch) => {
+                let topic = unwatch.topic.and_then(wire::read_topic)?;
+                here.interest().remove(&topic, self.outlet.number());
+            }
+            Envelopes::Aside(aside) => {
+                let (topic, aside) = wire::read_aside(aside)?;
+                here.publisher().aside(&topic, &aside);
+                here.interest().aside(&topic, &aside, Some(self.outlet.number()));
+            }
+            Envelopes::Present(present) => here.interest().present(present.number, present.who),
+            Envelopes::Changed(changed) => here.changed(changed.tenant.parse().ok()?),
+            // Of a later version, or nothing to us.
+            Envelopes::Hello(_)
+            | Envelopes::Answer(_)
+            | Envelopes::Watched(_)
+            | Envelopes::Published(_)
+            | Envelopes::Missed(_)
+            | Envelopes::Who(_) => {}
+        }
+        None
     }
 }
 
@@ -212,10 +284,10 @@ fn try_hand(here: &dyn Here, request: Request) -> Result<Answering, Answer> {
         let error = patchbay_protocol::CommandError::invalid("a command that this version does not know");
         wire::answered(id, answer::Outcome::Refused(wire::refusal(&error)))
     };
-    let (waits, answering) = wire::receive(request.kind()).ok_or_else(unreadable)?;
+    let (waits, outcome) = wire::receive(request.kind()).ok_or_else(unreadable)?;
     let parcel = wire::decode(&request, waits).map_err(|_| unreadable())?;
     match here.take(parcel) {
-        Ok(()) => Ok(Box::pin(async move { wire::answered(id, answering.wait().await) })),
+        Ok(()) => Ok(Box::pin(async move { wire::answered(id, outcome.await) })),
         Err(_) => Err(wire::answered(id, answer::Outcome::NotOwner(here.map_version()))),
     }
 }

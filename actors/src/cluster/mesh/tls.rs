@@ -13,9 +13,10 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::TcpStream;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 use tonic::transport::server::Connected;
+
+use super::network::{Connection, Network};
 
 /// Certificate, key and authority (PEM files).
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -86,12 +87,8 @@ impl MeshTls {
     }
 }
 
-trait Stream: AsyncRead + AsyncWrite + Send {}
-
-impl<T: AsyncRead + AsyncWrite + Send> Stream for T {}
-
 /// A connection between nodes, with or without TLS.
-pub(super) struct Socket(Pin<Box<dyn Stream>>);
+pub(super) struct Socket(Connection);
 
 fn broken(why: String) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, why)
@@ -99,18 +96,20 @@ fn broken(why: String) -> io::Error {
 
 impl Socket {
     /// The side that was called.
-    pub(super) async fn accept(socket: TcpStream, tls: Option<&MeshTls>) -> io::Result<Self> {
-        socket.set_nodelay(true)?;
-        let Some(tls) = tls else { return Ok(Self(Box::pin(socket))) };
+    pub(super) async fn accept(socket: Connection, tls: Option<&MeshTls>) -> io::Result<Self> {
+        let Some(tls) = tls else { return Ok(Self(socket)) };
         let acceptor = TlsAcceptor::from(Arc::new(tls.server().map_err(broken)?));
         Ok(Self(Box::pin(acceptor.accept(socket).await?)))
     }
 
     /// The side that calls.
-    pub(super) async fn connect(address: &str, tls: Option<&MeshTls>) -> io::Result<Self> {
-        let socket = TcpStream::connect(address).await?;
-        socket.set_nodelay(true)?;
-        let Some(tls) = tls else { return Ok(Self(Box::pin(socket))) };
+    pub(super) async fn connect(
+        network: &dyn Network,
+        address: &str,
+        tls: Option<&MeshTls>,
+    ) -> io::Result<Self> {
+        let socket = network.connect(address).await?;
+        let Some(tls) = tls else { return Ok(Self(socket)) };
         let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
         let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
         let name = ServerName::try_from(host).map_err(|e| broken(e.to_string()))?;

@@ -1,15 +1,20 @@
 //! Commands and their answers as they travel between nodes.
 
 use bytes::Bytes;
-use patchbay_protocol::ids::{AccountId, AgentId, ConversationId, InboxId, TenantId};
+use futures_util::future::BoxFuture;
+use patchbay_protocol::ids::ConversationId;
 use patchbay_protocol::{CommandError, ErrorCode};
+use prost::Message as _;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::sync::oneshot;
 
-use super::proto::{Answer, Kind, Request, answer};
-use crate::cluster::switch::{Parcel, ReplyTo};
+use super::proto::{self, Answer, Kind, Request, answer, topic, watched};
+use crate::cluster::json;
+use crate::cluster::switch::Parcel;
+use crate::fanout::{Aside, Topic, Watched};
+use crate::shard::slots::ReplyTo;
 
 /// An error as it travels. A code that a later version has is told as `internal`.
 #[derive(Serialize, Deserialize)]
@@ -26,11 +31,7 @@ pub(super) enum Waits {
     Account(ReplyTo<crate::account::AccountReply>),
     Agent(ReplyTo<crate::agent::AgentReply>),
     Inbox(ReplyTo<crate::inbox::InboxReply>),
-}
-
-fn json(value: &impl Serialize) -> Bytes {
-    // These are maps with text keys and values that can be written: it cannot fail.
-    serde_json::to_vec(value).map(Bytes::from).unwrap_or_default()
+    Who(ReplyTo<Vec<String>>),
 }
 
 /// A command as it travels, and who waits for its answer.
@@ -50,11 +51,14 @@ pub(super) fn encode(id: u64, parcel: Parcel) -> (Request, Waits) {
         Parcel::Inbox(tenant, inbox, command, reply) => {
             (request(Kind::Inbox, json(&(tenant, inbox)), json(&command)), Waits::Inbox(reply))
         }
+        Parcel::Who(topic, reply) => {
+            (request(Kind::Who, topic_bytes(&topic), Bytes::new()), Waits::Who(reply))
+        }
     }
 }
 
 /// Something that cannot be read: of a later version, or broken.
-pub(super) struct Unreadable;
+struct Unreadable;
 
 fn read<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Unreadable> {
     serde_json::from_slice(bytes).map_err(|error| {
@@ -63,83 +67,52 @@ fn read<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Unreadable> {
     })
 }
 
-/// The command again, for whoever waits.
-pub(super) fn decode(request: &Request, waits: Waits) -> Result<Parcel, (Unreadable, Waits)> {
-    let read = || -> Result<_, Unreadable> {
-        Ok(match &waits {
-            Waits::Conversation(_) => {
-                Read::Conversation(read::<ConversationId>(&request.entity)?, read(&request.command)?)
-            }
-            Waits::Account(_) => {
-                let (tenant, account): (TenantId, AccountId) = read(&request.entity)?;
-                Read::Account(tenant, account, read(&request.command)?)
-            }
-            Waits::Agent(_) => {
-                let (tenant, agent): (TenantId, AgentId) = read(&request.entity)?;
-                Read::Agent(tenant, agent, read(&request.command)?)
-            }
-            Waits::Inbox(_) => {
-                let (tenant, inbox): (TenantId, InboxId) = read(&request.entity)?;
-                Read::Inbox(tenant, inbox, read(&request.command)?)
-            }
-        })
-    };
-    match (read(), waits) {
-        (Ok(Read::Conversation(id, command)), Waits::Conversation(reply)) => {
-            Ok(Parcel::Conversation(id, command, reply))
-        }
-        (Ok(Read::Account(tenant, account, command)), Waits::Account(reply)) => {
-            Ok(Parcel::Account(tenant, account, command, reply))
-        }
-        (Ok(Read::Agent(tenant, agent, command)), Waits::Agent(reply)) => {
-            Ok(Parcel::Agent(tenant, agent, command, reply))
-        }
-        (Ok(Read::Inbox(tenant, inbox, command)), Waits::Inbox(reply)) => {
-            Ok(Parcel::Inbox(tenant, inbox, command, reply))
-        }
-        (Ok(_), waits) | (Err(Unreadable), waits) => Err((Unreadable, waits)),
+/// The command again, for whoever waits; they come back when it cannot be read.
+pub(super) fn decode(request: &Request, waits: Waits) -> Result<Parcel, Waits> {
+    fn open<E: DeserializeOwned, C: DeserializeOwned>(request: &Request) -> Result<(E, C), Unreadable> {
+        Ok((read(&request.entity)?, read(&request.command)?))
+    }
+    match waits {
+        Waits::Conversation(reply) => match open(request) {
+            Ok((id, command)) => Ok(Parcel::Conversation(id, command, reply)),
+            Err(Unreadable) => Err(Waits::Conversation(reply)),
+        },
+        Waits::Account(reply) => match open(request) {
+            Ok(((tenant, account), command)) => Ok(Parcel::Account(tenant, account, command, reply)),
+            Err(Unreadable) => Err(Waits::Account(reply)),
+        },
+        Waits::Agent(reply) => match open(request) {
+            Ok(((tenant, agent), command)) => Ok(Parcel::Agent(tenant, agent, command, reply)),
+            Err(Unreadable) => Err(Waits::Agent(reply)),
+        },
+        Waits::Inbox(reply) => match open(request) {
+            Ok(((tenant, inbox), command)) => Ok(Parcel::Inbox(tenant, inbox, command, reply)),
+            Err(Unreadable) => Err(Waits::Inbox(reply)),
+        },
+        Waits::Who(reply) => match read_topic_bytes(&request.entity) {
+            Some(topic) => Ok(Parcel::Who(topic, reply)),
+            None => Err(Waits::Who(reply)),
+        },
     }
 }
 
-enum Read {
-    Conversation(ConversationId, Box<patchbay_protocol::command::Command>),
-    Account(TenantId, AccountId, Box<crate::account::AccountCommand>),
-    Agent(TenantId, AgentId, Box<crate::agent::AgentCommand>),
-    Inbox(TenantId, InboxId, Box<crate::inbox::InboxCommand>),
-}
+/// What came of a command, once that is known.
+pub(super) type Outcome = BoxFuture<'static, answer::Outcome>;
 
 /// Who waits, where a command arrives; and what is sent back when they are answered.
-pub(super) fn receive(kind: Kind) -> Option<(Waits, Answering)> {
-    fn pair<T>() -> (ReplyTo<T>, oneshot::Receiver<Result<T, CommandError>>) {
-        oneshot::channel()
+pub(super) fn receive(kind: Kind) -> Option<(Waits, Outcome)> {
+    fn pair<T: Serialize + Send + 'static>(waits: fn(ReplyTo<T>) -> Waits) -> (Waits, Outcome) {
+        let (reply, answer) = oneshot::channel();
+        (waits(reply), Box::pin(outcome(answer)))
     }
-    Some(match kind {
-        Kind::Unspecified => return None,
-        Kind::Conversation => {
-            let (waits, answer) = pair();
-            (Waits::Conversation(waits), Answering::Conversation(answer))
-        }
-        Kind::Account => {
-            let (waits, answer) = pair();
-            (Waits::Account(waits), Answering::Account(answer))
-        }
-        Kind::Agent => {
-            let (waits, answer) = pair();
-            (Waits::Agent(waits), Answering::Agent(answer))
-        }
-        Kind::Inbox => {
-            let (waits, answer) = pair();
-            (Waits::Inbox(waits), Answering::Inbox(answer))
-        }
-    })
-}
-
-/// An answer that will come.
-pub(super) enum Answering {
-    Conversation(oneshot::Receiver<Result<patchbay_protocol::command::Reply, CommandError>>),
-    Account(oneshot::Receiver<Result<crate::account::AccountReply, CommandError>>),
-    Agent(oneshot::Receiver<Result<crate::agent::AgentReply, CommandError>>),
-    Inbox(oneshot::Receiver<Result<crate::inbox::InboxReply, CommandError>>),
+    match kind {
+        Kind::Unspecified => None,
+        Kind::Conversation => Some(pair(Waits::Conversation)),
+        Kind::Account => Some(pair(Waits::Account)),
+        Kind::Agent => Some(pair(Waits::Agent)),
+        Kind::Inbox => Some(pair(Waits::Inbox)),
+        Kind::Who => Some(pair(Waits::Who)),
+    }
 }
 
 async fn outcome<T: Serialize>(answer: oneshot::Receiver<Result<T, CommandError>>) -> answer::Outcome {
@@ -148,17 +121,6 @@ async fn outcome<T: Serialize>(answer: oneshot::Receiver<Result<T, CommandError>
         Ok(Err(error)) => answer::Outcome::Refused(refusal(&error)),
         // Its actor was lost: nobody knows.
         Err(_) => answer::Outcome::Refused(refusal(&CommandError::unavailable())),
-    }
-}
-
-impl Answering {
-    pub(super) async fn wait(self) -> answer::Outcome {
-        match self {
-            Self::Conversation(answer) => outcome(answer).await,
-            Self::Account(answer) => outcome(answer).await,
-            Self::Agent(answer) => outcome(answer).await,
-            Self::Inbox(answer) => outcome(answer).await,
-        }
     }
 }
 
@@ -190,6 +152,7 @@ impl Waits {
             Self::Account(reply) => tell(reply, outcome),
             Self::Agent(reply) => tell(reply, outcome),
             Self::Inbox(reply) => tell(reply, outcome),
+            Self::Who(reply) => tell(reply, outcome),
         }
     }
 
@@ -202,4 +165,162 @@ impl Waits {
 /// An answer as it travels.
 pub(super) fn answered(id: u64, outcome: answer::Outcome) -> Answer {
     Answer { id, outcome: Some(outcome) }
+}
+
+/// A topic as it travels.
+pub(super) fn write_topic(topic: &Topic) -> proto::Topic {
+    let named = |tenant: &dyn ToString, id: &dyn ToString| proto::Named {
+        tenant: tenant.to_string(),
+        id: id.to_string(),
+    };
+    let kind = match topic {
+        Topic::Conversation(id) => topic::Kind::Conversation(Bytes::copy_from_slice(id.as_bytes())),
+        Topic::Inbox(tenant, inbox) => topic::Kind::Inbox(named(tenant, inbox)),
+        Topic::Agent(tenant, agent) => topic::Kind::Agent(named(tenant, agent)),
+        Topic::Cluster => topic::Kind::Cluster(true),
+    };
+    proto::Topic { kind: Some(kind) }
+}
+
+/// The same as bytes.
+pub(super) fn topic_bytes(topic: &Topic) -> Bytes {
+    write_topic(topic).encode_to_vec().into()
+}
+
+/// A topic that has come as bytes.
+pub(super) fn read_topic_bytes(bytes: &Bytes) -> Option<Topic> {
+    proto::Topic::decode(bytes.clone()).ok().and_then(read_topic)
+}
+
+/// A topic that has come; none: it is of a kind that this version does not know.
+pub(super) fn read_topic(topic: proto::Topic) -> Option<Topic> {
+    Some(match topic.kind? {
+        topic::Kind::Conversation(id) => {
+            Topic::Conversation(ConversationId::from_bytes(id[..].try_into().ok()?))
+        }
+        topic::Kind::Inbox(named) => Topic::Inbox(named.tenant.parse().ok()?, named.id.parse().ok()?),
+        topic::Kind::Agent(named) => Topic::Agent(named.tenant.parse().ok()?, named.id.parse().ok()?),
+        topic::Kind::Cluster(_) => Topic::Cluster,
+    })
+}
+
+pub(super) fn write_watched(topic: &Topic, epoch: u32, outcome: Watched) -> proto::Watched {
+    let outcome = match outcome {
+        Watched::Live(tip) => watched::Outcome::Live(tip),
+        Watched::NotOwner(version) => watched::Outcome::NotOwner(version),
+        Watched::Later => watched::Outcome::Later(true),
+    };
+    proto::Watched { topic: Some(write_topic(topic)), epoch, outcome: Some(outcome) }
+}
+
+pub(super) fn read_watched(outcome: Option<watched::Outcome>) -> Watched {
+    match outcome {
+        Some(watched::Outcome::Live(tip)) => Watched::Live(tip),
+        Some(watched::Outcome::NotOwner(version)) => Watched::NotOwner(version),
+        Some(watched::Outcome::Later(_)) | None => Watched::Later,
+    }
+}
+
+pub(super) fn write_aside(topic: &Topic, aside: &Aside) -> proto::Aside {
+    let Aside { kind, key, data } = aside.clone();
+    proto::Aside { topic: Some(write_topic(topic)), kind, key, data }
+}
+
+pub(super) fn read_aside(aside: proto::Aside) -> Option<(Topic, Aside)> {
+    let proto::Aside { topic, kind, key, data } = aside;
+    Some((read_topic(topic?)?, Aside { kind, key, data }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::proto::envelope::Kind as Envelopes;
+    use super::proto::{
+        Batch, Beat, Changed, Envelope, Hello, Missed, Present, Published, Unwatch, Watch, Who,
+    };
+    use super::*;
+    use patchbay_protocol::command::Request as Asked;
+    use patchbay_protocol::ids::CommandId;
+
+    const GOLDEN: &str = include_str!("../../../../protocol/fixtures/mesh-1.txt");
+
+    /// One of everything that version 1 says.
+    fn words() -> Vec<(&'static str, Envelopes)> {
+        let conversation = Topic::Conversation(ConversationId::from_bytes([7; 16]));
+        let inbox = Topic::Inbox("acme".parse().unwrap(), "main".parse().unwrap());
+        let agent = Topic::Agent("acme".parse().unwrap(), "anna".parse().unwrap());
+        let (reply, _answer) = oneshot::channel();
+        let mut command = crate::router::system_command(Asked::Tip);
+        command.id = CommandId([3; 16]);
+        let parcel = Parcel::Conversation(ConversationId::from_bytes([7; 16]), Box::new(command), reply);
+        let (request, _) = encode(9, parcel);
+        let (reply, _answer) = oneshot::channel();
+        let (who_request, _) = encode(10, Parcel::Who(agent.clone(), reply));
+        let error = CommandError::overloaded(250);
+        let hello =
+            Hello { version: 1, cluster: "patchbay".into(), incarnation: 4, to: 5, lane: 1, shards: 1024 };
+        let aside = Aside { kind: "typing".into(), key: "anna".into(), data: Bytes::from_static(b"{}") };
+        let topic = Some(write_topic(&conversation));
+        vec![
+            ("hello", Envelopes::Hello(hello)),
+            ("request", Envelopes::Request(request)),
+            ("request who", Envelopes::Request(who_request)),
+            ("answer done", Envelopes::Answer(answered(9, answer::Outcome::Done(Bytes::from_static(b"{}"))))),
+            ("answer refused", Envelopes::Answer(answered(9, answer::Outcome::Refused(refusal(&error))))),
+            ("answer not owner", Envelopes::Answer(answered(9, answer::Outcome::NotOwner(17)))),
+            ("beat", Envelopes::Beat(Beat { map_version: 17, connections: 3, active: 2, waiting: 1 })),
+            ("watch", Envelopes::Watch(Watch { topic: topic.clone(), epoch: 6, check: true })),
+            ("unwatch", Envelopes::Unwatch(Unwatch { topic: Some(write_topic(&inbox)) })),
+            ("watched", Envelopes::Watched(write_watched(&conversation, 6, Watched::Live(12)))),
+            ("watched not owner", Envelopes::Watched(write_watched(&conversation, 6, Watched::NotOwner(17)))),
+            ("watched later", Envelopes::Watched(write_watched(&Topic::Cluster, 6, Watched::Later))),
+            (
+                "published",
+                Envelopes::Published(Published {
+                    topic: topic_bytes(&conversation),
+                    seq: 12,
+                    data: vec![Bytes::from_static(b"{\"seq\":12}"), Bytes::from_static(b"{\"seq\":13}")],
+                }),
+            ),
+            ("missed", Envelopes::Missed(Missed { topic, seq: 13 })),
+            ("who", Envelopes::Who(Who { number: 2, topic: Some(write_topic(&agent)) })),
+            ("present", Envelopes::Present(Present { number: 2, who: "[]".into() })),
+            ("aside", Envelopes::Aside(write_aside(&conversation, &aside))),
+            ("changed", Envelopes::Changed(Changed { tenant: "acme".into() })),
+        ]
+    }
+
+    fn hex(bytes: &[u8]) -> String {
+        bytes.iter().map(|b| format!("{b:02x}")).collect()
+    }
+
+    #[test]
+    fn what_version_1_says_stays_as_it_is() {
+        let said: String = words()
+            .into_iter()
+            .map(|(name, kind)| {
+                let batch = Batch { envelopes: vec![Envelope { kind: Some(kind) }] };
+                let bytes = batch.encode_to_vec();
+                assert_eq!(Batch::decode(&bytes[..]).unwrap(), batch, "{name}");
+                format!("{name}: {}\n", hex(&bytes))
+            })
+            .collect();
+        if std::env::var_os("PATCHBAY_WRITE_FIXTURES").is_some() {
+            std::fs::write("../protocol/fixtures/mesh-1.txt", &said).unwrap();
+        }
+        assert_eq!(said, GOLDEN);
+    }
+
+    #[test]
+    fn what_a_later_version_adds_is_left_out() {
+        // A word of a kind that nobody knows, and a beat with a field that nobody knows.
+        let later = [0x0a, 5, 0xfa, 0x06, 2, 8, 1, 0x0a, 7, 0x22, 5, 8, 17, 0xa0, 6, 1];
+        let batch = Batch::decode(&later[..]).unwrap();
+        assert_eq!(batch.envelopes[0].kind, None);
+        let beat = Beat { map_version: 17, ..Beat::default() };
+        assert_eq!(batch.envelopes[1].kind, Some(Envelopes::Beat(beat)));
+        // A topic of another kind, and what is no topic at all.
+        assert_eq!(read_topic_bytes(&Bytes::from_static(&[0x4a, 1, 1])), None);
+        assert_eq!(read_topic_bytes(&Bytes::from_static(&[0x0a, 3, 1, 2, 3])), None);
+        assert_eq!(read_topic_bytes(&Bytes::from_static(b"\xff\xff")), None);
+    }
 }

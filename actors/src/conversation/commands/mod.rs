@@ -16,6 +16,7 @@ mod tag;
 
 use patchbay_protocol::command::{Command, Reply, Request, Scope, StateReply};
 use patchbay_protocol::entry::{Actor, ActorType, Body, Entry};
+use patchbay_protocol::ids::TenantId;
 use patchbay_protocol::{CommandError, ErrorCode};
 
 use super::entity::Conversation;
@@ -162,7 +163,8 @@ fn is_home(home: &super::state::Home, command: &Command) -> bool {
     let Scope { tenant, account, .. } = &command.scope;
     match &command.request {
         Request::TimerDue | Request::MediaFetched { .. } | Request::Home => true,
-        Request::Tip => home.tenant == *tenant,
+        // Patchbay itself asks on nobody's behalf.
+        Request::Tip => home.tenant == *tenant || *tenant == TenantId::nobody(),
         _ => home.tenant == *tenant && home.account == *account,
     }
 }

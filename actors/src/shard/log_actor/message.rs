@@ -2,20 +2,18 @@
 
 use std::sync::Arc;
 
-use patchbay_protocol::CommandError;
 use patchbay_storage::WriteError;
 use patchbay_storage::log::LogKey;
 use ractor::ActorRef;
-use tokio::sync::oneshot;
 
 use crate::shard::entity::LogEntity;
-use crate::shard::slots::Permit;
+use crate::shard::slots::{Permit, ReplyTo};
 use crate::shard::{Reign, Shards};
 
 /// A command with whom to answer and the place that it holds.
 pub struct Queued<E: LogEntity> {
     pub(in crate::shard) command: E::Command,
-    pub(in crate::shard) reply: Option<oneshot::Sender<Result<E::Reply, CommandError>>>,
+    pub(in crate::shard) reply: Option<ReplyTo<E::Reply>>,
     pub(in crate::shard) permit: Option<Permit>,
     pub(in crate::shard) failures: u32,
 }
@@ -45,6 +43,10 @@ pub enum Msg<E: LogEntity> {
     },
     /// It is time to write derived rows again.
     DeriveDue,
+    /// It is time to try again what could not be done.
+    Again,
+    /// What was asked before something was refused has been refused as well.
+    Refused,
     /// Nobody is waited for any longer who might go out with the next append.
     Gathered,
     /// The effect of this seq is done.

@@ -4,7 +4,6 @@
 use std::collections::VecDeque;
 use std::future::{Future, poll_fn};
 use std::pin::Pin;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -13,8 +12,6 @@ use bytes::Bytes;
 use futures_util::{Sink, Stream};
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
-use patchbay_actors::agent::AgentCommand;
-use patchbay_actors::router::Router as _;
 use patchbay_protocol::client::reply::{Error, Push};
 use patchbay_protocol::client::{Command, DecodeError, Encoding, Reply};
 use patchbay_protocol::{AgentId, CommandError, Disconnect, TenantId};
@@ -29,6 +26,7 @@ use super::lanes::Lanes;
 use super::session::Session;
 use super::{Counted, Sockets};
 use crate::auth::Peer;
+use crate::health::Phase;
 use crate::hub::outbound::{Next, Outbound};
 use crate::hub::{ClientId, Topic};
 use crate::limits::Bucket;
@@ -145,7 +143,7 @@ enum Event {
 /// Serves a socket until it ends.
 pub async fn run(sockets: Arc<Sockets>, mut socket: Socket, encoding: Encoding) {
     let shared = sockets.clone();
-    let Some(_open) = Counted::take(&shared.open, shared.limits.connections_max) else {
+    let Some(_open) = Counted::take(shared.hub.open(), shared.limits.connections_max) else {
         return Box::pin(turn_away(&shared, &mut socket)).await;
     };
     let Some(mut unconnected) = Counted::take(&shared.unconnected, shared.limits.unconnected_max).map(Some)
@@ -153,7 +151,7 @@ pub async fn run(sockets: Arc<Sockets>, mut socket: Socket, encoding: Encoding) 
         return Box::pin(turn_away(&shared, &mut socket)).await;
     };
     metrics::gauge!("patchbay_edge_connections").increment(1.0);
-    let mut draining = sockets.draining.clone();
+    let mut phase = sockets.phase.clone();
     let mut changes = None;
     let mut connection = Connection::new(sockets, encoding);
     loop {
@@ -163,7 +161,7 @@ pub async fn run(sockets: Arc<Sockets>, mut socket: Socket, encoding: Encoding) 
             unconnected = None;
             changes = live.changes.take();
         }
-        let event = connection.next(&mut socket, &mut draining, &mut changes).await;
+        let event = connection.next(&mut socket, &mut phase, &mut changes).await;
         match connection.on(event) {
             On::Continue => {}
             On::Close(why) => {
@@ -242,10 +240,10 @@ impl Connection {
     async fn next(
         &mut self,
         socket: &mut Socket,
-        draining: &mut watch::Receiver<bool>,
+        phase: &mut watch::Receiver<Phase>,
         changes: &mut Option<watch::Receiver<u64>>,
     ) -> Event {
-        let mut drain = std::pin::pin!(draining.changed());
+        let mut drain = std::pin::pin!(phase.changed());
         let mut change = std::pin::pin!(async {
             // Nobody is there yet whose permissions could change.
             let Some(changes) = changes else { return std::future::pending().await };
@@ -360,10 +358,8 @@ impl Connection {
             Event::Close(why) => On::Close(why),
             Event::Tick => self.tick(),
             Event::Draining => {
-                // Waves: about 200 sockets a second.
-                let spread = (self.sockets.open.load(Ordering::Relaxed) as f64 / 200.0).min(10.0);
-                self.clock.drain =
-                    Some(Instant::now() + Duration::from_secs_f64(spread * rand::random::<f64>()));
+                let goes = *self.sockets.phase.borrow() != Phase::Serving;
+                self.clock.drain = goes.then(|| Instant::now() + self.sockets.leaves_in());
                 self.clock.arm(self.sockets.limits.connect);
                 On::Continue
             }
@@ -604,7 +600,7 @@ impl Connection {
         for topic in self.outbound.end() {
             let was = self.sockets.hub.leave(&topic, self.client);
             if let (true, Session::Live(live), Topic::Conversation(_)) = (was, &self.session, &topic) {
-                self.sockets.hub.announce(&topic, self.client, false, &live.info);
+                self.sockets.hub.announce(&topic, false, &live.info);
             }
         }
     }
@@ -615,11 +611,8 @@ impl Connection {
         self.lanes = Lanes::default();
         self.leave_all();
         if let Some((tenant, agent)) = self.present.get() {
-            let gone = AgentCommand::Disconnected { connection: self.client.to_string() };
-            if let Ok(answer) = self.sockets.desk.node().agent(tenant, agent, gone) {
-                // The session row is read again by whoever loads the agent.
-                let _ = answer.wait().await;
-            }
+            let node = self.sockets.desk.node();
+            node.agent_disconnected(tenant, agent, self.client.to_string()).await;
         }
     }
 }

@@ -28,6 +28,7 @@ use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
 use tokio_util::task::TaskTracker;
 
 use crate::auth::Auth;
+use crate::health::Phase;
 use crate::hub::Hub;
 use crate::limits::Limits;
 
@@ -72,10 +73,8 @@ pub struct Sockets {
     pub rates: Arc<Limits>,
     /// The node's name, as clients see it.
     pub node: String,
-    /// Rises when the node drains.
-    pub draining: watch::Receiver<bool>,
-    /// The sockets that are open.
-    pub open: AtomicUsize,
+    /// Whether it is to be open at all.
+    pub phase: watch::Receiver<Phase>,
     /// Those that have not connected yet.
     pub unconnected: AtomicUsize,
     /// Those that are being turned away.
@@ -88,6 +87,19 @@ pub struct Sockets {
     pub origins: Option<Vec<String>>,
 }
 
+impl Sockets {
+    /// When a socket is told to go of a node that drains: spread evenly over [`LEAVING_PER_SECOND`], at most over
+    /// [`LEAVING_MAX`].
+    fn leaves_in(&self) -> Duration {
+        let seconds = self.hub.open().load(Ordering::Relaxed) as f64 / LEAVING_PER_SECOND;
+        Duration::from_secs_f64(seconds).min(LEAVING_MAX).mul_f64(rand::random())
+    }
+}
+
+/// Sockets a second that are told to go; past what fits in the time for it they go faster.
+const LEAVING_PER_SECOND: f64 = 200.0;
+/// How long a node takes at most to tell its sockets to go.
+const LEAVING_MAX: Duration = Duration::from_secs(10);
 /// Sockets of one visitor at once.
 const VISITOR_SOCKETS_MAX: usize = 16;
 
@@ -117,11 +129,14 @@ impl Drop for Counted<'_> {
 
 /// `GET /connection/websocket`
 pub async fn upgrade(State(sockets): State<Arc<Sockets>>, mut request: Request) -> Response {
-    if *sockets.draining.borrow() {
+    if *sockets.phase.borrow() != Phase::Serving {
         return StatusCode::SERVICE_UNAVAILABLE.into_response();
     }
     if !origin_allowed(sockets.origins.as_deref(), &request) {
         return StatusCode::FORBIDDEN.into_response();
+    }
+    if let Err(later) = sockets.rates.admit().await {
+        return later;
     }
     let encoding = wanted_encoding(&request);
     let Ok(mut response) = create_response_with_body(&strip_body(&request), Body::empty) else {

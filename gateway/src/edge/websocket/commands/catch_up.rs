@@ -23,11 +23,14 @@ pub(crate) fn run(connection: &Connection, from: GoOn) -> Later<Half<Done>> {
     let (info, peer) = (super::info(connection), super::peer(connection));
     Box::pin(async move {
         let caught_up = match (from.topic.clone(), peer) {
+            _ if from.lost => false,
             (Topic::Conversation(id), Some(peer)) => {
                 caught_up(&sockets, &outbound, &peer, &from, id).await.unwrap_or(false)
             }
             // These have no past to go on from: the client subscribes anew and lists.
-            (Topic::Inbox(..) | Topic::Agent(..), _) | (Topic::Conversation(_), None) => false,
+            (Topic::Inbox(..) | Topic::Agent(..) | Topic::Cluster, _) | (Topic::Conversation(_), None) => {
+                false
+            }
         };
         let mut change = Change::None;
         if !caught_up && outbound.is_still(&from) {

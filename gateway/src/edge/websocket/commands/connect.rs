@@ -3,8 +3,6 @@
 use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};
 
-use patchbay_actors::agent::AgentCommand;
-use patchbay_actors::router::Router as _;
 use patchbay_protocol::client::reply::{ClientInfo, ConnectResult, Reply, SubscribeResult};
 use patchbay_protocol::client::request::ConnectRequest;
 use patchbay_protocol::{AgentId, CommandError, Disconnect, ErrorCode, TenantId, Timestamp};
@@ -88,17 +86,16 @@ async fn connect(
     let info = Arc::new(info(&peer, client));
     let mut subscriptions = HashMap::new();
     if let Peer::Agent(agent) = &peer {
-        let connected = AgentCommand::Connected { connection: client.to_string() };
         // From here on the connection's end is told as well, whatever becomes of it.
         let _ = present.set((agent.tenant.clone(), agent.agent.clone()));
-        let answer =
-            sockets.desk.node().agent(&agent.tenant, &agent.agent, connected).map_err(Refused::Error)?;
-        answer.wait().await.map_err(Refused::Error)?;
+        let connected = sockets.desk.node().agent_connected(&agent.tenant, &agent.agent, client.to_string());
+        connected.await.map_err(Refused::Error)?;
         let topic = Topic::Agent(agent.tenant.clone(), agent.agent.clone());
         sockets
             .hub
             .join(&topic, client, outbound, &info, false, View::Whole)
             .map_err(|code| Refused::Error(code.into()))?;
+        sockets.hub.ready(&topic).await.map_err(Refused::Error)?;
         // Its own channel cannot be resumed, and says so.
         let was_recovering = request.subs.get(&topic.channel()).is_some_and(|s| s.recover);
         // An epoch all the same: Protobuf leaves out an empty map value, which the JavaScript SDK takes for a fault.

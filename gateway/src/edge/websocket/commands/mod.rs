@@ -121,7 +121,7 @@ fn info(connection: &Connection) -> Option<Arc<ClientInfo>> {
 fn leave(sockets: &Sockets, topic: &Topic, client: ClientId, info: Option<&ClientInfo>) {
     let was = sockets.hub.leave(topic, client);
     if let (true, Topic::Conversation(_), Some(info)) = (was, topic, info) {
-        sockets.hub.announce(topic, client, false, info);
+        sockets.hub.announce(topic, false, info);
     }
 }
 
@@ -138,8 +138,7 @@ async fn topic(sockets: &Sockets, peer: &Peer, channel: &str) -> Result<Topic, C
     }
     let agent = match peer {
         Peer::Agent(agent) => agent,
-        // Its state is shown in a later version.
-        Peer::Operator if namespace == "cluster" => return Err(ErrorCode::NotAvailable.into()),
+        Peer::Operator if channel == "cluster" => return Ok(Topic::Cluster),
         // Its own conversation, also before its first message.
         Peer::Contact(contact) => {
             let own = contact.conversation();

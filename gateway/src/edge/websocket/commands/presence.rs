@@ -24,19 +24,19 @@ pub(super) fn run(connection: &Connection, id: u32, channel: String, stats: bool
         if !matches!(topic, Topic::Conversation(_)) || matches!(peer, Peer::Contact(_)) {
             return Err(ErrorCode::NotAvailable.into());
         }
-        let mut there = sockets.hub.presence(&topic);
+        let mut there = sockets.hub.presence(&topic).await?;
         // A reply is one message; nobody looks at so many names.
         if !stats {
             there.truncate(SHOWN_MAX);
         }
         if stats {
-            let users: HashSet<&str> = there.iter().map(|(_, info)| info.user.as_str()).collect();
+            let users: HashSet<&str> = there.iter().map(|info| info.user.as_str()).collect();
             let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
             let result =
                 PresenceStatsResult { num_clients: count(there.len()), num_users: count(users.len()) };
             return Ok(Reply { presence_stats: Some(result), ..Reply::default() });
         }
-        let presence = there.into_iter().map(|(client, info)| (client.to_string(), info)).collect();
+        let presence = there.into_iter().map(|info| (info.client.clone(), info)).collect();
         Ok(Reply { presence: Some(PresenceResult { presence }), ..Reply::default() })
     })
 }

@@ -59,7 +59,7 @@ pub(crate) fn apply(connection: &mut Connection, rechecked: Rechecked) {
                 "permission denied",
             ));
             if subscription.announced {
-                connection.sockets.hub.announce(&topic, connection.client, false, &live.info);
+                connection.sockets.hub.announce(&topic, false, &live.info);
             }
         }
     }

@@ -47,19 +47,26 @@ pub(super) fn run(connection: &mut Connection, id: u32, request: SubscribeReques
             Ok(found) => found,
             Err(error) => return refused(error, Change::None),
         };
-        let (tenant, view) = match super::reader(&peer) {
-            Ok(reader) => reader,
-            Err(error) => return refused(error, Change::None),
+        let reader = match (&topic, super::reader(&peer)) {
+            // Of no tenant, as its reader is.
+            (Topic::Cluster, _) => None,
+            (_, Ok(reader)) => Some(reader),
+            (_, Err(error)) => return refused(error, Change::None),
         };
+        let view = reader.as_ref().map_or(View::Whole, |(_, view)| view.clone());
         // A visitor is told of nobody's coming and going.
         let join_leave = request.join_leave && view == View::Whole;
         if let Err(code) = sockets.hub.join(&topic, client, &outbound, &info, join_leave, view.clone()) {
             return refused(code.into(), Change::None);
         }
+        let ready = sockets.hub.ready(&topic).await;
         let _turn = if request.recover { outbound.recovery_turn().await } else { None };
-        let past = match &topic {
-            Topic::Conversation(conversation) => past(&sockets, tenant, &view, *conversation, &request).await,
-            Topic::Inbox(..) | Topic::Agent(..) => {
+        let past = match (&topic, reader, ready) {
+            (_, _, Err(error)) => Err(error),
+            (Topic::Conversation(conversation), Some((tenant, view)), Ok(())) => {
+                past(&sockets, tenant, &view, *conversation, &request).await
+            }
+            (_, _, Ok(())) => {
                 Ok((SubscribeResult { was_recovering: request.recover, ..SubscribeResult::default() }, 0))
             }
         };
@@ -69,7 +76,7 @@ pub(super) fn run(connection: &mut Connection, id: u32, request: SubscribeReques
                 outbound.joined(&topic, Some(&reply), read);
                 let announced = matches!(topic, Topic::Conversation(_));
                 if announced {
-                    sockets.hub.announce(&topic, client, true, &info);
+                    sockets.hub.announce(&topic, true, &info);
                 }
                 Half::Done(Done {
                     id,

@@ -15,7 +15,7 @@ pub(super) fn run(connection: &mut Connection, id: u32, request: ChannelRequest)
     let peer = super::peer(connection);
     let tenant = peer.and_then(|peer| super::reader(&peer).ok().map(|(tenant, _)| tenant.clone()));
     Box::pin(async move {
-        if let Some(topic) = tenant.and_then(|t| named(&t, &request.channel)) {
+        if let Some(topic) = named(tenant.as_ref(), &request.channel) {
             super::leave(&sockets, &topic, client, info.as_deref());
         }
         let reply = Reply { unsubscribe: Some(Default::default()), ..Reply::default() };
@@ -23,7 +23,12 @@ pub(super) fn run(connection: &mut Connection, id: u32, request: ChannelRequest)
     })
 }
 
-fn named(tenant: &patchbay_protocol::TenantId, channel: &str) -> Option<Topic> {
+/// What a channel was, if it was any: whoever is not subscribed to it leaves nothing.
+fn named(tenant: Option<&patchbay_protocol::TenantId>, channel: &str) -> Option<Topic> {
+    if channel == "cluster" {
+        return Some(Topic::Cluster);
+    }
+    let tenant = tenant?;
     let (namespace, name) = channel.split_once(':')?;
     match namespace {
         "conversation" => name.parse().ok().map(Topic::Conversation),

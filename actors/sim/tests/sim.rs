@@ -1,0 +1,5 @@
+//! The first seeds of `./x sim`.
+
+fn main() -> std::process::ExitCode {
+    patchbay_sim::run(300)
+}
