@@ -70,7 +70,13 @@ stop_node() {
     alive "$k" || return 0
     sleep 0.05
   done
-  kill -KILL "$pid" 2>/dev/null || true
+  kill_node "$k"
+}
+
+kill_node() {
+  local k=$1
+  alive "$k" || return 0
+  kill -KILL "$(cat "$DIR/node$k/pid")" 2>/dev/null || true
   for _ in $(seq 100); do
     alive "$k" || return 0
     sleep 0.05
@@ -202,7 +208,10 @@ run() {
   local k=$1
   shift
   setsid "$@" >>"$DIR/node$k/log" 2>&1 </dev/null 9>&- &
-  echo $! >"$DIR/node$k/pid"
+  local pid=$!
+  echo "$pid" >"$DIR/node$k/pid"
+  # Until then it goes by this script's name, and looks like somebody else's process.
+  while kill -0 "$pid" 2>/dev/null && ! alive "$k"; do sleep 0.01; done
 }
 
 main() {
@@ -232,7 +241,8 @@ main() {
         stop) if [ -n "$NODE" ]; then stop_node "$NODE"; else each_node stop_node; fi ;;
         wipe)
           [ -e "$DIR/lock" ] || fail "$DIR is none of ours"
-          each_node stop_node
+          # What it holds goes: nothing has to be written down in order.
+          each_node kill_node
           rm -rf "$DIR"
           ;;
       esac
