@@ -80,7 +80,7 @@ impl LogEntity for Words {
             Say::Count | Say::Wake => Ok(Decision::reply(state.len())),
         }
     }
-    fn apply(state: &mut Vec<String>, _: u64, entry: &String) {
+    fn apply(state: &mut Vec<String>, _: u64, _: CommandId, entry: &String) {
         state.push(entry.clone());
     }
     fn at(_: &String) -> Timestamp {

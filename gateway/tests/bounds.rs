@@ -367,6 +367,13 @@ const SECTIONS: &[(&str, &[Row])] = &[
                 "",
             ),
             Row(
+                "commands of a conversation that a minute keeps, so that one that comes again is not done again",
+                "DONE_MAX, done.rs/KEPT_FOR",
+                "done.rs/commands",
+                "`overloaded` with `retry_after_ms`",
+                "",
+            ),
+            Row(
                 "sends without an outcome, files without an end, linked threads of a conversation",
                 "",
                 "state.rs/pending, state.rs/fetching, state.rs/linked, entity.rs/fetching",

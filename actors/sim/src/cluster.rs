@@ -8,7 +8,7 @@
 //! every message that went out was sent, failed or is unknown; every entry is published, and every viewer was shown all.
 //! Where nothing goes wrong but that the store stands still, nobody loses its incarnation.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 use std::sync::{Arc, Mutex};
 
@@ -19,9 +19,9 @@ use patchbay_actors::fanout::Topic;
 use patchbay_actors::inbox::Filter;
 use patchbay_actors::router::Router as _;
 use patchbay_connectors::Connector as _;
-use patchbay_protocol::command::{AddNote, Reply, Request, SendMessage};
+use patchbay_protocol::command::{AddNote, Reply, Request, SendMessage, SnoozeConversation};
 use patchbay_protocol::receipt::MessageStatus;
-use patchbay_protocol::{CommandError, Content, ConversationId, ErrorCode};
+use patchbay_protocol::{CommandError, Content, ConversationId, ErrorCode, Timestamp};
 use serde_json::{Value, json};
 
 use crate::network::Net;
@@ -120,7 +120,15 @@ struct Waits<T> {
 #[derive(Clone, Debug)]
 struct Saying {
     client_id: String,
-    sends: bool,
+    what: What,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum What {
+    Send,
+    Note,
+    /// Which has no id of the client's: it is said once, whatever comes of it.
+    Snooze(Timestamp),
 }
 
 /// What was not answered, and in the order in which it was said where the rest stands.
@@ -188,6 +196,7 @@ fn heard(
             judge.acked(id, &saying.client_id, sent.seq);
             Some(sent.seq)
         }
+        Ok(Reply::State(_)) if matches!(saying.what, What::Snooze(_)) => None,
         Ok(other) => {
             judge.world.fail(|| format!("{saying:?} is answered by {other:?}"));
             None
@@ -214,11 +223,13 @@ async fn say(up: Up, judge: Judge, id: ConversationId, all: Vec<Saying>) -> Hear
     let mut left = Vec::new();
     for saying in all {
         let client_id = saying.client_id.clone();
-        let request = if saying.sends {
-            let content = Content::Text { text: client_id.clone() };
-            Desk::send_request(&who, SendMessage { client_id, content, reply_to: None, if_seq: None })
-        } else {
-            Request::Note(AddNote { client_id: client_id.clone(), text: client_id })
+        let request = match saying.what {
+            What::Send => {
+                let content = Content::Text { text: client_id.clone() };
+                Desk::send_request(&who, SendMessage { client_id, content, reply_to: None, if_seq: None })
+            }
+            What::Note => Request::Note(AddNote { client_id: client_id.clone(), text: client_id }),
+            What::Snooze(until) => Request::Snooze(SnoozeConversation { until }),
         };
         match up.desk.submit(&who, id, request).await {
             Ok(answer) => under_way.push((saying, answer)),
@@ -431,6 +442,7 @@ impl Sim {
                 None => return,
             }
             self.agents[n].waits = None;
+            self.agents[n].left.retain(|saying| !matches!(saying.what, What::Snooze(_)));
             self.agents[n].is_new = self.agents[n].left.is_empty();
             let pause =
                 if self.agents[n].left.is_empty() { world.between(100, 900) } else { world.between(50, 400) };
@@ -446,8 +458,18 @@ impl Sim {
             }
             for _ in 0..world.between(1, 4) {
                 let client_id = format!("{n}.{}", agent.said);
+                // For ever, and nobody else until then.
+                let until =
+                    Timestamp::from_seconds(4_000_000_000 + (1_000_000 * n as i64) + agent.said as i64);
                 agent.said += 1;
-                agent.left.push(Saying { client_id, sends: world.chance(200) });
+                let what = if world.chance(200) {
+                    What::Send
+                } else if world.chance(200) {
+                    What::Snooze(until)
+                } else {
+                    What::Note
+                };
+                agent.left.push(Saying { client_id, what });
             }
         }
         let (id, left) = (conversation(agent.conversation), agent.left.clone());
@@ -932,6 +954,7 @@ fn judge_log(
     taken: &BTreeMap<String, u32>,
 ) -> Result<(), String> {
     let mut said: HashMap<String, u64> = HashMap::new();
+    let mut snoozed: HashSet<String> = HashSet::new();
     let mut received: Vec<String> = Vec::new();
     let mut statuses: BTreeMap<u64, MessageStatus> = BTreeMap::new();
     for (at, (seq, entry)) in log.iter().enumerate() {
@@ -945,6 +968,11 @@ fn judge_log(
             && let Some(first) = said.insert(client_id.to_owned(), *seq)
         {
             return Err(format!("{id}: {client_id} stands at {first} and at {seq}"));
+        }
+        if let Some(until) = data["until"].as_str()
+            && !snoozed.insert(until.to_owned())
+        {
+            return Err(format!("{id}: it is snoozed until {until} by one command twice"));
         }
         if let Some(external) = data["provider_id"].as_str().filter(|_| entry["type"] == "message.received") {
             received.push(external.to_owned());

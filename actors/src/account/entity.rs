@@ -161,7 +161,7 @@ impl LogEntity for Account {
         commands::decide(state, found, command, now)
     }
 
-    fn apply(state: &mut State, seq: u64, entry: &Record) {
+    fn apply(state: &mut State, seq: u64, _: CommandId, entry: &Record) {
         state.apply(seq, entry);
     }
 

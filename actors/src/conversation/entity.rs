@@ -288,8 +288,9 @@ impl LogEntity for Conversation {
         commands::decide(state, found, command, now)
     }
 
-    fn apply(state: &mut State, _: u64, entry: &Entry) {
+    fn apply(state: &mut State, _: u64, command: CommandId, entry: &Entry) {
         state.apply(entry);
+        state.done.apply(command, entry);
     }
 
     fn at(entry: &Entry) -> Timestamp {

@@ -4,6 +4,7 @@
 //! (G6); ids dedupe for ever (G5); `seq` has no gaps (G2).
 
 pub mod commands;
+pub mod done;
 pub mod entity;
 pub mod ids;
 pub mod state;

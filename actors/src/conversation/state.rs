@@ -11,6 +11,8 @@ use patchbay_protocol::summary::{Contact, Status, Summary};
 use patchbay_protocol::timestamp::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use super::done::Done;
+
 /// Statuses of the newest outbound messages are kept at hand; those of older ones are in the log.
 const STATUSES_KEPT: usize = 64;
 /// Runs of unread messages that are told apart; past it the two oldest are counted together.
@@ -90,6 +92,9 @@ pub struct State {
     linked: BTreeSet<ConversationId>,
     /// Customers' messages whose file is not fetched yet, and since when.
     pub fetching: BTreeMap<u64, Timestamp>,
+    /// Commands that were done not long ago.
+    #[serde(default)]
+    pub done: Done,
 }
 
 impl State {
@@ -118,6 +123,7 @@ impl State {
             pending: BTreeSet::new(),
             linked: BTreeSet::new(),
             fetching: BTreeMap::new(),
+            done: Done::default(),
         }
     }
 

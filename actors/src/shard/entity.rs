@@ -146,8 +146,8 @@ pub trait LogEntity: Sized + Send + Sync + 'static {
         now: &Now,
     ) -> Result<Decision<Self>, CommandError>;
 
-    /// Pure: the state after an entry at `seq`.
-    fn apply(state: &mut Self::State, seq: u64, entry: &Self::Entry);
+    /// Pure: the state after an entry at `seq`, which this command made.
+    fn apply(state: &mut Self::State, seq: u64, command: CommandId, entry: &Self::Entry);
 
     /// When the entry was made.
     fn at(entry: &Self::Entry) -> Timestamp;

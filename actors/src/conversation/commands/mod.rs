@@ -98,10 +98,36 @@ pub(crate) fn lookups(state: &State, found: &Known, command: &Command) -> Vec<Lo
     }
 }
 
+/// Whether nothing but its own id tells a command's repeat from another one like it.
+fn is_known_by_itself(request: &Request) -> bool {
+    matches!(
+        request,
+        Request::Edit(_)
+            | Request::Delete(_)
+            | Request::React(_)
+            | Request::Read(_)
+            | Request::ContactRead(_)
+            | Request::Assign(_)
+            | Request::Resolve
+            | Request::Reopen
+            | Request::Pending
+            | Request::Snooze(_)
+            | Request::Tag(_)
+    )
+}
+
 /// What a command does.
 pub(crate) fn decide(state: &State, found: &Known, command: &Command, now: &Now) -> Outcome {
     if let Some(answer) = outside(state, command) {
         return answer;
+    }
+    if is_known_by_itself(&command.request) {
+        if let Some(reply) = state.done.answer(command.id) {
+            return Ok(Decision::reply(Reply::State(reply)));
+        }
+        if state.done.is_full(now.at) {
+            return Err(CommandError::overloaded(1000));
+        }
     }
     match &command.request {
         Request::Send { message, lane, opening } => {

@@ -45,11 +45,12 @@ impl<E: LogEntity> Live<E> {
         intents: &mut Vec<RowIntent>,
         batch: &mut InFlight<E>,
     ) -> E::Reply {
+        let id = E::command_id(command);
         for entry in decision.entries {
             let seq = self.last + 1;
-            E::apply(&mut self.state, seq, &entry);
+            E::apply(&mut self.state, seq, id, &entry);
             let payload = E::encode(&entry, seq);
-            payloads.push((E::command_id(command), payload.clone()));
+            payloads.push((id, payload.clone()));
             self.remember(seq, Arc::new(entry));
             batch.rows.push((seq, payload));
             self.last = seq;

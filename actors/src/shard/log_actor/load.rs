@@ -85,7 +85,7 @@ impl<E: LogEntity> LogActor<E> {
         };
         for row in &tail.rows {
             let entry = E::decode(&row.payload).ok_or(AdoptError::Damaged(row.seq))?;
-            E::apply(&mut state, row.seq, &entry);
+            E::apply(&mut state, row.seq, row.command, &entry);
             live.remember(row.seq, Arc::new(entry));
         }
         if let Some(row) = tail.rows.last() {
