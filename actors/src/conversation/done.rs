@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 const KEPT_FOR: Duration = Duration::from_secs(60);
 /// The newest stay however old they look: clocks of two owners may be days apart.
 const KEPT_MIN: usize = 16;
-/// Commands of [`KEPT_FOR`]; past it more are refused until the oldest has gone.
+/// Commands of a minute that are kept; past it more are refused until the oldest has gone.
 pub const DONE_MAX: usize = 1024;
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
