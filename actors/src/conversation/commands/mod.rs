@@ -98,8 +98,8 @@ pub(crate) fn lookups(state: &State, found: &Known, command: &Command) -> Vec<Lo
     }
 }
 
-/// Whether nothing but its own id tells a command's repeat from another one like it.
-fn is_known_by_itself(request: &Request) -> bool {
+/// Whether nothing but its id tells a command's repeat from another one like it; of its entries see [`super::done`].
+fn is_known_by_command(request: &Request) -> bool {
     matches!(
         request,
         Request::Edit(_)
@@ -121,7 +121,7 @@ pub(crate) fn decide(state: &State, found: &Known, command: &Command, now: &Now)
     if let Some(answer) = outside(state, command) {
         return answer;
     }
-    if is_known_by_itself(&command.request) {
+    if is_known_by_command(&command.request) {
         if let Some(reply) = state.done.answer(command.id) {
             return Ok(Decision::reply(Reply::State(reply)));
         }
