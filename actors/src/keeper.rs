@@ -16,7 +16,7 @@ use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::Instant;
 
 use crate::cluster::host::Action;
-use crate::cluster::map::Incarnation;
+use crate::cluster::map::{Incarnation, ShardMap};
 use crate::cluster::member::Told;
 use crate::cluster::runtime::Membership;
 use crate::node::{Node, WAKE_AT_ONCE};
@@ -43,6 +43,8 @@ const PREPARE_PATIENCE: Duration = Duration::from_millis(500);
 const PREPARE_LOOK: Duration = Duration::from_millis(25);
 /// A shard that is to go waits this long for what is under way; what is left then is its successor's.
 const STOP_PATIENCE: Duration = Duration::from_millis(100);
+/// Shards that are ready to go, and go together.
+const LEAVING_MAX: usize = 1_024;
 /// Between two looks whether that has ended.
 const STOP_LOOK: Duration = Duration::from_millis(2);
 /// A node that ends waits this long for the map to say that nothing is left to do.
@@ -88,6 +90,8 @@ async fn keep(node: Weak<Node>, mut actions: mpsc::Receiver<Action>, wanted: Arc
     let places = Arc::new(Semaphore::new(SHARDS_READ_AT_ONCE));
     loop {
         let Some(membership) = node.upgrade().and_then(|n| n.membership()) else { return };
+        let (leaves, leaving) = mpsc::channel(LEAVING_MAX);
+        tokio::spawn(release(node.clone(), membership.clone(), leaving));
         while let Some(action) = actions.recv().await {
             let Some(strong) = node.upgrade() else { return };
             match action {
@@ -100,10 +104,18 @@ async fn keep(node: Weak<Node>, mut actions: mpsc::Receiver<Action>, wanted: Arc
                 }
                 Action::Stop(shard) => {
                     let Some(epoch) = wanted.lock().remove(&shard) else { continue };
-                    let membership = membership.clone();
+                    let (membership, leaves) = (membership.clone(), leaves.clone());
                     tokio::spawn(async move {
-                        stop(&strong, &membership, shard).await;
-                        membership.tell(Told::Stopped(shard, epoch)).await;
+                        let Some(reign) = strong.shards().reign(shard).filter(|r| r.epoch() == epoch) else {
+                            // Nothing of it was begun.
+                            membership.tell(Told::Stopped(vec![(shard, epoch)])).await;
+                            return;
+                        };
+                        let asked = Instant::now();
+                        prepare(&strong, &reign).await;
+                        took("prepare", asked);
+                        // It ends with this incarnation.
+                        let _ = leaves.send(reign).await;
                     });
                 }
                 Action::Abandon(shard) => {
@@ -193,6 +205,7 @@ async fn open(
         }
         if read(strong.shards(), &mut reign).await.is_ok() {
             reign.opened_in(named.elapsed());
+            took("open", named);
             if begin(&strong, reign, &wanted) {
                 strong.switch().moved([shard]);
                 strong.watches().moved();
@@ -240,22 +253,65 @@ async fn prepare(node: &Arc<Node>, reign: &Reign) {
     }
 }
 
-/// Lets what is under way in a shard end, and lets it go.
-async fn stop(node: &Arc<Node>, membership: &Membership, shard: u32) {
-    let Some(reign) = node.shards().reign(shard) else { return };
-    prepare(node, &reign).await;
-    reign.leaves();
-    node.conversations().close(shard);
-    node.accounts().close(shard);
+/// Lets shards go that are ready for it, all that are ready together: one change of the map releases them, and those
+/// that are ready meanwhile are served until it is there.
+async fn release(node: Weak<Node>, membership: Arc<Membership>, mut leaving: mpsc::Receiver<Arc<Reign>>) {
+    let mut wave = Vec::new();
+    while leaving.recv_many(&mut wave, LEAVING_MAX).await > 0 {
+        let Some(strong) = node.upgrade() else { return };
+        let is_there = |reign: &Arc<Reign>| {
+            strong.shards().reign(reign.shard).is_some_and(|there| there.epoch() == reign.epoch())
+        };
+        wave.retain(is_there);
+        let began = Instant::now();
+        stop(&strong, &membership, &wave).await;
+        took("stop", began);
+        drop(strong);
+        let stopped = Instant::now();
+        let all: Vec<(u32, u32)> = wave.drain(..).map(|reign| (reign.shard, reign.epoch())).collect();
+        let mut maps = membership.maps();
+        membership.tell(Told::Stopped(all.clone())).await;
+        let is_another = |map: &ShardMap, (shard, epoch): &(u32, u32)| {
+            map.shards.get(*shard as usize).is_none_or(|slot| slot.epoch != *epoch)
+        };
+        // It ends with this incarnation.
+        if maps.wait_for(|(_, map)| all.iter().all(|of| is_another(map, of))).await.is_err() {
+            return;
+        }
+        took("release", stopped);
+    }
+}
+
+/// Lets what is under way in shards end, and lets them go.
+async fn stop(node: &Arc<Node>, membership: &Membership, wave: &[Arc<Reign>]) {
+    for reign in wave {
+        reign.leaves();
+        node.conversations().close(reign.shard);
+        node.accounts().close(reign.shard);
+    }
     let until = Instant::now() + STOP_PATIENCE;
-    let under_way = || node.conversations().active_in(shard) + node.accounts().active_in(shard);
-    while under_way() > 0 && Instant::now() < until {
+    let acts = |reign: &Reign| {
+        node.conversations().active_in(reign.shard) + node.accounts().active_in(reign.shard) > 0
+    };
+    while wave.iter().any(|reign| acts(reign)) && Instant::now() < until {
         tokio::time::sleep(STOP_LOOK).await;
     }
-    if under_way() == 0 && is_done(node, &reign).await {
-        membership.tell(Told::Settled(shard, reign.epoch())).await;
-    }
-    let_go(node, shard);
+    let ends = futures_util::stream::iter(wave.iter().filter(|reign| !acts(reign))).for_each_concurrent(
+        WAKE_AT_ONCE,
+        |reign| async move {
+            if is_done(node, reign).await {
+                membership.tell(Told::Settled(reign.shard, reign.epoch())).await;
+            }
+        },
+    );
+    // Where the store does not answer, the successor looks what is left to do.
+    let _ = tokio::time::timeout_at(until, ends).await;
+    wave.iter().for_each(|reign| let_go(node, reign.shard));
+}
+
+/// What a part of a shard's move took.
+fn took(step: &'static str, since: Instant) {
+    metrics::histogram!("patchbay_shard_move_seconds", "step" => step).record(since.elapsed());
 }
 
 /// Whether nothing is left to do of a reign under which nobody acts any more.

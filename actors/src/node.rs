@@ -359,6 +359,7 @@ impl Node {
             let identity = Identity {
                 cluster: node.cluster.name.clone(),
                 shards: config.shards,
+                version: node.cluster.speaks,
                 tls: node.cluster.tls.clone(),
             };
             let here: Weak<dyn Here> = Arc::downgrade(&(node.clone() as Arc<dyn Here>));
@@ -382,7 +383,8 @@ impl Node {
         let settled =
             tables.document::<u32>(&cluster_document("swept")).await.map_err(|_| StartError::Store)?;
         let first = ShardMap::new(self.shards.count, incarnation - 1, settled.map_or(0, |(_, n)| n));
-        let store = Store::new(self.engine.clone(), self.cluster.ttl);
+        let engine = self.cluster.apart.as_ref().map_or(&self.engine, |apart| &apart.engine);
+        let store = Store::new(engine.clone(), self.cluster.ttl);
         let joined = Membership::join(incarnation, &self.cluster, store, first).await;
         let (membership, actions) = joined.map_err(|_| StartError::Store)?;
         self.shards.incarnation.store(incarnation, Ordering::Relaxed);

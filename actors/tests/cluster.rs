@@ -13,7 +13,7 @@ use bytes::Bytes;
 use common::Graph;
 use patchbay_actors::clock::Clock;
 use patchbay_actors::cluster::map::{Incarnation, Member};
-use patchbay_actors::cluster::mesh::Tcp;
+use patchbay_actors::cluster::mesh::{Tcp, VERSION};
 use patchbay_actors::cluster::runtime::ClusterConfig;
 use patchbay_actors::cluster::switch::{Local as _, Parcel, Transport};
 use patchbay_actors::cluster::ticks::Ticks;
@@ -196,7 +196,9 @@ impl Cluster {
         let listener = if self.mesh { Some(TcpListener::bind("127.0.0.1:0").await.unwrap()) } else { None };
         let mesh = listener.as_ref().map(|l| l.local_addr().unwrap().to_string());
         let member = Member { name: name.into(), mesh, capacity: 1, draining: false };
-        let cluster = ClusterConfig { member, ticks: self.ticks, ..ClusterConfig::default() };
+        // One of the nodes is of the version before.
+        let speaks = if name == "b" { 1 } else { VERSION };
+        let cluster = ClusterConfig { member, ticks: self.ticks, speaks, ..ClusterConfig::default() };
         let screen = Arc::<Screen>::default();
         let config = NodeConfig {
             shards: SHARDS,

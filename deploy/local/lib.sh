@@ -5,6 +5,7 @@
 #   stop     [--node K] [--dir DIR]     ends it, by force after a while
 #   wipe     [--dir DIR]                stops it and removes its directory
 #   describe [--dir DIR]                the line that start printed
+#   fetch                               what start would need from a network
 #
 # Nodes listen on loopback only, on ports that were free; a directory keeps its ports, so that a node comes back where
 # it was. `--node K` starts or stops one node of a cluster. With `--owner` everything stops when that process is gone.
@@ -232,6 +233,7 @@ main() {
   done
   case "$action" in
     start) start ;;
+    fetch) prepare ;;
     stop | wipe | describe)
       [ -d "$DIR" ] || { [ "$action" = wipe ] && exit 0; fail "$DIR is not there"; }
       DIR=$(cd "$DIR" && pwd)

@@ -1,17 +1,22 @@
 //! The engines that a configuration names, opened: what survives, and where events go. One that is not there yet is
 //! waited for.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use patchbay_actors::node::Events;
+use patchbay_actors::cluster::runtime::Apart;
+use patchbay_actors::node::{Events, StartError};
 use patchbay_storage::Engine;
+use patchbay_storage::blobs::{Blobs, DiskBlobs};
 use patchbay_storage::embedded::{Embedded, lock_directory};
 use patchbay_storage::events::embedded::{EmbeddedSink, EmbeddedSource};
 use patchbay_storage::events::{Deliveries, Sink, Source, SourceError, Start};
 use patchbay_storage::kafka::{KafkaSink, KafkaSource};
 use patchbay_storage::redis::Redis;
-use patchbay_storage::scylla::Scylla;
+use patchbay_storage::scylla::{Scylla, ScyllaConfig};
+use patchbay_storage::shared_blobs::SharedBlobs;
+use tokio::runtime::Handle;
 
 use crate::config::{Config, EventsEngine, StorageEngine};
 use crate::health::Health;
@@ -48,16 +53,7 @@ impl Store {
             StorageEngine::Scylla => {
                 let lock = Arc::new(lock_directory(&config.storage.data_dir)?);
                 let wanted = config.storage.scylla.connection().map_err(RunError::Config)?;
-                let mut pause = CONNECT_PAUSE;
-                loop {
-                    match Scylla::connect(&wanted).await {
-                        Ok(engine) => return Ok(Self::Scylla(Arc::new(engine), lock)),
-                        Err(e) if e.is_passing() => health.waits("storage", &e.to_string()),
-                        Err(e) => return Err(RunError::Store(e)),
-                    }
-                    tokio::time::sleep(pause).await;
-                    pause = (pause * 2).min(CONNECT_PAUSE_MAX);
-                }
+                Ok(Self::Scylla(Arc::new(connected(&wanted, health).await?), lock))
             }
         }
     }
@@ -68,6 +64,32 @@ impl Store {
             Self::Embedded(engine) => engine.clone(),
             Self::Scylla(engine, _) => engine.clone(),
         }
+    }
+
+    /// Files: those of a node that is alone lie in `dir`, those of a cluster in its store, with copies in `dir`.
+    pub fn blobs(&self, dir: &Path) -> std::io::Result<Arc<dyn Blobs>> {
+        let disk = DiskBlobs::open(dir)?;
+        Ok(match self {
+            Self::Embedded(_) => Arc::new(disk),
+            Self::Scylla(engine, _) => Arc::new(SharedBlobs::start(disk, engine.clone())?),
+        })
+    }
+
+    /// Where the node's lease is kept: a thread and a way to the store of its own, so that nothing else that the node does
+    /// can cost it the lease. None: nobody else can take it.
+    pub async fn lease_apart(
+        &self,
+        config: &Config,
+        health: &Arc<Health>,
+    ) -> Result<Option<Apart>, RunError> {
+        let Self::Scylla(..) = self else { return Ok(None) };
+        let wanted = config.storage.scylla.connection().map_err(RunError::Config)?;
+        let runtime =
+            lease_thread().map_err(|error| RunError::Io { what: "the lease's thread".into(), error })?;
+        let health = health.clone();
+        let engine = runtime.spawn(async move { connected(&wanted, &health).await });
+        let engine = engine.await.map_err(|_| StartError::Store)??;
+        Ok(Some(Apart { engine: Arc::new(engine), runtime }))
     }
 
     /// Why nothing can be written, if so.
@@ -85,6 +107,29 @@ impl Store {
             Self::Scylla(..) => None,
         }
     }
+}
+
+/// Waits for a store that does not answer.
+async fn connected(wanted: &ScyllaConfig, health: &Health) -> Result<Scylla, RunError> {
+    let mut pause = CONNECT_PAUSE;
+    loop {
+        match Scylla::connect(wanted).await {
+            Ok(engine) => return Ok(engine),
+            Err(e) if e.is_passing() => health.waits("storage", &e.to_string()),
+            Err(e) => return Err(RunError::Store(e)),
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(CONNECT_PAUSE_MAX);
+    }
+}
+
+/// A thread that runs what is given to it for as long as the process lives.
+fn lease_thread() -> std::io::Result<Handle> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let handle = runtime.handle().clone();
+    let runs = move || runtime.block_on(std::future::pending::<()>());
+    std::thread::Builder::new().name("lease".into()).spawn(runs)?;
+    Ok(handle)
 }
 
 /// What nodes share for a while, if the configuration names a server for it.

@@ -115,6 +115,12 @@ pub const METRICS: &[Row] = &[
         "Publications to other nodes that did not fit, so that their sockets read them from the log.",
     ),
     (
+        "patchbay_shard_move_seconds",
+        Kind::Histogram,
+        "step",
+        "What a move of shards took: to make one ready while it is served (prepare); to stop those that were ready together (stop); until the map showed that (release); from then on to serve one elsewhere (open).",
+    ),
+    (
         "patchbay_shards_waiting_commands",
         Kind::Gauge,
         "",

@@ -21,7 +21,6 @@ use patchbay_actors::cluster::runtime::ClusterConfig;
 use patchbay_actors::desk::Desk;
 use patchbay_actors::intake::Intake;
 use patchbay_actors::node::{Node, NodeConfig, StartError};
-use patchbay_storage::blobs::DiskBlobs;
 use patchbay_storage::redis::Redis;
 use serde::Serialize;
 use tokio::net::{TcpListener, TcpStream};
@@ -184,9 +183,9 @@ impl Server {
             loopback: mode == Mode::Dev,
         };
         let outgoing = Arc::new(Outgoing::new(guard.clone(), config.providers.timeout)?);
-        let blobs = DiskBlobs::open(&config.storage.data_dir.join(MEDIA)).map_err(io("media"))?;
+        let blobs = store.blobs(&config.storage.data_dir.join(MEDIA)).map_err(io("media"))?;
         let media = Media::new(
-            Arc::new(blobs),
+            blobs,
             outgoing.clone(),
             config.media.clone(),
             config.public.url.clone(),
@@ -197,7 +196,8 @@ impl Server {
             }),
         );
         let provider = Arc::new(Exchange { outgoing, media: media.clone() });
-        let (cluster, listener) = cluster(config).await?;
+        let (mut cluster, listener) = cluster(config).await?;
+        cluster.apart = store.lease_apart(config, &ops.health).await?;
         let (listener, mesh) = listener.unzip();
         let node = Node::start(NodeConfig {
             cluster,
@@ -305,7 +305,7 @@ async fn cluster(config: &Config) -> Result<(ClusterConfig, Option<(TcpListener,
         .as_ref()
         .map(|(_, bound)| config.mesh.advertise.clone().unwrap_or_else(|| bound.to_string()));
     let name = mesh.clone().unwrap_or_else(|| "node".to_owned());
-    let member = Member { name, mesh, capacity: 1, draining: false };
+    let member = Member { name, mesh, capacity: config.cluster.capacity, draining: false };
     let cluster = ClusterConfig {
         name: config.cluster.name.clone(),
         tls: config.mesh.tls(),

@@ -25,7 +25,7 @@ const SECTIONS: &[(&str, &[Row])] = &[
             ),
             Row(
                 "sockets of a node that drains are told to go within",
-                "LEAVING_MAX",
+                "websocket/mod.rs/LEAVING_MAX",
                 "",
                 "they go faster",
                 "",
@@ -469,6 +469,13 @@ const SECTIONS: &[(&str, &[Row])] = &[
                 "patchbay_media_stored_bytes_total",
             ),
             Row(
+                "copies of a cluster's files on a node's disk; tries to write a part of one into the store",
+                "shared_blobs.rs/KEPT_FOR, shared_blobs.rs/TRIES_MAX",
+                "shared_blobs.rs/kept",
+                "they are removed when nobody asks for them; the upload is refused with `unavailable` and may be repeated",
+                "",
+            ),
+            Row(
                 "uploads at once; those of one tenant; those of its visitors",
                 "media/mod.rs/UPLOADS_MAX, TENANT_UPLOADS_MAX, VISITORS_UPLOADS_MAX",
                 "",
@@ -668,7 +675,7 @@ const SECTIONS: &[(&str, &[Row])] = &[
             ),
             Row(
                 "what is to be done about shards, and what was done, not begun or heard yet",
-                "ACTIONS_MAX, runtime.rs/TOLD_MAX, LOOK_MAX",
+                "ACTIONS_MAX, runtime.rs/TOLD_MAX, LOOK_MAX, keeper.rs/LEAVING_MAX",
                 "host.rs/settled, store.rs/seen, keeper.rs/open",
                 "a node that is further behind ends its incarnation and comes back as another",
                 "",

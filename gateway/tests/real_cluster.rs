@@ -240,6 +240,35 @@ async fn what_happens_anywhere_is_shown_at_every_node() {
     .await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_is_everywhere_and_outlives_the_node_that_took_it() {
+    if servers::quick() {
+        return;
+    }
+    let _alone = ALONE.lock().await;
+    let (dir, keyspace) = (tempfile::tempdir().unwrap(), servers::fresh("files"));
+    let dirs = ["a", "b", "c"].map(|name| dir.path().join(name));
+    let mut nodes = three(&dirs, &dir.path().join("certs"), &keyspace).await;
+    let key = nodes[0].tenant("acme", "http://127.0.0.1:1", NUMBER).await;
+    let mut image = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR".to_vec();
+    image.extend((0..1_000_000u32).map(|n| (n % 251) as u8));
+    let put = nodes[1].http.post(nodes[1].url("/api/v1/media?name=x.png")).bearer_auth(&key);
+    let put = put.header("content-type", "image/png").body(image.clone()).send().await.unwrap();
+    assert_eq!(put.status(), 201);
+    let id = put.json::<Value>().await.unwrap()["id"].as_str().unwrap().to_owned();
+    for n in [1, 0, 2] {
+        // The last one asks for it when the node that took it is gone.
+        if n == 2 {
+            nodes[1].kill().await;
+        }
+        let node = &nodes[n];
+        let found = node.get(&key, &format!("/media/{id}")).await;
+        let file = node.http.get(found["url"].as_str().unwrap()).send().await.unwrap();
+        assert_eq!(file.status(), 200);
+        assert!(file.bytes().await.unwrap() == image);
+    }
+}
+
 /// An agent on a public SDK that follows conversations through `url`.
 struct Rider {
     name: String,

@@ -49,6 +49,9 @@ pub struct DiskBlobs {
     count: AtomicU64,
 }
 
+/// Where files are that are being written.
+const UNFINISHED: &str = "unfinished";
+
 fn make_dir(path: &Path) -> io::Result<()> {
     std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
 }
@@ -56,12 +59,29 @@ fn make_dir(path: &Path) -> io::Result<()> {
 impl DiskBlobs {
     /// Opens `dir`, or makes it; what was never finished is removed.
     pub fn open(dir: &Path) -> io::Result<Self> {
-        let unfinished = dir.join("unfinished");
+        let unfinished = dir.join(UNFINISHED);
         if unfinished.exists() {
             std::fs::remove_dir_all(&unfinished)?;
         }
         make_dir(&unfinished)?;
         Ok(Self { dir: dir.to_owned(), count: AtomicU64::new(0) })
+    }
+
+    /// Every file that is there.
+    pub(crate) fn all(&self) -> io::Result<Vec<(TenantId, String)>> {
+        let names = |dir: &Path| -> io::Result<Vec<String>> {
+            let entries: Vec<_> = std::fs::read_dir(dir)?.collect::<Result<_, _>>()?;
+            Ok(entries.into_iter().filter_map(|entry| entry.file_name().into_string().ok()).collect())
+        };
+        let mut all = Vec::new();
+        for name in names(&self.dir)? {
+            let Some(tenant) = name.parse::<TenantId>().ok().filter(|_| name != UNFINISHED) else { continue };
+            for beginning in names(&self.dir.join(&name))? {
+                let ids = names(&self.dir.join(&name).join(beginning))?;
+                all.extend(ids.into_iter().map(|id| (tenant.clone(), id)));
+            }
+        }
+        Ok(all)
     }
 
     fn path(&self, tenant: &TenantId, id: &str) -> io::Result<PathBuf> {
@@ -88,7 +108,7 @@ struct DiskWriter {
 impl Blobs for DiskBlobs {
     async fn create(&self) -> io::Result<Box<dyn BlobWriter>> {
         let n = self.count.fetch_add(1, Ordering::Relaxed);
-        let path = self.dir.join("unfinished").join(n.to_string());
+        let path = self.dir.join(UNFINISHED).join(n.to_string());
         let file = File::create_new(&path).await?;
         Ok(Box::new(DiskWriter { dir: self.dir.clone(), path, file, finished: false }))
     }

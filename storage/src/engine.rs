@@ -29,11 +29,13 @@ pub enum Table {
     Timers,
     /// Items that could not be taken: (tenant) / id.
     DeadLetters,
+    /// Files, where nodes share them: (tenant, file), (tenant, file, group of parts) / part.
+    Files,
 }
 
 impl Table {
     /// Every table.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Entries,
         Self::Snapshots,
         Self::References,
@@ -43,6 +45,7 @@ impl Table {
         Self::Sessions,
         Self::Timers,
         Self::DeadLetters,
+        Self::Files,
     ];
 
     /// The table's name in the store.
@@ -57,6 +60,7 @@ impl Table {
             Self::Sessions => "sessions",
             Self::Timers => "timers",
             Self::DeadLetters => "dead_letters",
+            Self::Files => "files",
         }
     }
 }

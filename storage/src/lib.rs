@@ -3,7 +3,7 @@
 //! **Lives here:** the [`Engine`] trait in its two halves, stamped rows and documents; the engines behind it
 //! ([`embedded`] on fjall, [`scylla`] on ScyllaDB or Cassandra, [`model`] in memory with seeded faults); and, written once above them, the entity
 //! [`log`] (append, adopt, read, snapshot) and the [`tables`] beside it (references, inbox rows, activity and marks,
-//! sessions, timers, dead letters, documents). Files are [`blobs`]. An alias of a contact is a reference of its account's log.
+//! sessions, timers, dead letters, documents). Files are [`blobs`], and [`shared_blobs`] where nodes share a store. An alias of a contact is a reference of its account's log.
 //!
 //! **Does not live here:** what an entry means, who may write it, when to retry. Storage moves bytes for owners.
 //!
@@ -21,6 +21,7 @@ pub mod log;
 pub mod model;
 pub mod redis;
 pub mod scylla;
+pub mod shared_blobs;
 pub mod stamp;
 pub mod tables;
 mod value;

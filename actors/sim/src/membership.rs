@@ -417,7 +417,10 @@ impl World {
                     let wait = self.random.between(1, 400);
                     let Some(node) = &self.processes[n].node else { return };
                     if let State::Stopping { epoch } = node.state(shard) {
-                        self.at(self.now + wait, Event::Tell(n, incarnation, Told::Stopped(shard, epoch)));
+                        self.at(
+                            self.now + wait,
+                            Event::Tell(n, incarnation, Told::Stopped(vec![(shard, epoch)])),
+                        );
                     }
                 }
                 Action::Abandon(_) => {}

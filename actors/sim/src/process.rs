@@ -9,6 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use patchbay_actors::clock::Clock;
 use patchbay_actors::cluster::map::Member;
+use patchbay_actors::cluster::mesh::VERSION;
 use patchbay_actors::cluster::runtime::ClusterConfig;
 use patchbay_actors::cluster::ticks::Ticks;
 use patchbay_actors::desk::Desk;
@@ -248,8 +249,10 @@ impl Process {
         runtime.spawn(async move {
             let member =
                 Member { name: format!("n{n}"), mesh: Some(address.clone()), capacity: 1, draining: false };
-            let cluster =
-                ClusterConfig { member, ticks: Ticks::Tokio(at), moves_max: 4, ..ClusterConfig::default() };
+            // The first process stays at the version before.
+            let speaks = if n == 0 { VERSION - 1 } else { VERSION };
+            let ticks = Ticks::Tokio(at);
+            let cluster = ClusterConfig { member, ticks, moves_max: 4, speaks, ..ClusterConfig::default() };
             let (deliveries, delivered) = patchbay_storage::events::deliveries();
             let screen = Arc::<Screen>::default();
             let clock = Clock::settable(begins, wall);

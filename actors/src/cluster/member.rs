@@ -28,6 +28,8 @@ pub const WATCHERS: usize = 3;
 const READ_MAP_TTLS: u32 = 4;
 /// Between two tries of a change of the map that was not applied.
 const RETRY_PAUSE: Duration = Duration::from_millis(50);
+/// Between two reads of the map while there is word of a newer one.
+const HEARD_PAUSE: Duration = Duration::from_millis(10);
 /// Between two changes of the map that say no more than that nothing is left to do of earlier reigns.
 const SETTLE_EVERY: Duration = Duration::from_secs(1);
 /// A plan that the first node does not propose is proposed by the others after this.
@@ -76,8 +78,8 @@ pub enum Told {
     Heard(u64),
     /// A shard can be served.
     Opened(u32, u32),
-    /// A shard has stopped and finished.
-    Stopped(u32, u32),
+    /// These shards have stopped and finished, each under an epoch: they are released together.
+    Stopped(Vec<(u32, u32)>),
     /// Of a shard nothing is left to do of reigns up to this epoch.
     Settled(u32, u32),
     /// An operator wants a shard at a node, or wherever the plan wants it.
@@ -257,7 +259,7 @@ impl Node {
         }
         self.watch(now, &mut asks);
         if self.heard > self.version {
-            self.reads_map.due = self.reads_map.due.min(self.read_map_at + RETRY_PAUSE);
+            self.reads_map.due = self.reads_map.due.min(self.read_map_at + HEARD_PAUSE);
         }
         if self.reads_map.begin(now, self.ttl * READ_MAP_TTLS) {
             self.read_map_at = now;
@@ -405,7 +407,7 @@ impl Node {
             }
             Told::Heard(version) => self.heard = self.heard.max(version),
             Told::Opened(shard, epoch) => self.host.opened(shard, epoch),
-            Told::Stopped(shard, epoch) => self.host.stopped(shard, epoch),
+            Told::Stopped(all) => all.into_iter().for_each(|(shard, epoch)| self.host.stopped(shard, epoch)),
             Told::Settled(shard, epoch) => self.host.settled(shard, epoch),
             Told::Drain(drains) => self.drains = drains,
             Told::Pin(shard, name) => drop(self.pins.insert(shard, name)),

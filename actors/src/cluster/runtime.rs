@@ -1,6 +1,6 @@
 //! Membership at work: real requests and a real clock around [`super::member`].
 //!
-//! One task asks and is answered; what leaves the node is guarded by [`Membership::standing`], which reads the clock.
+//! One task asks and is answered, on a thread of its own where there is one ([`Apart`]); what leaves the node is guarded by [`Membership::standing`], which reads the clock.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -10,14 +10,15 @@ use std::time::Duration;
 
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
-use patchbay_storage::WriteError;
+use patchbay_storage::{Engine, WriteError};
+use tokio::runtime::Handle;
 use tokio::sync::{Notify, mpsc, watch};
 
 use super::host::Action;
 use super::lease::{Beat, Lease, Standing, Tick};
 use super::map::{Incarnation, Member, ShardMap};
 use super::member::{Ask, Node, Told};
-use super::mesh::MeshTls;
+use super::mesh::{self, MeshTls};
 use super::store::Store;
 use super::ticks::Ticks;
 
@@ -30,6 +31,21 @@ const TOLD_MAX: usize = 65_536;
 const ACTIONS_MAX: usize = 65_536;
 /// Between two tries to come into the cluster.
 const JOIN_PAUSE: Duration = Duration::from_millis(200);
+
+/// Where a lease is kept when it is not to wait for whatever else its node does.
+#[derive(Clone)]
+pub struct Apart {
+    /// A way to the store of its own.
+    pub engine: Arc<dyn Engine>,
+    /// Of a thread of its own, where that way's tasks live as well.
+    pub runtime: Handle,
+}
+
+impl std::fmt::Debug for Apart {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Apart").finish_non_exhaustive()
+    }
+}
 
 /// What a node brings into its cluster.
 #[derive(Clone, Debug)]
@@ -46,6 +62,10 @@ pub struct ClusterConfig {
     pub moves_max: usize,
     /// What time it is, for leases.
     pub ticks: Ticks,
+    /// The highest version of the mesh's protocol that it speaks.
+    pub speaks: u32,
+    /// Where its lease is kept; none: where everything else is.
+    pub apart: Option<Apart>,
 }
 
 impl Default for ClusterConfig {
@@ -57,6 +77,8 @@ impl Default for ClusterConfig {
             ttl: Duration::from_millis(2500),
             moves_max: 64,
             ticks: Ticks::Boot,
+            speaks: mesh::VERSION,
+            apart: None,
         }
     }
 }
@@ -140,7 +162,8 @@ impl Membership {
             leaves,
             asks: FuturesUnordered::new(),
         };
-        tokio::spawn(async move {
+        let kept = config.apart.as_ref().map_or_else(Handle::current, |apart| apart.runtime.clone());
+        kept.spawn(async move {
             runs.run().await;
             ends.send_replace(true);
         });

@@ -6,6 +6,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use patchbay_loadtest::load::cpu::Cpu;
+use patchbay_loadtest::load::{self, Plan};
+use patchbay_protocol::client::Encoding;
 use patchbay_protocol::ids::{AccountId, ConversationId, TenantId};
 use serde_json::{Value, json};
 
@@ -14,20 +17,23 @@ use crate::results::{Goal, Results};
 use crate::servers::Server;
 
 const TENANT: &str = "cluster";
+const KEYSPACE: &str = "bench_cluster";
 /// Customers: of most shards there is one.
 const CUSTOMERS: usize = 3_000;
 /// Shards that are written to while they move, and how often each.
 const PROBED: usize = 32;
 const PROBE_PAUSE: Duration = Duration::from_millis(50);
+/// Nodes over which work may not grow.
+const MANY: usize = 5;
 
-async fn start(dir: &Path, addresses: &str) -> Node {
+async fn start(dir: &Path, addresses: &str, keyspace: &str) -> Node {
     std::fs::create_dir_all(dir).unwrap();
     let nodes = format!("[\"{}\"]", addresses.replace(',', "\",\""));
     let env = [
         ("PATCHBAY__STORAGE__ENGINE", "scylla"),
         ("PATCHBAY__STORAGE__SCYLLA__NODES", nodes.as_str()),
         ("PATCHBAY__STORAGE__SCYLLA__DATACENTER", "datacenter1"),
-        ("PATCHBAY__STORAGE__SCYLLA__KEYSPACE", "bench_cluster"),
+        ("PATCHBAY__STORAGE__SCYLLA__KEYSPACE", keyspace),
         ("PATCHBAY__STORAGE__SCYLLA__REPLICATION", "1"),
         ("PATCHBAY__AUTH__OPERATOR_KEY", "operatoroperator"),
         ("PATCHBAY__AUTH__HMAC_SECRET_KEY", "secretsecretsecretsecretsecretsecret"),
@@ -124,7 +130,7 @@ async fn failover(world: &mut World, victim: usize) -> (Vec<Duration>, Vec<Durat
     (taken, after)
 }
 
-/// The longest that each of these conversations was waited for while `what` was going on.
+/// The longest that each of these conversations was waited for while `what` was going on, and how many notes failed.
 async fn longest(
     world: &World,
     ids: &[ConversationId],
@@ -164,6 +170,45 @@ async fn longest(
     (all, failed)
 }
 
+fn conversations(count: u32) -> HashMap<u32, ConversationId> {
+    let (tenant, account): (TenantId, AccountId) = (TENANT.parse().unwrap(), "wa".parse().unwrap());
+    let of = (0..CUSTOMERS).map(|n| {
+        let id = ConversationId::derive(&tenant, &account, &format!("3460{n:07}"));
+        (id.shard(count), id)
+    });
+    of.collect()
+}
+
+type Steps = BTreeMap<String, (f64, f64)>;
+
+/// What the steps of shards' moves took at all nodes, and how many there were.
+async fn steps(nodes: &[Node]) -> Steps {
+    let mut all = Steps::new();
+    for node in nodes {
+        let url = format!("http://{}/metrics", node.ops);
+        let text = node.target.http.get(url).send().await.unwrap().text().await.unwrap();
+        for line in text.lines().filter_map(|l| l.strip_prefix("patchbay_shard_move_seconds_")) {
+            let Some((kind, rest)) = line.split_once("{step=\"") else { continue };
+            let Some((step, value)) = rest.split_once("\"} ") else { continue };
+            let value: f64 = value.parse().unwrap();
+            match kind {
+                "sum" => all.entry(step.to_owned()).or_default().0 += value,
+                "count" => all.entry(step.to_owned()).or_default().1 += value,
+                _ => {}
+            }
+        }
+    }
+    all
+}
+
+fn since(before: &Steps, after: &Steps) -> String {
+    let each = after.iter().map(|(step, (sum, count))| {
+        let (was, of) = before.get(step).copied().unwrap_or_default();
+        format!("{step} {:.0} ms", (sum - was) / (count - of) * 1000.0)
+    });
+    each.collect::<Vec<_>>().join(", ")
+}
+
 pub async fn run(results: &mut Results) {
     let rounds = if results.quick { 1 } else { 3 };
     let server = Server::start("cassandra", 1, &["--heap", "1g"]);
@@ -171,25 +216,20 @@ pub async fn run(results: &mut Results) {
     let dirs = ["a", "b", "c"].map(|name| dir.path().join(name));
     let mut nodes = Vec::new();
     for dir in &dirs {
-        nodes.push(start(dir, &server.addresses).await);
+        nodes.push(start(dir, &server.addresses, KEYSPACE).await);
     }
     shared_out(&nodes[0], 3).await;
     let key = nodes[0].tenant(TENANT).await;
     nodes[0].customers_write(TENANT, 0, CUSTOMERS).await;
     let count = u32::try_from(held(&nodes[0]).await.values().map(Vec::len).sum::<usize>()).unwrap();
-    let (tenant, account): (TenantId, AccountId) = (TENANT.parse().unwrap(), "wa".parse().unwrap());
-    let of = (0..CUSTOMERS).map(|n| {
-        let id = ConversationId::derive(&tenant, &account, &format!("3460{n:07}"));
-        (id.shard(count), id)
-    });
-    let mut world = World { nodes, key, of: of.collect() };
+    let mut world = World { nodes, key, of: conversations(count) };
 
     let (mut killed, mut detected) = (Vec::new(), Vec::new());
     for _ in 0..rounds {
         let (taken, after) = failover(&mut world, 1).await;
         killed.extend(taken);
         detected.extend(after);
-        world.nodes[1] = start(&dirs[1], &server.addresses).await;
+        world.nodes[1] = start(&dirs[1], &server.addresses, KEYSPACE).await;
         shared_out(&world.nodes[0], 3).await;
     }
     let conditions = format!(
@@ -200,6 +240,7 @@ pub async fn run(results: &mut Results) {
     let after = p99(detected);
     results.note("failover_after_detection_p99_seconds", after, "s", Goal::AtMost(3.0), &conditions, None);
 
+    let before = steps(&world.nodes).await;
     let (mut pauses, mut still, mut failed) = (Vec::new(), Vec::new(), 0);
     for round in 0..rounds {
         let me = world.nodes[2].incarnation;
@@ -221,13 +262,78 @@ pub async fn run(results: &mut Results) {
         shared_out(&world.nodes[0], 3).await;
     }
     let conditions = format!(
-        "{rounds} drains of one of three nodes, a third of {count} shards each; the longest that a note to each of {} of its shards took, one every {} ms; {failed} failed; while nothing moves: {:.0} ms",
+        "{rounds} drains of one of three nodes, a third of {count} shards each; the longest that a note to each of {} of its shards took, one every {} ms; {failed} failed; while nothing moves: {:.0} ms; on average {}",
         pauses.len(),
         PROBE_PAUSE.as_millis(),
-        p99(still) * 1000.0
+        p99(still) * 1000.0,
+        since(&before, &steps(&world.nodes).await)
     );
     results.note("handoff_pause_p99_ms", p99(pauses) * 1000.0, "ms", Goal::AtMost(250.0), &conditions, None);
     for node in world.nodes {
         node.stop().await;
     }
+}
+
+/// Processor time of nodes for each entry that a socket is shown, beside what they take at rest; and what crosses
+/// between them for it.
+async fn per_message(addresses: &str, nodes: usize, time: Duration) -> (f64, f64, f64) {
+    let dir = tempfile::tempdir().unwrap();
+    let mut running = Vec::new();
+    for n in 0..nodes {
+        running.push(start(&dir.path().join(n.to_string()), addresses, &format!("bench_work_{nodes}")).await);
+    }
+    shared_out(&running[0], nodes).await;
+    let plan = Plan {
+        conversations: 20,
+        agents: 1,
+        encodings: vec![Encoding::Protobuf],
+        customer_rate: 40.0,
+        agent_rate: 40.0,
+        in_flight: 0,
+        time,
+    };
+    let look = || running.iter().map(|node| Cpu::now(node.child.id())).collect::<Vec<_>>();
+    let burnt = |since: &[Cpu]| since.iter().map(|cpu| cpu.since().node).sum::<f64>();
+    let at_rest = look();
+    tokio::time::sleep(time).await;
+    let at_rest = burnt(&at_rest);
+    let crossed_before = crossed(&running).await;
+    let began = look();
+    let loads = running.iter().map(|node| load::run(&node.target, &plan, |_, _| {}));
+    let reports = futures_util::future::try_join_all(loads).await.unwrap();
+    let used = burnt(&began);
+    assert!(reports.iter().all(load::report::Report::is_clean), "{reports:?}");
+    let seen = reports.iter().map(|report| report.seen as f64).sum::<f64>();
+    let crossed = crossed(&running).await - crossed_before;
+    for node in running {
+        node.stop().await;
+    }
+    ((used - at_rest) * 1e6 / seen, crossed / seen, at_rest / time.as_secs_f64() / nodes as f64)
+}
+
+/// Publications that nodes have sent to others.
+async fn crossed(nodes: &[Node]) -> f64 {
+    let mut all = 0.0;
+    for node in nodes {
+        let url = format!("http://{}/metrics", node.ops);
+        let text = node.target.http.get(url).send().await.unwrap().text().await.unwrap();
+        let lines = text.lines().filter_map(|l| l.strip_prefix("patchbay_mesh_publications_total "));
+        all += lines.filter_map(|value| value.parse::<f64>().ok()).sum::<f64>();
+    }
+    all
+}
+
+/// A load by way of one node that is alone, and one by way of each of five, most of whose entities are elsewhere.
+pub async fn work(results: &mut Results) {
+    let time = Duration::from_secs(if results.quick { 8 } else { 30 });
+    let server = Server::start("cassandra", 1, &["--heap", "1g"]);
+    let before = per_message(&server.addresses, 1, time).await;
+    let (cpu, crossed, rest) = per_message(&server.addresses, MANY, time).await;
+    let conditions = format!(
+        "40 customers' and 40 agents' messages a second by way of each node; one node {:.0} us for each entry shown, {MANY} nodes {cpu:.0} us in all, beside {:.1} % and {:.1} % of a core at rest each; {crossed:.2} publications cross for each; one Cassandra node, all on two cores",
+        before.0,
+        before.2 * 100.0,
+        rest * 100.0
+    );
+    results.note("work_per_message_growth", cpu / before.0, "ratio", Goal::AtMost(1.2), &conditions, None);
 }

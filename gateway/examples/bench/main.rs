@@ -21,7 +21,7 @@ mod webhooks;
 use results::Results;
 
 /// Names of what can be asked for, by the benchmark that measures it.
-const BENCHMARKS: [(&str, &[&str]); 13] = [
+const BENCHMARKS: [(&str, &[&str]); 14] = [
     ("sends", &["durable_send_throughput_ratio", "durable_send_p99_ratio"]),
     ("webhooks", &["webhook_to_socket_p50_ratio", "webhook_to_socket_p99_ratio"]),
     ("conversations", &["idle_conversation_bytes"]),
@@ -44,6 +44,7 @@ const BENCHMARKS: [(&str, &[&str]); 13] = [
         ],
     ),
     ("cluster", &["failover_p99_seconds", "failover_after_detection_p99_seconds", "handoff_pause_p99_ms"]),
+    ("work", &["work_per_message_growth"]),
 ];
 
 #[tokio::main]
@@ -75,6 +76,7 @@ async fn main() {
             "frozen" => engines::frozen(&mut results).await,
             "mesh" => mesh::run(&mut results).await,
             "cluster" => cluster::run(&mut results).await,
+            "work" => cluster::work(&mut results).await,
             _ => soak::run(&mut results).await,
         }
     }

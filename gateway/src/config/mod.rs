@@ -161,6 +161,8 @@ section! {
         name: String = "patchbay".into(),
         /// How many shards: a power of two, for ever.
         shards: u32 = 1024,
+        /// How many shards this node takes, in proportion to the others (1 to 1000).
+        capacity: u32 = 1,
         /// How long a node's lease lasts that is not renewed: no sooner is it replaced.
         #[serde(with = "text::duration")]
         lease_ttl: Duration = Duration::from_millis(2500),
@@ -579,6 +581,9 @@ impl Config {
         }
         if !self.cluster.shards.is_power_of_two() || self.cluster.shards > 1 << 16 {
             faults.push("cluster.shards: must be a power of two, at most 65536".into());
+        }
+        if !(1..=1000).contains(&self.cluster.capacity) {
+            faults.push("cluster.capacity: must be 1 to 1000".into());
         }
         if !(Duration::from_secs(1)..=Duration::from_secs(60)).contains(&self.cluster.lease_ttl) {
             faults.push("cluster.lease_ttl: must be 1s to 60s".into());

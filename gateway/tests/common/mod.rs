@@ -146,12 +146,19 @@ impl Node {
     }
 
     pub async fn start_with(dir: &Path, env: &[(&str, &str)]) -> Self {
+        Self::start_under(&[], dir, env).await
+    }
+
+    /// By a program that runs it.
+    pub async fn start_under(by: &[&str], dir: &Path, env: &[(&str, &str)]) -> Self {
         install_crypto();
         let file = dir.join("ready.json");
         let _ = std::fs::remove_file(&file);
         let log = std::fs::OpenOptions::new().create(true).append(true).open(dir.join("node.log")).unwrap();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_patchbay"));
+        let whole = [by, &[env!("CARGO_BIN_EXE_patchbay")]].concat();
+        let mut command = Command::new(whole[0]);
         command
+            .args(&whole[1..])
             .args(["dev", "--quiet", "--data-dir"])
             .arg(dir.join("data"))
             .arg("--ready-file")

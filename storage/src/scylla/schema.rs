@@ -45,9 +45,12 @@ pub(super) fn name(table: Table) -> &'static str {
 /// How a table ages.
 pub(super) fn compaction(table: Table) -> Compaction {
     match table {
-        Table::Entries | Table::References | Table::DeadLetters | Table::Activity | Table::Timers => {
-            Compaction::SizeTiered
-        }
+        Table::Entries
+        | Table::References
+        | Table::DeadLetters
+        | Table::Activity
+        | Table::Timers
+        | Table::Files => Compaction::SizeTiered,
         Table::Snapshots | Table::Marks | Table::Inbox | Table::Sessions => Compaction::Levelled,
     }
 }
@@ -63,20 +66,28 @@ pub(super) struct Migration {
 }
 
 /// The schema's history. What stands here is never changed, only added to.
-pub(super) const MIGRATIONS: &[Migration] =
-    &[Migration { version: 1, name: "entity tables and documents", statements: first }];
+pub(super) const MIGRATIONS: &[Migration] = &[
+    Migration { version: 1, name: "entity tables and documents", statements: first },
+    Migration { version: 2, name: "files", statements: second },
+];
+
+fn entity(table: Table) -> String {
+    format!(
+        "CREATE TABLE IF NOT EXISTS {{ks}}.{} (partition blob, place blob, value blob, PRIMARY KEY (partition, place)) WITH compaction = {{'class': '{}'}} AND gc_grace_seconds = {} AND default_time_to_live = 0",
+        name(table),
+        compaction(table).class(),
+        GRACE.as_secs(),
+    )
+}
 
 fn first() -> Vec<String> {
-    let entity = |table: Table| {
-        format!(
-            "CREATE TABLE IF NOT EXISTS {{ks}}.{} (partition blob, place blob, value blob, PRIMARY KEY (partition, place)) WITH compaction = {{'class': '{}'}} AND gc_grace_seconds = {} AND default_time_to_live = 0",
-            name(table),
-            compaction(table).class(),
-            GRACE.as_secs(),
-        )
-    };
+    let tables = Table::ALL.into_iter().filter(|table| *table != Table::Files);
     let documents = "CREATE TABLE IF NOT EXISTS {ks}.documents (scope text, kind text, part int, id text, version bigint, live boolean, value blob, writer blob, PRIMARY KEY ((scope, kind, part), id)) WITH compaction = {'class': 'LeveledCompactionStrategy'} AND gc_grace_seconds = 864000 AND default_time_to_live = 0";
-    Table::ALL.into_iter().map(entity).chain([documents.to_owned()]).collect()
+    tables.map(entity).chain([documents.to_owned()]).collect()
+}
+
+fn second() -> Vec<String> {
+    vec![entity(Table::Files)]
 }
 
 /// The columns that a table of ours must have, in the order of their names.

@@ -39,6 +39,11 @@ fn run(name: &str, args: &[&str]) -> Value {
     serde_json::from_slice(&done.stdout).unwrap_or(Value::Null)
 }
 
+/// Fetches what a server is made of, for where there is no network.
+pub fn fetch(name: &str) {
+    run(name, &["fetch"]);
+}
+
 fn pids(told: &Value) -> Vec<u32> {
     let nodes = told["nodes"].as_array().unwrap().iter();
     nodes.map(|n| n["pid"].as_u64().and_then(|p| u32::try_from(p).ok()).unwrap_or(0)).collect()

@@ -25,7 +25,7 @@ use super::tls::Socket;
 use super::wire::{self, Waits};
 use super::{
     ENVELOPES_MAX, FRAME_BYTES, Here, Identity, LANE_QUEUE_MAX, LANES, MESSAGE_BYTES_MAX, UNANSWERED_MAX,
-    VERSION, WINDOW, WINDOW_BYTES,
+    WINDOW, WINDOW_BYTES,
 };
 use crate::cluster::map::Incarnation;
 use crate::cluster::switch::{Parcel, Switch};
@@ -293,7 +293,7 @@ impl Runs {
 
     fn hello(&self, here: &dyn Here) -> Envelope {
         let hello = Hello {
-            version: VERSION,
+            version: self.identity.version,
             cluster: self.identity.cluster.clone(),
             incarnation: here.incarnation(),
             to: self.to.incarnation,
@@ -390,12 +390,7 @@ impl Runs {
     fn hear(&self, batch: Batch) -> Result<(), Broken> {
         let here = self.here.upgrade().ok_or("the node is gone")?;
         let lane = self.lane.upgrade().ok_or("nobody wants it")?;
-        // One of each batch is enough to find out what is published for nobody.
-        if let Some(Envelopes::Published(last)) = batch.envelopes.last().and_then(|e| e.kind.as_ref())
-            && let Some(topic) = wire::read_topic_bytes(&last.topic)
-        {
-            here.watches().check_wanted(self.to.incarnation, &topic);
-        }
+        let mut last = None;
         for envelope in batch.envelopes {
             match envelope.kind {
                 Some(Envelopes::Answer(answer)) => lane.answered(answer, &*here),
@@ -407,7 +402,20 @@ impl Runs {
                         here.watches().watched(home, &topic, wire::read_watched(watched.outcome));
                     }
                 }
-                Some(Envelopes::Published(published)) => self.published(&*here, published),
+                Some(Envelopes::Published(Published { topic, seq, data })) => {
+                    let publications: Vec<(u64, Bytes)> = if seq == 0 {
+                        data.into_iter().map(|d| (0, d)).collect()
+                    } else {
+                        (seq..).zip(data).collect()
+                    };
+                    if let Some(topic) = wire::read_topic_bytes(&topic) {
+                        show(&*here, &topic, &publications);
+                        last = Some(topic);
+                    }
+                }
+                Some(Envelopes::Run(run)) => {
+                    last = wire::unpack(run.packed, |t, p| show(&*here, t, p)).or(last)
+                }
                 Some(Envelopes::Missed(missed)) => match missed.topic.and_then(wire::read_topic) {
                     Some(Topic::Conversation(id)) => here.publisher().reaches(id, missed.seq),
                     Some(topic) => here.publisher().lost(&topic),
@@ -437,24 +445,27 @@ impl Runs {
                 | None => {}
             }
         }
+        // One of each batch is enough to find out what is published for nobody.
+        if let Some(topic) = last {
+            here.watches().check_wanted(self.to.incarnation, &topic);
+        }
         Ok(())
     }
+}
 
-    fn published(&self, here: &dyn Here, published: Published) {
-        let Some(topic) = wire::read_topic_bytes(&published.topic) else { return };
-        let publisher = here.publisher();
+/// Shows publications of a topic: entries that follow each other, or what has no order.
+fn show(here: &dyn Here, topic: &Topic, publications: &[(u64, Bytes)]) {
+    let publisher = here.publisher();
+    if let Topic::Conversation(id) = topic {
+        publisher.entries(*id, publications);
+        return;
+    }
+    for (_, data) in publications {
         match topic {
-            Topic::Conversation(id) => {
-                let entries: Vec<(u64, Bytes)> = (published.seq..).zip(published.data).collect();
-                publisher.entries(id, &entries);
-            }
-            Topic::Inbox(tenant, inbox) => {
-                published.data.into_iter().for_each(|data| publisher.inbox(&tenant, &inbox, data));
-            }
-            Topic::Agent(tenant, agent) => {
-                published.data.into_iter().for_each(|data| publisher.agent(&tenant, &agent, data));
-            }
-            Topic::Cluster => published.data.into_iter().for_each(|data| publisher.cluster(data)),
+            Topic::Conversation(_) => {}
+            Topic::Inbox(tenant, inbox) => publisher.inbox(tenant, inbox, data.clone()),
+            Topic::Agent(tenant, agent) => publisher.agent(tenant, agent, data.clone()),
+            Topic::Cluster => publisher.cluster(data.clone()),
         }
     }
 }

@@ -45,7 +45,9 @@ pub const LANE_QUEUE_MAX: usize = 4_096;
 /// Requests of a lane that are not answered.
 pub const UNANSWERED_MAX: usize = 16_384;
 /// The version of the protocol that is spoken here. A peer of another one is spoken to by the lower of both.
-const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
+/// The version since which publications travel as runs.
+const RUNS_SINCE: u32 = 2;
 /// Registrations of a lane that are not answered.
 pub const WINDOW: usize = 256;
 /// Envelopes that go out together.
@@ -68,6 +70,8 @@ pub struct Identity {
     pub cluster: String,
     /// How many shards it has.
     pub shards: u32,
+    /// The highest version of the protocol that is spoken.
+    pub version: u32,
     /// How its nodes are known; none: whoever can connect is one.
     pub tls: Option<MeshTls>,
 }

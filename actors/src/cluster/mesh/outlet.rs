@@ -7,23 +7,49 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 
+use super::RUNS_SINCE;
 use super::proto::envelope::Kind as Envelopes;
-use super::proto::{Missed, Published, Who};
+use super::proto::{Missed, Published, Run, Who};
 use super::wire;
 use crate::fanout::{self, Aside, Topic, Watched};
 
 /// Bytes that wait for one lane of a node past which publications are left to the log.
 pub const OUTLET_BYTES_MAX: usize = 8 << 20;
+/// Bytes of a run of publications past which another one is begun.
+const RUN_BYTES: usize = 64 << 10;
 /// Bytes after which nothing more goes out together.
 const BATCH_BYTES_MAX: usize = 1 << 20;
 /// What an envelope costs beside its data.
 const ENVELOPE_COST: usize = 128;
 
+enum Word {
+    Said(Envelopes),
+    /// Publications, packed as they came, and how many.
+    Run(BytesMut, u64),
+}
+
+impl Word {
+    fn publications(&self) -> u64 {
+        match self {
+            Self::Said(Envelopes::Published(published)) => published.data.len() as u64,
+            Self::Said(_) => 0,
+            Self::Run(_, publications) => *publications,
+        }
+    }
+
+    fn envelope(self) -> Envelopes {
+        match self {
+            Self::Said(word) => word,
+            Self::Run(packed, _) => Envelopes::Run(Run { packed: packed.freeze() }),
+        }
+    }
+}
+
 #[derive(Default)]
 struct Queue {
-    words: VecDeque<(usize, Envelopes)>,
+    words: VecDeque<(usize, Word)>,
     bytes: usize,
     /// Topics of which something did not fit, and how far they reach.
     marked: BTreeMap<Topic, u64>,
@@ -31,7 +57,7 @@ struct Queue {
 }
 
 impl Queue {
-    fn push(&mut self, bytes: usize, word: Envelopes) {
+    fn push(&mut self, bytes: usize, word: Word) {
         self.bytes += bytes + ENVELOPE_COST;
         self.words.push_back((bytes + ENVELOPE_COST, word));
         self.wake();
@@ -39,7 +65,9 @@ impl Queue {
 
     /// Adds to what waits last, if that is of the same log and ends where this begins.
     fn follows(&mut self, topic: &Bytes, seq: u64, entries: &[(u64, Bytes)], bytes: usize) -> bool {
-        let Some((held, Envelopes::Published(last))) = self.words.back_mut() else { return false };
+        let Some((held, Word::Said(Envelopes::Published(last)))) = self.words.back_mut() else {
+            return false;
+        };
         let next = last.seq + last.data.len() as u64;
         let fits = seq > 1 && seq == next && last.topic == *topic && *held < BATCH_BYTES_MAX;
         if fits {
@@ -48,6 +76,21 @@ impl Queue {
             self.bytes += bytes;
         }
         fits
+    }
+
+    /// Adds to the run that waits last, or begins one.
+    fn pack(&mut self, topic: &Bytes, entries: &[(u64, Bytes)]) {
+        let bytes: usize = entries.iter().map(|(_, data)| wire::packed_len(topic, data)).sum();
+        if !matches!(self.words.back(), Some((held, Word::Run(..))) if *held < RUN_BYTES) {
+            self.push(0, Word::Run(BytesMut::with_capacity(bytes), 0));
+        }
+        let Some((held, Word::Run(packed, publications))) = self.words.back_mut() else { return };
+        packed.reserve(bytes);
+        entries.iter().for_each(|(seq, data)| wire::pack(packed, topic, *seq, data));
+        *publications += entries.len() as u64;
+        *held += bytes;
+        self.bytes += bytes;
+        self.wake();
     }
 
     fn mark(&mut self, topic: &Topic, seq: u64) {
@@ -68,12 +111,14 @@ impl Queue {
 /// What waits to be published to one interested node.
 pub(super) struct Outlet {
     number: u64,
+    /// Which version of the protocol is spoken to it.
+    version: u32,
     queue: Mutex<Queue>,
 }
 
 impl Outlet {
-    pub(super) fn new() -> Self {
-        Self { number: rand::random(), queue: Mutex::default() }
+    pub(super) fn new(version: u32) -> Self {
+        Self { number: rand::random(), version, queue: Mutex::default() }
     }
 
     fn lock(&self) -> MutexGuard<'_, Queue> {
@@ -82,7 +127,7 @@ impl Outlet {
 
     /// Says something small, whatever waits.
     pub(super) fn say(&self, word: Envelopes) {
-        self.lock().push(0, word);
+        self.lock().push(0, Word::Said(word));
     }
 
     /// Takes what is to go out now, at most `max`; nothing: it will wake.
@@ -92,7 +137,7 @@ impl Outlet {
         if queue.bytes < OUTLET_BYTES_MAX / 2 {
             for (topic, seq) in std::mem::take(&mut queue.marked) {
                 let missed = Missed { topic: Some(wire::write_topic(&topic)), seq };
-                queue.push(0, Envelopes::Missed(missed));
+                queue.push(0, Word::Said(Envelopes::Missed(missed)));
             }
         }
         while into.len() < max
@@ -101,9 +146,8 @@ impl Outlet {
         {
             queue.bytes -= bytes;
             taken += bytes;
-            published +=
-                if let Envelopes::Published(published) = &word { published.data.len() as u64 } else { 0 };
-            into.push(word);
+            published += word.publications();
+            into.push(word.envelope());
         }
         if into.len() > before {
             metrics::counter!("patchbay_mesh_publications_total").increment(published);
@@ -126,10 +170,15 @@ impl fanout::Outlet for Outlet {
             queue.mark(topic, *last);
             return;
         }
+        if self.version >= RUNS_SINCE {
+            queue.pack(at, entries);
+            return;
+        }
         let bytes = entries.iter().map(|(_, data)| data.len()).sum();
         if !queue.follows(at, *seq, entries, bytes) {
             let data = entries.iter().map(|(_, data)| data.clone()).collect();
-            queue.push(bytes, Envelopes::Published(Published { topic: at.clone(), seq: *seq, data }));
+            let published = Published { topic: at.clone(), seq: *seq, data };
+            queue.push(bytes, Word::Said(Envelopes::Published(published)));
         }
     }
 
@@ -150,7 +199,7 @@ impl fanout::Outlet for Outlet {
     fn aside(&self, topic: &Topic, aside: &Aside) {
         let mut queue = self.lock();
         if queue.has_room() {
-            queue.push(aside.data.len(), Envelopes::Aside(wire::write_aside(topic, aside)));
+            queue.push(aside.data.len(), Word::Said(Envelopes::Aside(wire::write_aside(topic, aside))));
         }
     }
 

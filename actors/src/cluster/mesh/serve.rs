@@ -17,9 +17,7 @@ use super::proto::mesh_server::{Mesh, MeshServer};
 use super::proto::{Answer, Batch, Beat, Envelope, Hello, Request, answer};
 use super::tls::{MeshTls, Socket};
 use super::wire;
-use super::{
-    ENVELOPES_MAX, FRAME_BYTES, Here, Identity, MESSAGE_BYTES_MAX, UNANSWERED_MAX, VERSION, WINDOW_BYTES,
-};
+use super::{ENVELOPES_MAX, FRAME_BYTES, Here, Identity, MESSAGE_BYTES_MAX, UNANSWERED_MAX, WINDOW_BYTES};
 use crate::fanout::Outlet as _;
 use crate::node::Counters;
 
@@ -111,8 +109,9 @@ impl Mesh for Service {
         };
         let here = self.here.upgrade().ok_or_else(|| Status::unavailable("the node ends"))?;
         self.check(&hello, &*here)?;
+        let version = self.identity.version.min(hello.version);
         let answer = Hello {
-            version: VERSION.min(hello.version),
+            version,
             cluster: self.identity.cluster.clone(),
             incarnation: here.incarnation(),
             to: hello.incarnation,
@@ -121,7 +120,7 @@ impl Mesh for Service {
         };
         let answer = Envelope { kind: Some(Envelopes::Hello(answer)) };
         let (answers, answering) = mpsc::channel(UNANSWERED_MAX);
-        let outlet = Arc::new(Outlet::new());
+        let outlet = Arc::new(Outlet::new(version));
         let (here, versions) = (self.here.clone(), self.versions.clone());
         let reads =
             Reads { here, answers, from: hello.incarnation, to: hello.to, outlet: outlet.clone(), versions };
@@ -266,6 +265,7 @@ impl Reads {
             | Envelopes::Answer(_)
             | Envelopes::Watched(_)
             | Envelopes::Published(_)
+            | Envelopes::Run(_)
             | Envelopes::Missed(_)
             | Envelopes::Who(_) => {}
         }

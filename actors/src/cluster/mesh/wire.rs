@@ -1,6 +1,6 @@
 //! Commands and their answers as they travel between nodes.
 
-use bytes::Bytes;
+use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 use futures_util::future::BoxFuture;
 use patchbay_protocol::ids::ConversationId;
 use patchbay_protocol::{CommandError, ErrorCode};
@@ -188,8 +188,73 @@ pub(super) fn topic_bytes(topic: &Topic) -> Bytes {
 }
 
 /// A topic that has come as bytes.
-pub(super) fn read_topic_bytes(bytes: &Bytes) -> Option<Topic> {
-    proto::Topic::decode(bytes.clone()).ok().and_then(read_topic)
+pub(super) fn read_topic_bytes(bytes: &[u8]) -> Option<Topic> {
+    match bytes {
+        // A conversation, as nearly all are: field 1, 16 bytes.
+        [0x0a, 16, id @ ..] if id.len() == 16 => {
+            Some(Topic::Conversation(ConversationId::from_bytes(id.try_into().ok()?)))
+        }
+        _ => proto::Topic::decode(bytes).ok().and_then(read_topic),
+    }
+}
+
+/// What a publication is in a run beside its topic and its data.
+const PACKED: usize = 2 + 8 + 4;
+
+/// How long a publication is in a run.
+pub(super) fn packed_len(topic: &Bytes, data: &Bytes) -> usize {
+    PACKED + topic.len() + data.len()
+}
+
+/// Adds a publication to a run. Neither topics nor publications are longer than their lengths can say.
+pub(super) fn pack(run: &mut BytesMut, topic: &Bytes, seq: u64, data: &Bytes) {
+    run.put_u16(u16::try_from(topic.len()).unwrap_or_default());
+    run.put_slice(topic);
+    run.put_u64(seq);
+    run.put_u32(u32::try_from(data.len()).unwrap_or_default());
+    run.put_slice(data);
+}
+
+/// Reads a run; entries of one log that follow each other are shown together. Which topic came last. What is broken
+/// ends it: the lane's registrations are renewed, and whatever was missed is read from the log.
+pub(super) fn unpack(mut run: Bytes, mut show: impl FnMut(&Topic, &[(u64, Bytes)])) -> Option<Topic> {
+    let mut last: Option<(Bytes, Topic)> = None;
+    let mut together: Vec<(u64, Bytes)> = Vec::new();
+    while let Ok(length) = run.try_get_u16() {
+        let length = usize::from(length);
+        let is_same = last.as_ref().is_some_and(|(bytes, _)| run.starts_with(bytes) && bytes.len() == length);
+        if run.len() < length + PACKED - 2 {
+            tracing::warn!("a run of publications breaks off");
+            break;
+        }
+        let fresh = (!is_same).then(|| run.slice(..length));
+        run.advance(length);
+        let (seq, length) = (run.get_u64(), run.get_u32() as usize);
+        if run.len() < length {
+            tracing::warn!("a run of publications breaks off");
+            break;
+        }
+        let data = run.split_to(length);
+        let follows = is_same && seq > 0 && together.last().is_some_and(|(before, _)| before + 1 == seq);
+        if !follows && let Some((_, topic)) = last.as_ref().filter(|_| !together.is_empty()) {
+            show(topic, &together);
+            together.clear();
+        }
+        if let Some(bytes) = fresh {
+            // One of a kind that this version does not know is left out.
+            let Some(topic) = read_topic_bytes(&bytes) else {
+                last = None;
+                continue;
+            };
+            last = Some((bytes, topic));
+        }
+        together.push((seq, data));
+    }
+    let (_, topic) = last?;
+    if !together.is_empty() {
+        show(&topic, &together);
+    }
+    Some(topic)
 }
 
 /// A topic that has come; none: it is of a kind that this version does not know.
@@ -235,13 +300,14 @@ pub(super) fn read_aside(aside: proto::Aside) -> Option<(Topic, Aside)> {
 mod tests {
     use super::proto::envelope::Kind as Envelopes;
     use super::proto::{
-        Batch, Beat, Changed, Envelope, Hello, Missed, Present, Published, Unwatch, Watch, Who,
+        Batch, Beat, Changed, Envelope, Hello, Missed, Present, Published, Run, Unwatch, Watch, Who,
     };
     use super::*;
     use patchbay_protocol::command::Request as Asked;
     use patchbay_protocol::ids::CommandId;
 
-    const GOLDEN: &str = include_str!("../../../../protocol/fixtures/mesh-1.txt");
+    const GOLDEN_1: &str = include_str!("../../../../protocol/fixtures/mesh-1.txt");
+    const GOLDEN_2: &str = include_str!("../../../../protocol/fixtures/mesh-2.txt");
 
     /// One of everything that version 1 says.
     fn words() -> Vec<(&'static str, Envelopes)> {
@@ -293,9 +359,25 @@ mod tests {
         bytes.iter().map(|b| format!("{b:02x}")).collect()
     }
 
-    #[test]
-    fn what_version_1_says_stays_as_it_is() {
-        let said: String = words()
+    /// What version 2 says beside that.
+    fn words_since_2() -> Vec<(&'static str, Envelopes)> {
+        vec![("run", Envelopes::Run(Run { packed: run() }))]
+    }
+
+    fn run() -> Bytes {
+        let mut run = BytesMut::new();
+        let log = topic_bytes(&Topic::Conversation(ConversationId::from_bytes([7; 16])));
+        let inbox = topic_bytes(&Topic::Inbox("acme".parse().unwrap(), "main".parse().unwrap()));
+        let texts: Vec<Bytes> = (0..6).map(|n| format!("{{\"n\":{n}}}").into()).collect();
+        let publications = [(&log, 12), (&log, 13), (&inbox, 0), (&inbox, 0), (&log, 14), (&log, 16)];
+        for ((topic, seq), data) in publications.into_iter().zip(&texts) {
+            pack(&mut run, topic, seq, data);
+        }
+        run.freeze()
+    }
+
+    fn stays(words: Vec<(&'static str, Envelopes)>, file: &str, golden: &str) {
+        let said: String = words
             .into_iter()
             .map(|(name, kind)| {
                 let batch = Batch { envelopes: vec![Envelope { kind: Some(kind) }] };
@@ -305,9 +387,52 @@ mod tests {
             })
             .collect();
         if std::env::var_os("PATCHBAY_WRITE_FIXTURES").is_some() {
-            std::fs::write("../protocol/fixtures/mesh-1.txt", &said).unwrap();
+            std::fs::write(format!("../protocol/fixtures/{file}"), &said).unwrap();
         }
-        assert_eq!(said, GOLDEN);
+        assert_eq!(said, golden);
+    }
+
+    #[test]
+    fn what_each_version_says_stays_as_it_is() {
+        stays(words(), "mesh-1.txt", GOLDEN_1);
+        stays(words_since_2(), "mesh-2.txt", GOLDEN_2);
+    }
+
+    fn unpacked(run: Bytes) -> (Vec<(Topic, Vec<u64>)>, Option<Topic>) {
+        let mut shown = Vec::new();
+        let last = unpack(run, |topic, publications| {
+            shown.push((topic.clone(), publications.iter().map(|(seq, _)| *seq).collect()));
+        });
+        (shown, last)
+    }
+
+    #[test]
+    fn a_run_is_read_as_it_was_published_and_only_what_follows_is_shown_together() {
+        let log = Topic::Conversation(ConversationId::from_bytes([7; 16]));
+        let inbox = Topic::Inbox("acme".parse().unwrap(), "main".parse().unwrap());
+        let all = vec![
+            (log.clone(), vec![12, 13]),
+            (inbox.clone(), vec![0]),
+            (inbox.clone(), vec![0]),
+            (log.clone(), vec![14]),
+            (log.clone(), vec![16]),
+        ];
+        assert_eq!(unpacked(run()), (all.clone(), Some(log.clone())));
+        // Wherever it breaks off, what came before is shown.
+        let mut most = 0;
+        for length in 0..run().len() {
+            let (shown, _) = unpacked(run().slice(..length));
+            let count: usize = shown.iter().map(|(_, seqs)| seqs.len()).sum();
+            assert!(count >= most && count < 6, "{length}");
+            most = count;
+        }
+        assert_eq!(most, 5);
+        // A topic of a kind that nobody knows is left out, and what follows it is not.
+        let mut run = BytesMut::new();
+        for topic in [&Bytes::from_static(&[0x4a, 1, 1]), &topic_bytes(&inbox)] {
+            pack(&mut run, topic, 0, &Bytes::from_static(b"{}"));
+        }
+        assert_eq!(unpacked(run.freeze()), (vec![(inbox.clone(), vec![0])], Some(inbox)));
     }
 
     #[test]
@@ -319,8 +444,8 @@ mod tests {
         let beat = Beat { map_version: 17, ..Beat::default() };
         assert_eq!(batch.envelopes[1].kind, Some(Envelopes::Beat(beat)));
         // A topic of another kind, and what is no topic at all.
-        assert_eq!(read_topic_bytes(&Bytes::from_static(&[0x4a, 1, 1])), None);
-        assert_eq!(read_topic_bytes(&Bytes::from_static(&[0x0a, 3, 1, 2, 3])), None);
-        assert_eq!(read_topic_bytes(&Bytes::from_static(b"\xff\xff")), None);
+        assert_eq!(read_topic_bytes(&[0x4a, 1, 1]), None);
+        assert_eq!(read_topic_bytes(&[0x0a, 3, 1, 2, 3]), None);
+        assert_eq!(read_topic_bytes(b"\xff\xff"), None);
     }
 }
