@@ -181,6 +181,9 @@ pub enum StartError {
         /// Configured.
         configured: u32,
     },
+    /// Others would not speak with it.
+    #[error("{0}")]
+    Stranger(String),
     /// The actors could not be started.
     #[error("actors: {0}")]
     Actors(#[from] ractor::SpawnErr),
@@ -362,6 +365,11 @@ impl Node {
                 version: node.cluster.speaks,
                 tls: node.cluster.tls.clone(),
             };
+            if let Some(me) = &node.cluster.member.mesh
+                && let Some(why) = identity.stranger(&*network, me, &node.others().await).await
+            {
+                return Err(StartError::Stranger(why));
+            }
             let here: Weak<dyn Here> = Arc::downgrade(&(node.clone() as Arc<dyn Here>));
             let mesh = node.mesh.get_or_init(|| Mesh::start(identity, network, node.switch.clone(), here));
             node.switch.set_transport(mesh.clone());
@@ -373,6 +381,13 @@ impl Node {
         keeper::start(&node, actions).await;
         tokio::spawn(passivate(Arc::downgrade(&node)));
         Ok(node)
+    }
+
+    /// Where the nodes are that are in the cluster now, as far as that can be read.
+    async fn others(&self) -> Vec<String> {
+        let store = Store::new(self.engine.clone(), self.cluster.ttl);
+        let map = store.map(|| ShardMap::new(0, 0, 0)).await;
+        map.map(|(_, map)| map.members.into_values().filter_map(|m| m.mesh).collect()).unwrap_or_default()
     }
 
     /// Comes into the cluster as a new incarnation.
@@ -473,7 +488,7 @@ impl Node {
     /// Who looks at a topic, on every node that answers within a second; each in its publisher's words.
     pub async fn present(&self, topic: &Topic) -> Result<Vec<String>, CommandError> {
         let (reply, answer) = oneshot::channel();
-        self.switch.send(Parcel::Who(topic.clone(), reply)).map_err(|refused| refused.0)?;
+        self.switch.send(Parcel::Who(topic.clone(), reply.into())).map_err(|refused| refused.0)?;
         Answer::from(answer).wait().await
     }
 
@@ -746,7 +761,7 @@ impl Node {
 impl Router for Node {
     fn conversation(&self, id: ConversationId, command: Command) -> Result<Answer<Reply>, CommandError> {
         let (reply, answer) = oneshot::channel();
-        let mut parcel = (command, reply);
+        let mut parcel = (command, reply.into());
         if self.switch.is_quiet() {
             match self.conversations.hand(&EntityId::Conversation(id), parcel.0, parcel.1) {
                 Ok(()) => return Ok(answer.into()),
@@ -768,7 +783,7 @@ impl Router for Node {
     ) -> Result<Answer<AccountReply>, CommandError> {
         let (reply, answer) = oneshot::channel();
         self.switch
-            .send(Parcel::Account(tenant.clone(), account.clone(), Box::new(command), reply))
+            .send(Parcel::Account(tenant.clone(), account.clone(), Box::new(command), reply.into()))
             .map_err(|refused| refused.0)?;
         Ok(answer.into())
     }
@@ -781,7 +796,7 @@ impl Router for Node {
     ) -> Result<Answer<AgentReply>, CommandError> {
         let (reply, answer) = oneshot::channel();
         self.switch
-            .send(Parcel::Agent(tenant.clone(), agent.clone(), Box::new(command), reply))
+            .send(Parcel::Agent(tenant.clone(), agent.clone(), Box::new(command), reply.into()))
             .map_err(|refused| refused.0)?;
         Ok(answer.into())
     }
@@ -794,7 +809,7 @@ impl Router for Node {
     ) -> Result<Answer<InboxReply>, CommandError> {
         let (reply, answer) = oneshot::channel();
         self.switch
-            .send(Parcel::Inbox(tenant.clone(), inbox.clone(), Box::new(command), reply))
+            .send(Parcel::Inbox(tenant.clone(), inbox.clone(), Box::new(command), reply.into()))
             .map_err(|refused| refused.0)?;
         Ok(answer.into())
     }
@@ -813,8 +828,10 @@ impl Here for Node {
         if matches!(self.place(parcel.shard(self.shards.count)), Place::There(_)) {
             return Err(parcel);
         }
-        self.hand(parcel).or_else(|parcel| {
-            // It is being opened, or is about to go: it waits here until either has happened.
+        // Nothing that arrived before it waits.
+        let handed = if self.switch.is_quiet() { self.hand(parcel) } else { Err(parcel) };
+        handed.or_else(|parcel| {
+            // It may be being opened, or about to go: then it waits here until either has happened.
             self.switch.arrived(parcel).or_else(|refused| {
                 let (error, parcel) = *refused;
                 parcel.refuse(error);

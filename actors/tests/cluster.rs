@@ -5,10 +5,11 @@
 mod common;
 
 use std::collections::{HashMap, HashSet};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
+use async_trait::async_trait;
 use bytes::Bytes;
 use common::Graph;
 use patchbay_actors::clock::Clock;
@@ -29,6 +30,9 @@ use patchbay_protocol::Timestamp;
 use patchbay_protocol::command::{AddNote, Reply, Request};
 use patchbay_protocol::ids::{AgentId, ConversationId, InboxId, TenantId};
 use patchbay_storage::model::Model;
+use patchbay_storage::{
+    Batch, CasOutcome, Document, DocumentKey, Engine, ReadError, Row, Scan, Stamp, Table, WriteError,
+};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::time::Instant;
@@ -171,6 +175,7 @@ struct Cluster {
     graph: Arc<Graph>,
     wires: Arc<Wires>,
     mesh: bool,
+    reads: Option<Arc<Reads>>,
 }
 
 impl Cluster {
@@ -178,7 +183,7 @@ impl Cluster {
         let clock = Clock::from(Timestamp::parse("2026-11-21T09:00:00Z").unwrap());
         let (graph, wires) = (Arc::default(), Arc::default());
         let ticks = Ticks::Tokio(Instant::now());
-        Self { model: Model::new().shared(), clock, ticks, graph, wires, mesh: false }
+        Self { model: Model::new().shared(), clock, ticks, graph, wires, mesh: false, reads: None }
     }
 
     fn meshed() -> Self {
@@ -193,6 +198,10 @@ impl Cluster {
     async fn start(&self, name: &str) -> Arc<Running> {
         // Its own handle of the store, so that it alone can be cut off from it.
         let model = self.model.apart();
+        let engine: Arc<dyn Engine> = match &self.reads {
+            Some(reads) => Arc::new(Slow { model: model.clone(), reads: reads.clone() }),
+            None => Arc::new(model.clone()),
+        };
         let listener = if self.mesh { Some(TcpListener::bind("127.0.0.1:0").await.unwrap()) } else { None };
         let mesh = listener.as_ref().map(|l| l.local_addr().unwrap().to_string());
         let member = Member { name: name.into(), mesh, capacity: 1, draining: false };
@@ -204,7 +213,7 @@ impl Cluster {
             shards: SHARDS,
             cluster,
             mesh: listener.map(Tcp::at),
-            ..NodeConfig::new(Arc::new(model.clone()), self.clock, screen.clone(), self.graph.clone())
+            ..NodeConfig::new(engine, self.clock, screen.clone(), self.graph.clone())
         };
         let node = Node::start(config).await.unwrap();
         let (wires, from) = (self.wires.clone(), Arc::downgrade(&node));
@@ -465,6 +474,113 @@ async fn a_node_is_lost(cluster: Cluster) {
     let (acked, failed) = load.end(&a).await;
     println!("{acked} acked, {failed} tries failed, replaced in {taken:?}");
     assert!(acked > 1000, "{acked}");
+}
+
+/// Reads of logs: those under way, the most at once, and all.
+#[derive(Default)]
+struct Reads {
+    now: AtomicUsize,
+    most: AtomicUsize,
+    all: AtomicUsize,
+}
+
+/// A store that takes its time to read logs, and counts how many are read at once.
+struct Slow {
+    model: Model,
+    reads: Arc<Reads>,
+}
+
+#[async_trait]
+impl Engine for Slow {
+    async fn write(&self, batch: Batch) -> Result<(), WriteError> {
+        self.model.write(batch).await
+    }
+
+    async fn get(&self, table: Table, partition: &Bytes, place: &Bytes) -> Result<Option<Row>, ReadError> {
+        self.model.get(table, partition, place).await
+    }
+
+    async fn scan(&self, scan: Scan) -> Result<Vec<Row>, ReadError> {
+        if scan.table != Table::Entries {
+            return self.model.scan(scan).await;
+        }
+        let now = self.reads.now.fetch_add(1, Ordering::Relaxed) + 1;
+        self.reads.most.fetch_max(now, Ordering::Relaxed);
+        self.reads.all.fetch_add(1, Ordering::Relaxed);
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        let found = self.model.scan(scan).await;
+        self.reads.now.fetch_sub(1, Ordering::Relaxed);
+        found
+    }
+
+    async fn drop_partition(&self, table: Table, partition: Bytes, stamp: Stamp) -> Result<(), WriteError> {
+        self.model.drop_partition(table, partition, stamp).await
+    }
+
+    async fn document(&self, key: &DocumentKey) -> Result<Option<Document>, ReadError> {
+        self.model.document(key).await
+    }
+
+    async fn compare_and_set(
+        &self,
+        key: DocumentKey,
+        expected: Option<u64>,
+        value: Option<Bytes>,
+    ) -> Result<CasOutcome, WriteError> {
+        self.model.compare_and_set(key, expected, value).await
+    }
+
+    async fn documents(
+        &self,
+        scope: &str,
+        kind: &'static str,
+        after: &str,
+        limit: usize,
+    ) -> Result<Vec<(String, Document)>, ReadError> {
+        self.model.documents(scope, kind, after, limit).await
+    }
+}
+
+#[tokio::test]
+async fn thirty_thousand_topics_of_a_lost_node_are_registered_anew_a_few_at_a_time() {
+    const TOPICS: u64 = 30_000;
+    /// Those of two nodes that ask how far logs reach, and of what else is loaded meanwhile.
+    const AT_ONCE: usize = 2 * 64 + 64;
+    let reads = Arc::<Reads>::default();
+    let cluster = Cluster { reads: Some(reads.clone()), ..Cluster::meshed() };
+    let [a, b, c] = three(&cluster, 24).await;
+    let topics: Vec<Topic> = (0..TOPICS)
+        .map(|n| {
+            let mut bytes = [0; 16];
+            bytes[..8].copy_from_slice(&n.wrapping_mul(0x9E37_79B9_7F4A_7C15).to_be_bytes());
+            Topic::Conversation(ConversationId::from_bytes(bytes))
+        })
+        .collect();
+    let watches = c.node.watches();
+    topics.iter().for_each(|topic| watches.begin(topic));
+    let all_held = async || {
+        for topic in &topics {
+            while watches.ready(topic).await.is_err() {}
+        }
+    };
+    all_held().await;
+    let of_b = topics.iter().filter(|t| b.node.shards().reign(t.shard(SHARDS)).is_some()).count();
+    assert!(of_b > 8_000, "{of_b}");
+    reads.most.store(0, Ordering::Relaxed);
+    reads.all.store(0, Ordering::Relaxed);
+    b.model.cut(true);
+    until("the others have everything", async || a.held() + c.held() == SHARDS as usize).await;
+    // Commands do not stand behind them.
+    for n in 0..24 {
+        until("it is taken", async || c.writes(&thread(n), &format!("meanwhile.{n}")).await).await;
+    }
+    all_held().await;
+    let (most, all) = (reads.most.load(Ordering::Relaxed), reads.all.load(Ordering::Relaxed));
+    println!("{of_b} topics came to other nodes: {all} reads, {most} at once");
+    assert!(most <= AT_ONCE, "{most} at once");
+    // Of each log what stands above its snapshot, and the bucket behind that.
+    assert!((2 * of_b..2 * of_b + of_b / 4).contains(&all), "{all} reads for {of_b} topics");
+    until("none of them stays", async || a.node.active_count() + c.node.active_count() < 500).await;
 }
 
 /// Three nodes on the mesh, each with its share.

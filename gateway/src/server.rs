@@ -213,7 +213,11 @@ impl Server {
             memory: memory::gauge(config.limits.memory.map(|m| m.0)),
             ..NodeConfig::new(store.engine(), Clock::System, hub.clone(), provider)
         })
-        .await?;
+        .await
+        .map_err(|error| match error {
+            StartError::Stranger(why) => RunError::Config(format!("mesh.cert: {why}")),
+            error => error.into(),
+        })?;
         let redis = engines::redis(config)?;
         let shares_store = store.embedded().is_none();
         if let Some(redis) = &redis {

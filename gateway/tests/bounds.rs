@@ -683,9 +683,16 @@ const SECTIONS: &[(&str, &[Row])] = &[
             Row(
                 "commands for a shard that is on its way; those of all shards",
                 "WAITING_MAX, WAITING_ALL_MAX, WAITING_FOR",
-                "switch.rs/arrived, switch.rs/returned, switch.rs/waiting, switch.rs/shards",
+                "switch.rs/given_back, switch.rs/arrived, switch.rs/returned, switch.rs/waiting, switch.rs/shards",
                 "`overloaded`; after 30 s `unavailable`",
                 "patchbay_shards_waiting_commands",
+            ),
+            Row(
+                "nodes that a node asks whether it is one of them, and how long each is waited for",
+                "mesh/mod.rs/ASKED_MAX, tls.rs/ASK_TIMEOUT",
+                "",
+                "those that do not answer are not counted",
+                "",
             ),
             Row(
                 "a shard that is to go waits for what is under way; a node that ends for its shards to go, and for the map to say that nothing is left to do",

@@ -22,21 +22,31 @@ fn patchbay(args: &[&str]) -> String {
     String::from_utf8(ran.stdout).unwrap()
 }
 
+/// What a node of a cluster is told.
+struct Config([(&'static str, String); 6]);
+
+impl Config {
+    fn new(certs: &Path, keyspace: &str) -> Self {
+        let file = |name: &str| certs.join(name).to_str().unwrap().to_owned();
+        let nodes = format!("[\"{}\"]", servers::cassandra().join("\",\""));
+        Self([
+            ("PATCHBAY__STORAGE__SCYLLA__NODES", nodes),
+            ("PATCHBAY__STORAGE__SCYLLA__KEYSPACE", keyspace.to_owned()),
+            ("PATCHBAY__EVENTS__ENGINE", "embedded".to_owned()),
+            ("PATCHBAY__MESH__CERT", file("node.pem")),
+            ("PATCHBAY__MESH__KEY", file("node-key.pem")),
+            ("PATCHBAY__MESH__CA", file("ca.pem")),
+        ])
+    }
+
+    fn env(&self) -> Vec<(&str, &str)> {
+        self.0.iter().map(|(name, value)| (*name, value.as_str())).chain(COMMON).collect()
+    }
+}
+
 async fn start(dir: &Path, certs: &Path, keyspace: &str) -> Node {
-    let file = |name: &str| certs.join(name).to_str().unwrap().to_owned();
-    let nodes = format!("[\"{}\"]", servers::cassandra().join("\",\""));
-    let env = [
-        ("PATCHBAY__STORAGE__SCYLLA__NODES", nodes),
-        ("PATCHBAY__STORAGE__SCYLLA__KEYSPACE", keyspace.to_owned()),
-        ("PATCHBAY__EVENTS__ENGINE", "embedded".to_owned()),
-        ("PATCHBAY__MESH__CERT", file("node.pem")),
-        ("PATCHBAY__MESH__KEY", file("node-key.pem")),
-        ("PATCHBAY__MESH__CA", file("ca.pem")),
-    ];
     std::fs::create_dir_all(dir).unwrap();
-    let env = env.iter().map(|(name, value)| (*name, value.as_str()));
-    let env: Vec<(&str, &str)> = env.chain(COMMON).collect();
-    Node::start_with(dir, &env).await
+    Node::start_with(dir, &Config::new(certs, keyspace).env()).await
 }
 
 /// Nine nodes at once have no room on a small machine: their leases would lapse for that alone.
@@ -267,6 +277,43 @@ async fn a_file_is_everywhere_and_outlives_the_node_that_took_it() {
         assert_eq!(file.status(), 200);
         assert!(file.bytes().await.unwrap() == image);
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_others_would_not_speak_with_is_given_nothing() {
+    if servers::quick() {
+        return;
+    }
+    let _alone = ALONE.lock().await;
+    let (dir, keyspace) = (tempfile::tempdir().unwrap(), servers::fresh("strangers"));
+    let certs = dir.path().join("certs");
+    patchbay(&["dev-cert", "--dir", certs.to_str().unwrap()]);
+    let a = start(&dir.path().join("a"), &certs, &keyspace).await;
+    shared_out(&a, 1).await;
+    let before = held(&a).await;
+    // By another authority; and by the right one for somebody else.
+    let (foreign, elsewhere) = (dir.path().join("foreign"), dir.path().join("elsewhere"));
+    patchbay(&["dev-cert", "--dir", foreign.to_str().unwrap()]);
+    std::fs::create_dir(&elsewhere).unwrap();
+    for file in ["ca.pem", "ca-key.pem"] {
+        std::fs::copy(certs.join(file), elsewhere.join(file)).unwrap();
+    }
+    patchbay(&["dev-cert", "--dir", elsewhere.to_str().unwrap(), "--name", "10.1.2.3"]);
+    for (certs, says) in [(&foreign, "does not take it"), (&elsewhere, "not for 127.0.0.1")] {
+        let config = Config::new(certs, &keyspace);
+        let dir = dir.path().join(certs.file_name().unwrap()).join("data");
+        let ran = Command::new(env!("CARGO_BIN_EXE_patchbay"))
+            .args(["dev", "--quiet", "--data-dir", dir.to_str().unwrap()])
+            .envs([("PATCHBAY__PUBLIC__LISTEN", "127.0.0.1:0"), ("PATCHBAY__OPS__LISTEN", "127.0.0.1:0")])
+            .envs(common::real_engines(certs))
+            .envs(config.env())
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&ran.stderr);
+        assert!(said.contains("mesh.cert") && said.contains(says), "{said}");
+        assert_eq!(ran.status.code(), Some(64), "{said}");
+    }
+    assert_eq!(held(&a).await, before);
 }
 
 /// An agent on a public SDK that follows conversations through `url`.

@@ -768,7 +768,10 @@ impl Sim {
         }
         self.calms();
         self.until("the cluster is whole again", ENDS_WITHIN, |sim| {
-            Arc::strong_count(&sim.draining) == 1 && sim.is_balanced()
+            // Somebody who is asked to end comes back.
+            Arc::strong_count(&sim.draining) == 1
+                && sim.is_balanced()
+                && sim.processes.iter().all(Process::is_up)
         })?;
         self.judge_frost()?;
         // Shards move once more while everybody talks and nothing is wrong: nobody is left in the dark.

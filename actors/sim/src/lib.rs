@@ -2,7 +2,7 @@
 //! misbehave. Every choice comes from one seed, which stands in every failure; each seed has a process of its own, so that
 //! nothing of another one is left in it.
 //!
-//! `./x sim` runs 2,000 seeds (every test run the first 300), `./x sim SEED` one of them with its story, `./x sim --hours N` as
+//! `./x sim` runs 2,000 seeds, as every test run does, `./x sim SEED` one of them with its story, `./x sim --hours N` as
 //! many as that takes, `./x sim --seeds N` so many.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 

@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -13,6 +13,7 @@ use patchbay_actors::cluster::mesh::VERSION;
 use patchbay_actors::cluster::runtime::ClusterConfig;
 use patchbay_actors::cluster::ticks::Ticks;
 use patchbay_actors::desk::Desk;
+use patchbay_actors::directory::Stale;
 use patchbay_actors::fanout::Topic;
 use patchbay_actors::intake::Intake;
 use patchbay_actors::node::{Events as NodeEvents, Node, NodeConfig};
@@ -30,6 +31,8 @@ use crate::world::{World, lock};
 pub(crate) const SHARDS: u32 = 16;
 /// A process that ends in order is waited for so long.
 const FINISHES_WITHIN: u64 = 10_000;
+/// How often a node reads documents anew of which nobody has told it.
+const LOOK_ANEW: Duration = Duration::from_secs(1);
 
 /// What stands around every process.
 #[derive(Clone)]
@@ -191,6 +194,15 @@ pub(crate) struct Process {
     pub(crate) back_at: Option<u64>,
 }
 
+/// Reads documents anew of which nobody has told, as a node does beside its doors.
+async fn look_anew(node: Weak<Node>) {
+    loop {
+        tokio::time::sleep(LOOK_ANEW).await;
+        let Some(node) = node.upgrade() else { return };
+        node.directory().heard_of_change(Stale::Perhaps).await;
+    }
+}
+
 impl Process {
     pub(crate) fn new(n: usize, around: Around) -> Self {
         let rate = 9_920 + around.world.between(0, 160);
@@ -273,6 +285,7 @@ impl Process {
                 }
             };
             around.world.tell(|| format!("process {n} is incarnation {}", node.incarnation()));
+            tokio::spawn(look_anew(Arc::downgrade(&node)));
             let (desk, intake) = (Desk::new(node.clone()), Intake::new(node.clone()));
             *lock(&ready) = Some(Up { node, desk, intake, screen });
         });

@@ -1,5 +1,5 @@
 //! The first seeds of `./x sim`.
 
 fn main() -> std::process::ExitCode {
-    patchbay_sim::run(300)
+    patchbay_sim::run(2_000)
 }

@@ -74,6 +74,17 @@ impl Parcel {
         }
     }
 
+    /// Whether another node sent it.
+    fn is_far(&self) -> bool {
+        match self {
+            Self::Conversation(.., reply) => reply.is_far(),
+            Self::Account(.., reply) => reply.is_far(),
+            Self::Agent(.., reply) => reply.is_far(),
+            Self::Inbox(.., reply) => reply.is_far(),
+            Self::Who(_, reply) => reply.is_far(),
+        }
+    }
+
     /// Answers that it was not done.
     pub fn refuse(self, error: CommandError) {
         // Whoever has stopped waiting repeats with the same ids.
@@ -121,6 +132,8 @@ pub trait Transport: Send + Sync + 'static {
 struct Shard {
     /// What other nodes sent here. It waits for nothing that is under way from here: that may be itself, sent on to us.
     arrived: VecDeque<(Instant, Parcel)>,
+    /// The same, handed to an entity here and given back since: it goes before what has arrived since.
+    given_back: VecDeque<(Instant, Parcel)>,
     /// What came back, and what came since.
     returned: VecDeque<(Instant, Parcel)>,
     waiting: VecDeque<(Instant, Parcel)>,
@@ -135,7 +148,7 @@ struct Shard {
 
 impl Shard {
     fn len(&self) -> usize {
-        self.arrived.len() + self.returned.len() + self.waiting.len()
+        self.given_back.len() + self.arrived.len() + self.returned.len() + self.waiting.len()
     }
 }
 
@@ -276,7 +289,10 @@ impl Switch {
         let mut inner = self.lock();
         // It was let in once: it is not turned away for a bound now.
         inner.waiting += 1;
-        inner.shards.entry(shard).or_default().returned.push_back((Instant::now(), parcel));
+        let at = inner.shards.entry(shard).or_default();
+        // What another node sent may be what is under way from here: it does not wait for that.
+        let queue = if parcel.is_far() { &mut at.given_back } else { &mut at.returned };
+        queue.push_back((Instant::now(), parcel));
         self.flush(&mut inner, shard);
     }
 
@@ -339,9 +355,14 @@ impl Switch {
     }
 
     fn flush(&self, inner: &mut Inner, shard: u32) {
-        while let Some((since, parcel)) = inner.shards.get_mut(&shard).and_then(|at| at.arrived.pop_front()) {
+        while let Some(at) = inner.shards.get_mut(&shard) {
+            let from_back = !at.given_back.is_empty();
+            let queue = if from_back { &mut at.given_back } else { &mut at.arrived };
+            let Some((since, parcel)) = queue.pop_front() else { break };
             if let Err(parcel) = self.take_in(inner, shard, parcel) {
-                inner.shards.entry(shard).or_default().arrived.push_front((since, parcel));
+                let at = inner.shards.entry(shard).or_default();
+                let queue = if from_back { &mut at.given_back } else { &mut at.arrived };
+                queue.push_front((since, parcel));
                 break;
             }
             inner.waiting -= 1;
@@ -409,7 +430,7 @@ async fn refuse_the_old(switch: Weak<Switch>) {
         {
             let mut inner = strong.lock();
             for at in inner.shards.values_mut() {
-                for queue in [&mut at.arrived, &mut at.returned, &mut at.waiting] {
+                for queue in [&mut at.given_back, &mut at.arrived, &mut at.returned, &mut at.waiting] {
                     while queue.front().is_some_and(|(since, _)| since.elapsed() >= WAITING_FOR) {
                         old.extend(queue.pop_front());
                     }
@@ -469,7 +490,7 @@ mod tests {
     fn parcel(n: u64) -> (Parcel, Answer) {
         let (reply, answer) = oneshot::channel();
         let command = Box::new(AccountCommand::Placed { kept: n });
-        (Parcel::Account("t".parse().unwrap(), "a".parse().unwrap(), command, reply), answer)
+        (Parcel::Account("t".parse().unwrap(), "a".parse().unwrap(), command, reply.into()), answer)
     }
 
     fn number(parcel: &Parcel) -> u64 {
@@ -551,6 +572,28 @@ mod tests {
         assert_eq!(world.sent(), [(2, 1)]);
         world.comes_back();
         assert_eq!(world.sent(), [(3, 1), (3, 2)]);
+    }
+
+    #[tokio::test]
+    async fn what_was_sent_on_to_us_and_is_given_back_does_not_wait_for_itself() {
+        let world = World::at(Place::There(2));
+        let _first = world.send(1);
+        // The other node sends it on, and the entity here gives it back, since its shard goes and comes again.
+        world.moves(Place::Nowhere);
+        let _second = world.send(2);
+        let (reply, _waits) = oneshot::channel();
+        let command = Box::new(AccountCommand::Placed { kept: 1 });
+        let reply = ReplyTo::far(reply);
+        let sent_on = Parcel::Account("t".parse().unwrap(), "a".parse().unwrap(), command, reply);
+        world.switch.returned(sent_on);
+        // What arrives meanwhile does not overtake it.
+        world.switch.arrived(parcel(3).0).map_err(|refused| refused.0).unwrap();
+        world.moves(Place::Here);
+        assert_eq!(world.taken(), [1, 3], "what came since waits for the answer");
+        world.wire.0.lock().unwrap().clear();
+        world.switch.settled(world.shard);
+        assert_eq!(world.taken(), [1, 3, 2]);
+        assert!(world.switch.is_quiet());
     }
 
     #[tokio::test]

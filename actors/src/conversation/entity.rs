@@ -5,11 +5,11 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
 use bytes::Bytes;
-use patchbay_protocol::command::{Command, Reply, Request};
+use patchbay_protocol::command::{Command, Reply, Request, Tip};
 use patchbay_protocol::content::Media;
 use patchbay_protocol::entry::{Body, Entry};
 use patchbay_protocol::event::Origin;
-use patchbay_protocol::ids::{AgentId, CommandId, ConversationId, EntityId, EntryId};
+use patchbay_protocol::ids::{AgentId, CommandId, ConversationId, EntityId, EntryId, TenantId};
 use patchbay_protocol::outbound::{Lane, Outbound, Payload, Recipient, Signal};
 use patchbay_protocol::receipt::MessageStatus;
 use patchbay_protocol::{CommandError, Timestamp};
@@ -400,6 +400,13 @@ impl LogEntity for Conversation {
 
     fn wake() -> Command {
         crate::router::system_command(Request::TimerDue)
+    }
+
+    fn reaches(command: &Command, seq: u64) -> Option<Reply> {
+        // A tenant's has to be its own.
+        let by_a_node = command.scope.tenant == TenantId::nobody();
+        (by_a_node && matches!(command.request, Request::Tip))
+            .then_some(Reply::Tip(Tip { seq, account: None }))
     }
 
     fn is_wake(command: &Command) -> bool {

@@ -206,6 +206,11 @@ pub trait LogEntity: Sized + Send + Sync + 'static {
     /// The command that a wake-up or timer stands for.
     fn wake() -> Self::Command;
 
+    /// What answers a command that asks only how far the log reaches; none: it asks more than that.
+    fn reaches(_command: &Self::Command, _seq: u64) -> Option<Self::Reply> {
+        None
+    }
+
     /// Whether a command is [`Self::wake`].
     fn is_wake(command: &Self::Command) -> bool;
 

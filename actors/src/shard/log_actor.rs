@@ -253,6 +253,9 @@ impl<E: LogEntity> LogActor<E> {
                 Box::pin(self.leave(me, at)).await;
                 return;
             }
+            if matches!(at.phase, Phase::Cold) && self.answer_reach(me, at).await {
+                return;
+            }
             if !self.ready(me, at).await {
                 return;
             }

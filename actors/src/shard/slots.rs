@@ -34,7 +34,34 @@ pub const LONG_PAUSE: Duration = Duration::from_secs(60);
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Whom to answer.
-pub type ReplyTo<T> = oneshot::Sender<Result<T, CommandError>>;
+#[derive(Debug)]
+pub struct ReplyTo<T> {
+    to: oneshot::Sender<Result<T, CommandError>>,
+    is_far: bool,
+}
+
+impl<T> From<oneshot::Sender<Result<T, CommandError>>> for ReplyTo<T> {
+    fn from(to: oneshot::Sender<Result<T, CommandError>>) -> Self {
+        Self { to, is_far: false }
+    }
+}
+
+impl<T> ReplyTo<T> {
+    /// Who asks is at another node.
+    pub fn far(to: oneshot::Sender<Result<T, CommandError>>) -> Self {
+        Self { to, is_far: true }
+    }
+
+    /// Whether who asks is at another node.
+    pub fn is_far(&self) -> bool {
+        self.is_far
+    }
+
+    /// Tells it. The outcome comes back when nobody waits for it any more.
+    pub fn send(self, outcome: Result<T, CommandError>) -> Result<(), Result<T, CommandError>> {
+        self.to.send(outcome)
+    }
+}
 
 /// An answer that will come.
 pub struct Answer<T>(oneshot::Receiver<Result<T, CommandError>>);
@@ -252,7 +279,7 @@ impl<E: LogEntity> Slots<E> {
     /// once; the answer comes when everything that it speaks of is durable.
     pub fn send(&self, id: &EntityId, command: E::Command) -> Result<Answer<E::Reply>, CommandError> {
         let (reply, answer) = oneshot::channel();
-        match self.hand(id, command, reply) {
+        match self.hand(id, command, reply.into()) {
             Ok(()) => Ok(Answer(answer)),
             Err(Refused::Elsewhere(..)) => Err(CommandError::unavailable()),
             Err(Refused::Error(error, _)) => Err(error),

@@ -102,7 +102,7 @@ impl<E: SoftEntity> SoftSlots<E> {
     /// Hands a command to an entity.
     pub fn send(&self, id: &EntityId, command: E::Command) -> Result<Answer<E::Reply>, CommandError> {
         let (reply, answer) = oneshot::channel();
-        self.hand(id, command, reply).map(|()| Answer::from(answer)).map_err(|(error, _)| error)
+        self.hand(id, command, reply.into()).map(|()| Answer::from(answer)).map_err(|(error, _)| error)
     }
 
     /// The same, answered to `reply`; whom to tell when it is refused.

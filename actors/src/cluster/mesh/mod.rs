@@ -27,6 +27,7 @@ pub(crate) mod proto {
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
+use futures_util::future::join_all;
 use patchbay_protocol::ids::TenantId;
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
@@ -54,6 +55,8 @@ pub const WINDOW: usize = 256;
 const ENVELOPES_MAX: usize = 256;
 /// The largest message of the stream.
 const MESSAGE_BYTES_MAX: usize = 16 << 20;
+/// Nodes that a node asks whether it is one of them, before it is given shards.
+const ASKED_MAX: usize = 8;
 /// What may be under way to whoever does not read: of a stream and of its connection; and what goes in one frame.
 const WINDOW_BYTES: u32 = 4 << 20;
 const FRAME_BYTES: u32 = 1 << 20;
@@ -74,6 +77,20 @@ pub struct Identity {
     pub version: u32,
     /// How its nodes are known; none: whoever can connect is one.
     pub tls: Option<MeshTls>,
+}
+
+impl Identity {
+    /// Why a node that others reach by `address` has no place among them, if so. Those that are not reached are not asked.
+    pub async fn stranger(&self, network: &dyn Network, address: &str, others: &[String]) -> Option<String> {
+        let tls = self.tls.as_ref()?;
+        if let Some(why) = tls.stranger(address).await {
+            return Some(why);
+        }
+        let asked = others.iter().take(ASKED_MAX).map(|other| tls.is_taken(network, other));
+        let answers: Vec<_> = join_all(asked).await.into_iter().flatten().collect();
+        // One that takes it is enough: others may have been given new files at another moment.
+        if answers.iter().any(Result::is_ok) { None } else { answers.into_iter().find_map(Result::err) }
+    }
 }
 
 /// What the mesh has to know of its node.

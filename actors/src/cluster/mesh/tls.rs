@@ -7,16 +7,22 @@ use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 use tonic::transport::server::Connected;
 
 use super::network::{Connection, Network};
+
+/// What is under way of a handshake with oneself.
+const HANDSHAKE_BYTES: usize = 64 << 10;
+/// How long a node is waited for that may refuse this one.
+const ASK_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Certificate, key and authority (PEM files).
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -81,6 +87,35 @@ impl MeshTls {
         Ok(client)
     }
 
+    /// Why others would not take this node for the one that they reach by `address`, if so.
+    pub(super) async fn stranger(&self, address: &str) -> Option<String> {
+        let (here, there) = tokio::io::duplex(HANDSHAKE_BYTES);
+        let (accepted, connected) = tokio::join!(
+            Socket::accept(Box::pin(here), Some(self)),
+            Socket::secure(Box::pin(there), address, Some(self))
+        );
+        connected
+            .err()
+            .or(accepted.err())
+            .map(|error| said(&self.cert, &format!("not for {address}: {error}")))
+    }
+
+    /// Whether a node takes this one for a node of its cluster, and why not; none: it is not reached.
+    pub(super) async fn is_taken(&self, network: &dyn Network, address: &str) -> Option<Result<(), String>> {
+        let asks = async {
+            let mut socket = Socket::connect(network, address, Some(self)).await?;
+            // Whoever was called says whether it takes its caller only after the caller has done.
+            socket.read_u8().await
+        };
+        match tokio::time::timeout(ASK_TIMEOUT, asks).await {
+            Ok(Ok(_)) => Some(Ok(())),
+            Ok(Err(error)) if error.kind() == io::ErrorKind::InvalidData => {
+                Some(Err(said(&self.cert, &format!("{address} does not take it: {error}"))))
+            }
+            Ok(Err(_)) | Err(_) => None,
+        }
+    }
+
     /// What is wrong with the files, if anything.
     pub fn fault(&self) -> Option<String> {
         self.server().err().or_else(|| self.client().err())
@@ -108,7 +143,10 @@ impl Socket {
         address: &str,
         tls: Option<&MeshTls>,
     ) -> io::Result<Self> {
-        let socket = network.connect(address).await?;
+        Self::secure(network.connect(address).await?, address, tls).await
+    }
+
+    async fn secure(socket: Connection, address: &str, tls: Option<&MeshTls>) -> io::Result<Self> {
         let Some(tls) = tls else { return Ok(Self(socket)) };
         let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
         let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();

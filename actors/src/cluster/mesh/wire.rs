@@ -103,7 +103,7 @@ pub(super) type Outcome = BoxFuture<'static, answer::Outcome>;
 pub(super) fn receive(kind: Kind) -> Option<(Waits, Outcome)> {
     fn pair<T: Serialize + Send + 'static>(waits: fn(ReplyTo<T>) -> Waits) -> (Waits, Outcome) {
         let (reply, answer) = oneshot::channel();
-        (waits(reply), Box::pin(outcome(answer)))
+        (waits(ReplyTo::far(reply)), Box::pin(outcome(answer)))
     }
     match kind {
         Kind::Unspecified => None,
@@ -317,10 +317,11 @@ mod tests {
         let (reply, _answer) = oneshot::channel();
         let mut command = crate::router::system_command(Asked::Tip);
         command.id = CommandId([3; 16]);
-        let parcel = Parcel::Conversation(ConversationId::from_bytes([7; 16]), Box::new(command), reply);
+        let parcel =
+            Parcel::Conversation(ConversationId::from_bytes([7; 16]), Box::new(command), reply.into());
         let (request, _) = encode(9, parcel);
         let (reply, _answer) = oneshot::channel();
-        let (who_request, _) = encode(10, Parcel::Who(agent.clone(), reply));
+        let (who_request, _) = encode(10, Parcel::Who(agent.clone(), reply.into()));
         let error = CommandError::overloaded(250);
         let hello =
             Hello { version: 1, cluster: "patchbay".into(), incarnation: 4, to: 5, lane: 1, shards: 1024 };

@@ -14,7 +14,7 @@ use ractor::ActorRef;
 use super::derive::Derive;
 use super::live::Live;
 use super::message::{Msg, Queued};
-use super::{CHILLS_MAX, LogActor, Loop};
+use super::{CHILLS_MAX, LogActor, Loop, answer};
 use crate::shard::entity::{Found, LogEntity, Lookup};
 use crate::shard::filter::Filter;
 
@@ -109,6 +109,39 @@ impl<E: LogEntity> LogActor<E> {
         at.tickets.extend(ticket.map(|t| (adopted, t)));
         self.resume(me, at, &live);
         Ok(live)
+    }
+
+    /// Answers those who ask only how far the log reaches, without loading the entity. False: somebody asks more, or nobody
+    /// has confirmed yet what stands there.
+    pub(super) async fn answer_reach(&self, me: &ActorRef<Msg<E>>, at: &mut Loop<E>) -> bool {
+        let asks_only =
+            |queued: &Queued<E>| queued.reply.is_some() && E::reaches(&queued.command, 0).is_some();
+        if !at.queue.iter().all(|queued| asks_only(queued)) {
+            return false;
+        }
+        let Ok(Some(seq)) = Box::pin(self.reach(at)).await else { return false };
+        if !at.reign.is_held_now() {
+            return false;
+        }
+        for queued in at.queue.drain(..) {
+            if let Some(reply) = E::reaches(&queued.command, seq) {
+                answer(queued, Ok(reply));
+            }
+        }
+        // It stays no longer than whoever asks for what does not exist.
+        let _ = me.cast(Msg::Idle);
+        true
+    }
+
+    /// How far the log reaches, if all of it was confirmed.
+    async fn reach(&self, at: &Loop<E>) -> Result<Option<u64>, AdoptError> {
+        let _gate = at.gate.clone().lock_owned().await;
+        let snapshot = self.shards.logs.snapshot(at.key).await?;
+        let base = snapshot.map_or(0, |(_, snapshot)| snapshot.seq);
+        let tail = self.shards.logs.tail(at.key, base).await?;
+        let last = tail.rows.last().map_or(base, |row| row.seq);
+        let is_ours = tail.stamp_max.is_none_or(|stamp| stamp.epoch() <= at.reign.epoch());
+        Ok((is_ours && last <= base.max(tail.confirmed).max(at.confirmed)).then_some(last))
     }
 
     pub(super) fn thaw(&self, id: &EntityId, snapshot: &Snapshot) -> Option<(E::State, Filter, Timestamp)> {
