@@ -366,7 +366,7 @@ impl Node {
                 tls: node.cluster.tls.clone(),
             };
             if let Some(me) = &node.cluster.member.mesh
-                && let Some(why) = identity.stranger(&*network, me, &node.others().await).await
+                && let Some(why) = identity.stranger(&*network, me, &node.others(me).await).await
             {
                 return Err(StartError::Stranger(why));
             }
@@ -383,11 +383,13 @@ impl Node {
         Ok(node)
     }
 
-    /// Where the nodes are that are in the cluster now, as far as that can be read.
-    async fn others(&self) -> Vec<String> {
+    /// Where other nodes are that are in the cluster now, as far as that can be read. Who was at this address before is
+    /// nobody else.
+    async fn others(&self, me: &str) -> Vec<String> {
         let store = Store::new(self.engine.clone(), self.cluster.ttl);
         let map = store.map(|| ShardMap::new(0, 0, 0)).await;
-        map.map(|(_, map)| map.members.into_values().filter_map(|m| m.mesh).collect()).unwrap_or_default()
+        let members = map.into_iter().flat_map(|(_, map)| map.members.into_values());
+        members.filter_map(|member| member.mesh).filter(|address| address != me).collect()
     }
 
     /// Comes into the cluster as a new incarnation.

@@ -476,23 +476,45 @@ async fn a_node_is_lost(cluster: Cluster) {
     assert!(acked > 1000, "{acked}");
 }
 
-/// Reads of logs: those under way, the most at once, and all.
+/// Reads of logs: those under way, the most at once, and all. And a log whose replicas do not answer, and how many writes
+/// wait for them.
 #[derive(Default)]
 struct Reads {
     now: AtomicUsize,
     most: AtomicUsize,
     all: AtomicUsize,
+    away: Mutex<Option<ConversationId>>,
+    hang: AtomicUsize,
 }
 
-/// A store that takes its time to read logs, and counts how many are read at once.
+impl Reads {
+    fn is_away(&self, table: Table, partition: &Bytes) -> bool {
+        let away = *self.away.lock().unwrap();
+        table == Table::Entries
+            && away.is_some_and(|id| partition.windows(id.as_bytes().len()).any(|part| part == id.as_bytes()))
+    }
+}
+
+/// A store that takes its time, and counts how many logs are read at once.
 struct Slow {
     model: Model,
     reads: Arc<Reads>,
 }
 
+/// What a write takes, and a conditional one.
+const WRITE: Duration = Duration::from_millis(5);
+const CONDITIONAL: Duration = Duration::from_millis(25);
+
 #[async_trait]
 impl Engine for Slow {
     async fn write(&self, batch: Batch) -> Result<(), WriteError> {
+        tokio::time::sleep(WRITE).await;
+        if self.reads.is_away(batch.table, &batch.partition) {
+            self.reads.hang.fetch_add(1, Ordering::Relaxed);
+            while self.reads.is_away(batch.table, &batch.partition) {
+                tokio::time::sleep(WRITE).await;
+            }
+        }
         self.model.write(batch).await
     }
 
@@ -508,7 +530,8 @@ impl Engine for Slow {
         self.reads.most.fetch_max(now, Ordering::Relaxed);
         self.reads.all.fetch_add(1, Ordering::Relaxed);
         tokio::time::sleep(Duration::from_millis(1)).await;
-        let found = self.model.scan(scan).await;
+        let is_away = self.reads.is_away(scan.table, &scan.partition);
+        let found = if is_away { Err(ReadError::Unavailable) } else { self.model.scan(scan).await };
         self.reads.now.fetch_sub(1, Ordering::Relaxed);
         found
     }
@@ -527,6 +550,7 @@ impl Engine for Slow {
         expected: Option<u64>,
         value: Option<Bytes>,
     ) -> Result<CasOutcome, WriteError> {
+        tokio::time::sleep(CONDITIONAL).await;
         self.model.compare_and_set(key, expected, value).await
     }
 
@@ -581,6 +605,71 @@ async fn thirty_thousand_topics_of_a_lost_node_are_registered_anew_a_few_at_a_ti
     // Of each log what stands above its snapshot, and the bucket behind that.
     assert!((2 * of_b..2 * of_b + of_b / 4).contains(&all), "{all} reads for {of_b} topics");
     until("none of them stays", async || a.node.active_count() + c.node.active_count() < 500).await;
+}
+
+/// Tells every node of versions of the map that another one knows, as beats of the mesh do.
+fn tell_each_other(nodes: &[&Arc<Running>]) {
+    for node in nodes {
+        let mut maps = node.node.membership().unwrap().maps();
+        let all: Vec<Arc<Node>> = nodes.iter().map(|n| n.node.clone()).collect();
+        tokio::spawn(async move {
+            while maps.changed().await.is_ok() {
+                let version = maps.borrow_and_update().0;
+                all.iter().filter_map(|n| n.membership()).for_each(|membership| membership.hear(version));
+            }
+        });
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_log_that_does_not_answer_holds_up_no_other_shard_that_goes() {
+    let reads = Arc::<Reads>::default();
+    let cluster = Cluster { reads: Some(reads.clone()), ..Cluster::wired() };
+    let [a, b, c] = three(&cluster, 64).await;
+    tell_each_other(&[&a, &b, &c]);
+    let (away, others): (Vec<String>, Vec<String>) = {
+        let of_b = |n: &usize| b.node.shards().reign(common::id(&thread(*n)).shard(SHARDS)).is_some();
+        let mut all = (0..64).filter(of_b).map(thread);
+        (all.by_ref().take(1).collect(), all.collect())
+    };
+    assert!(others.len() > 8, "{others:?}");
+    assert!(a.note(&away[0], "loaded").await.is_some());
+    *reads.away.lock().unwrap() = Some(common::id(&away[0]));
+    let (says, at) = (a.clone(), away[0].clone());
+    let stuck = tokio::spawn(async move { says.note(&at, "stuck").await });
+    until("it is under way", async || reads.hang.load(Ordering::Relaxed) > 0).await;
+    let (stop, mut probes) = (Arc::<AtomicBool>::default(), Vec::new());
+    for thread in others {
+        let (says, stop) = (a.clone(), stop.clone());
+        probes.push(tokio::spawn(async move {
+            let (mut longest, mut n) = (Duration::ZERO, 0);
+            while !stop.load(Ordering::Relaxed) {
+                let began = Instant::now();
+                assert!(says.note(&thread, &format!("probe.{n}")).await.is_some());
+                longest = longest.max(began.elapsed());
+                n += 1;
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            longest
+        }));
+    }
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert!(b.node.drain(Duration::from_secs(30)).await);
+    until("what it had is served elsewhere", async || a.held() + c.held() == SHARDS as usize).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    stop.store(true, Ordering::Relaxed);
+    let mut longest = Duration::ZERO;
+    for probe in probes {
+        longest = longest.max(probe.await.unwrap());
+    }
+    println!("the longest that a note was waited for: {longest:?}");
+    assert!(longest <= Duration::from_millis(250), "{longest:?}");
+    // Its replicas are back: whoever repeats it is answered, and it stands once, whether it was written before or is now.
+    *reads.away.lock().unwrap() = None;
+    let _ = stuck.await.unwrap();
+    until("it is answered", async || a.note(&away[0], "stuck").await.is_some()).await;
+    let found = a.entries_after(&away[0], 0).await;
+    assert_eq!(found.iter().filter(|e| e["data"]["text"] == "stuck").count(), 1, "{found:?}");
 }
 
 /// Three nodes on the mesh, each with its share.

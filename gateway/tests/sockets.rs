@@ -346,7 +346,7 @@ async fn every_limit_has_its_code_and_says_when_to_come_back() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_tenant_far_past_its_limit_leaves_anothers_sends_alone() {
-    let w = world(&[("PATCHBAY__LIMITS__TENANT_PER_SECOND", "200")]).await;
+    let w = world(&[("PATCHBAY__LIMITS__TENANT_PER_SECOND", "100")]).await;
     let other = w.node.tenant("other", "http://127.0.0.1:9", "2002").await;
     let (id, _) = w.messages(0, 1, 10).await;
     let body = webhook_body("2002", &[text_item(LUZ, "wamid.o", "x")], &[]);
@@ -358,17 +358,24 @@ async fn a_tenant_far_past_its_limit_leaves_anothers_sends_alone() {
     };
     let quiet = conversation("other", "wa", LUZ);
     let calm = async {
-        for n in 0..100 {
+        for n in 0..50 {
             let note = json!({"client_id": format!("c{n}"), "text": "x"});
             let (status, body) =
                 w.node.api(&other, "POST", &format!("/conversations/{quiet}/notes"), Some(note)).await;
             assert_eq!(status, 200, "{body}");
         }
     };
-    let (flooded, ()) =
-        futures_util::future::join(futures_util::future::join_all((0..2000).map(flood)), calm).await;
-    let refused = flooded.iter().filter(|s| **s == 429).count();
-    // Some are too many for one conversation as well.
-    let answers = flooded.iter().all(|s| [200, 429, 503].contains(s));
-    assert!(refused > 0 && answers, "{refused} of 2,000 refused");
+    // A machine that is busy takes them so slowly that they are not too many: then there are more.
+    let floods = async {
+        for round in 0..20 {
+            let flooded = futures_util::future::join_all((0..2000).map(|n| flood(round * 2000 + n))).await;
+            // Some are too many for one conversation as well.
+            assert!(flooded.iter().all(|s| [200, 429, 503].contains(s)));
+            if flooded.contains(&429) {
+                return;
+            }
+        }
+        panic!("nothing was refused");
+    };
+    futures_util::future::join(floods, calm).await;
 }

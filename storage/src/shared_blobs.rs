@@ -87,6 +87,13 @@ impl SharedBlobs {
         self.kept().insert((tenant.clone(), id.to_owned()), Instant::now());
     }
 
+    /// Removes the copy that is here.
+    async fn let_go(&self, tenant: &TenantId, id: &str) -> io::Result<()> {
+        self.disk.delete(tenant, id).await?;
+        self.kept().remove(&(tenant.clone(), id.to_owned()));
+        Ok(())
+    }
+
     /// How long a file is, if the store has it.
     async fn length(&self, tenant: &TenantId, id: &str) -> io::Result<Option<u64>> {
         let row =
@@ -167,8 +174,9 @@ async fn let_go(blobs: Weak<SharedBlobs>) {
                 Ok(None) => blobs.share(&tenant, &id).await.is_ok(),
                 Err(_) => false,
             };
-            if shared && blobs.disk.delete(&tenant, &id).await.is_ok() {
-                blobs.kept().remove(&(tenant, id));
+            if shared {
+                // One that stays is tried again.
+                let _ = blobs.let_go(&tenant, &id).await;
             }
         }
     }
@@ -198,18 +206,21 @@ impl Blobs for Arc<SharedBlobs> {
     }
 
     async fn delete(&self, tenant: &TenantId, id: &str) -> io::Result<()> {
-        self.disk.delete(tenant, id).await?;
-        self.kept().remove(&(tenant.clone(), id.to_owned()));
-        let Some(bytes) = self.length(tenant, id).await? else { return Ok(()) };
+        // One that was given up half-way has parts, and nothing that says how many.
+        let here = self.disk.open(tenant, id).await?.map(|blob| blob.bytes);
+        let there = self.length(tenant, id).await?;
         let gone = async |partition: Bytes| {
             let dropped = self.engine.drop_partition(Table::Files, partition, stamp()).await;
             dropped.map_err(io::Error::other)
         };
-        for group in 0..parts(bytes).div_ceil(PARTITION_PARTS) {
-            gone(partition(tenant, id, Some(group))).await?;
+        if let Some(bytes) = there.max(here) {
+            for group in 0..parts(bytes).div_ceil(PARTITION_PARTS) {
+                gone(partition(tenant, id, Some(group))).await?;
+            }
+            gone(partition(tenant, id, None)).await?;
         }
         // Last: whoever did not get this far begins anew.
-        gone(partition(tenant, id, None)).await
+        self.let_go(tenant, id).await
     }
 }
 
@@ -224,8 +235,9 @@ impl BlobWriter for SharedWriter {
         self.blobs.keep(tenant, id);
         let shared = self.blobs.share(tenant, id).await;
         if shared.is_err() {
-            let _ = self.blobs.disk.delete(tenant, id).await;
-            self.blobs.kept().remove(&(tenant.clone(), id.to_owned()));
+            // A store that is not there keeps what it has of it; here it goes in any case.
+            let _ = self.blobs.delete(tenant, id).await;
+            let _ = self.blobs.let_go(tenant, id).await;
         }
         shared
     }
@@ -234,7 +246,7 @@ impl BlobWriter for SharedWriter {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::Model;
+    use crate::model::{Faults, Model};
 
     fn node(dir: &tempfile::TempDir, name: &str, model: &Model) -> Arc<SharedBlobs> {
         let disk = DiskBlobs::open(&dir.path().join(name)).unwrap();
@@ -275,6 +287,26 @@ mod tests {
             assert!(read(&a, id).await.is_none());
             assert!(read(&node(&dir, &format!("d{id}"), &model), id).await.is_none());
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_file_that_the_store_does_not_take_is_nowhere() {
+        let (dir, model, tenant) = (tempfile::tempdir().unwrap(), Model::new(), "t".parse().unwrap());
+        let a = node(&dir, "a", &model);
+        let mut writer = a.create().await.unwrap();
+        writer.write(&vec![1; PART_BYTES * 2]).await.unwrap();
+        // What is written stands, and nobody hears of it.
+        model.set_faults(Faults { fail_after: 1_000, ..Faults::default() });
+        assert!(writer.finish(&tenant, "0123456789").await.is_err());
+        assert!(a.disk.open(&tenant, "0123456789").await.unwrap().is_none() && a.kept().is_empty());
+        model.set_faults(Faults::default());
+        assert!(read(&a, "0123456789").await.is_none());
+        // It is taken again under the same id.
+        tokio::time::sleep(Duration::from_millis(2)).await;
+        let mut writer = a.create().await.unwrap();
+        writer.write(b"again").await.unwrap();
+        writer.finish(&tenant, "0123456789").await.unwrap();
+        assert_eq!(read(&node(&dir, "b", &model), "0123456789").await.unwrap(), b"again");
     }
 
     #[tokio::test(start_paused = true)]

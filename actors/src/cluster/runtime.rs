@@ -1,6 +1,7 @@
 //! Membership at work: real requests and a real clock around [`super::member`].
 //!
-//! One task asks and is answered, on a thread of its own where there is one ([`Apart`]); what leaves the node is guarded by [`Membership::standing`], which reads the clock.
+//! One task asks and is answered, on a thread of its own where there is one ([`Apart`]); what leaves the node is guarded by
+//! [`Membership::standing`], which reads the clock.
 
 use std::future::Future;
 use std::pin::Pin;

@@ -179,12 +179,8 @@ fn answers_of(
             let beat = Beat { map_version: here.map_version(), ..Beat::default() };
             envelopes.push(Envelope { kind: Some(Envelopes::Beat(beat)) });
         }
-        if envelopes.is_empty() {
-            return Poll::Pending;
-        }
-        // There may be more than was taken now.
-        cx.waker().wake_by_ref();
-        Poll::Ready(Some(Ok(Batch { envelopes })))
+        // Whoever takes a batch asks again, and that registers with whatever has no more.
+        if envelopes.is_empty() { Poll::Pending } else { Poll::Ready(Some(Ok(Batch { envelopes }))) }
     });
     answers.boxed()
 }
