@@ -229,7 +229,7 @@ async fn whatever_is_missing_at_the_start_is_named_and_waited_for() {
     node.says("waiting for storage").await;
     cassandra.restart(1);
     // Nobody may make the schema: it says what is missing.
-    node.says("lacks version 1 of the schema").await;
+    node.says("lacks version 2 of the schema").await;
     drop(node);
     let last = settings.len() - 1;
     settings[last].1 = "true".into();
