@@ -11,15 +11,12 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
-use common::balancer::Balancer;
 use common::cluster::{COMMON, SHARDS, held, incarnation, shared_out};
 use common::faults::metric;
-use common::history::{ACCOUNTS, Load, check, faults, point, prepare, settle};
+use common::history::{ACCOUNTS, Around, check, settle, surround};
 use common::servers::{self, Server};
 use common::{Node, until};
-use patchbay_loadtest::simulator::Simulator;
 use serde_json::Value;
-use tokio::sync::watch;
 
 const CUSTOMERS: usize = ACCOUNTS * 8;
 const NODES: u8 = 3;
@@ -161,14 +158,8 @@ async fn whatever_is_cut_nothing_is_lost_doubled_or_out_of_order() {
         nodes.push(start(n, &dir.path().join(n.to_string()), &store).await);
     }
     let before = shared_out(&nodes[0], 3).await;
-    let through = Balancer::start(&nodes.iter().collect::<Vec<_>>()).await;
-    let simulator = Simulator::start(format!("{HERE}:0").parse().unwrap(), 7, faults()).await.unwrap();
-    let key = prepare(&nodes[0], &format!("http://{}", simulator.address())).await;
-    let token = nodes[0].token(&key, "anna", 3600).await;
-    point(&simulator, &through.address());
-    let (_public, watching) = watch::channel(Some(through.address()));
-    let (load, tasks) = Load::start(watching, token, CUSTOMERS);
-    load.goes_on(300).await;
+    let Around { through, simulator, key, load, tasks, public: _public } =
+        surround(&nodes, HERE, CUSTOMERS).await;
     let began = Instant::now();
     let say = |what: &str| println!("{:>6.1} s  {what}", began.elapsed().as_secs_f64());
 

@@ -9,17 +9,14 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use common::balancer::Balancer;
 use common::cluster::{COMMON, held, incarnation, shared_out};
 use common::faults::{ONE_AT_A_TIME, topic_is_whole};
-use common::history::{ACCOUNTS, Load, check, faults, id_of, point, prepare, settle};
+use common::history::{ACCOUNTS, Around, check, id_of, settle, surround};
 use common::servers::{self, Server};
 use common::{Node, until};
-use patchbay_loadtest::simulator::Simulator;
 use patchbay_storage::events::Start;
 use patchbay_storage::kafka::{KafkaConfig, KafkaSource};
 use serde_json::Value;
-use tokio::sync::watch;
 
 const CUSTOMERS: usize = ACCOUNTS * 8;
 /// Twice the time that a lease lives.
@@ -66,14 +63,8 @@ async fn whatever_happens_to_nodes_and_stores_nothing_is_lost_doubled_or_out_of_
         nodes.push(world.start(dir).await);
     }
     shared_out(&nodes[0], 3).await;
-    let through = Balancer::start(&nodes.iter().collect::<Vec<_>>()).await;
-    let simulator = Simulator::start("127.0.0.1:0".parse().unwrap(), 7, faults()).await.unwrap();
-    let key = prepare(&nodes[0], &format!("http://{}", simulator.address())).await;
-    let token = nodes[0].token(&key, "anna", 3600).await;
-    point(&simulator, &through.address());
-    let (_public, watching) = watch::channel(Some(through.address()));
-    let (load, tasks) = Load::start(watching, token, CUSTOMERS);
-    load.goes_on(300).await;
+    let Around { through, simulator, key, load, tasks, public: _public } =
+        surround(&nodes, "127.0.0.1", CUSTOMERS).await;
     let began = Instant::now();
     let say = |what: &str| println!("{:>6.1} s  {what}", began.elapsed().as_secs_f64());
 

@@ -185,8 +185,7 @@ type Steps = BTreeMap<String, (f64, f64)>;
 async fn steps(nodes: &[Node]) -> Steps {
     let mut all = Steps::new();
     for node in nodes {
-        let url = format!("http://{}/metrics", node.ops);
-        let text = node.target.http.get(url).send().await.unwrap().text().await.unwrap();
+        let text = node.metrics().await;
         for line in text.lines().filter_map(|l| l.strip_prefix("patchbay_shard_move_seconds_")) {
             let Some((kind, rest)) = line.split_once("{step=\"") else { continue };
             let Some((step, value)) = rest.split_once("\"} ") else { continue };
@@ -315,8 +314,7 @@ async fn per_message(addresses: &str, nodes: usize, time: Duration) -> (f64, f64
 async fn crossed(nodes: &[Node]) -> f64 {
     let mut all = 0.0;
     for node in nodes {
-        let url = format!("http://{}/metrics", node.ops);
-        let text = node.target.http.get(url).send().await.unwrap().text().await.unwrap();
+        let text = node.metrics().await;
         let lines = text.lines().filter_map(|l| l.strip_prefix("patchbay_mesh_publications_total "));
         all += lines.filter_map(|value| value.parse::<f64>().ok()).sum::<f64>();
     }

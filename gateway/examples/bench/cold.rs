@@ -10,9 +10,8 @@ use crate::results::{Goal, Results};
 
 const ENTRIES: usize = 10_000;
 
-async fn active(node: &Node, ops: &str) -> u64 {
-    let text =
-        node.target.http.get(format!("http://{ops}/metrics")).send().await.unwrap().text().await.unwrap();
+async fn active(node: &Node) -> u64 {
+    let text = node.metrics().await;
     let line = text.lines().find(|l| l.starts_with("patchbay_actors_active ")).unwrap_or("x 1");
     line.rsplit(' ').next().unwrap().parse().unwrap()
 }
@@ -41,9 +40,6 @@ async fn conversation(results: &mut Results) {
     let dir = tempfile::tempdir().unwrap();
     let node = Node::start(dir.path(), &[("PATCHBAY__LIMITS__IDLE_AFTER", "1s")]).await;
     let key = node.tenant("cold").await;
-    let ready: serde_json::Value =
-        serde_json::from_slice(&std::fs::read(dir.path().join("ready.json")).unwrap()).unwrap();
-    let ops = ready["ops"].as_str().unwrap().to_owned();
     node.customers_write("cold", 0, 1).await;
     let id = ConversationId::derive(&"cold".parse().unwrap(), &"wa".parse().unwrap(), "34600000000");
     for n in (0..ENTRIES).step_by(50) {
@@ -61,7 +57,7 @@ async fn conversation(results: &mut Results) {
     };
     let (mut cold, mut warm) = (Vec::new(), Vec::new());
     for _ in 0..if results.quick { 3 } else { 9 } {
-        while active(&node, &ops).await > 0 {
+        while active(&node).await > 0 {
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
         cold.push(ask().await);

@@ -454,8 +454,7 @@ async fn leftovers(server: &Server, conversations: usize, history: usize, left: 
     let began = Instant::now();
     let wanted = (conversations * left) as f64;
     loop {
-        let url = format!("http://{}/metrics", node.ops);
-        let text = node.target.http.get(url).send().await.unwrap().text().await.unwrap();
+        let text = node.metrics().await;
         let figure = |name: &str| {
             let line = text.lines().find(|l| l.starts_with(name));
             line.and_then(|l| l.rsplit(' ').next()?.parse::<f64>().ok()).unwrap_or(0.0)

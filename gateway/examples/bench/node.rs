@@ -77,6 +77,12 @@ impl Node {
         self.child.wait().await.unwrap();
     }
 
+    /// What the node measures.
+    pub async fn metrics(&self) -> String {
+        let url = format!("http://{}/metrics", self.ops);
+        self.target.http.get(url).send().await.unwrap().text().await.unwrap()
+    }
+
     /// Resident memory, in bytes.
     pub fn rss(&self) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id().unwrap())).unwrap();

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use super::balancer::Balancer;
 use super::{APP_SECRET, Node, Ws, conversation, sign, text_item, webhook_body};
 use patchbay_loadtest::simulator::{Faults, Number, Simulator};
 use patchbay_protocol::ConversationId;
@@ -84,6 +85,30 @@ pub async fn prepare(node: &Node, base: &str) -> String {
         node.account(&key, &format!("wa{account}"), base, &number(account)).await;
     }
     key
+}
+
+/// What stands around a cluster whose histories are compared.
+pub struct Around {
+    pub through: Balancer,
+    pub simulator: Simulator,
+    pub key: String,
+    pub load: Arc<Load>,
+    pub tasks: Tasks,
+    /// Nobody looks for another address as long as it is there.
+    pub public: watch::Sender<Option<String>>,
+}
+
+/// A tenant, a provider at `host`, and everybody who writes, by way of a balancer before these nodes.
+pub async fn surround(nodes: &[Node], host: &str, customers: usize) -> Around {
+    let through = Balancer::start(&nodes.iter().collect::<Vec<_>>()).await;
+    let simulator = Simulator::start(format!("{host}:0").parse().unwrap(), 7, faults()).await.unwrap();
+    let key = prepare(&nodes[0], &format!("http://{}", simulator.address())).await;
+    let token = nodes[0].token(&key, "anna", 3600).await;
+    point(&simulator, &through.address());
+    let (public, watching) = watch::channel(Some(through.address()));
+    let (load, tasks) = Load::start(watching, token, customers);
+    load.goes_on(300).await;
+    Around { through, simulator, key, load, tasks, public }
 }
 
 /// Where the provider finds the node, or what stands before it.
