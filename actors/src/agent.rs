@@ -3,24 +3,29 @@
 //!
 //! While there is a session there is a timer, by which whoever owns the agent's shard next finds it at once.
 
-use std::sync::{Arc, OnceLock};
+use std::collections::{HashSet, VecDeque};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
+use async_trait::async_trait;
 use bytes::Bytes;
 use patchbay_protocol::ids::{AgentId, EntityId, TenantId};
 use patchbay_protocol::{CommandError, Timestamp};
-use patchbay_storage::Batch;
 use patchbay_storage::log::LogKey;
 use patchbay_storage::tables::{Session, Tables, Timer};
+use patchbay_storage::{Batch, Stamp};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::ports::Publisher;
-use crate::shard::Shards;
-use crate::shard::soft::{Again, SoftEntity};
+use crate::shard::soft::{SoftEntity, Turn};
+use crate::shard::{Reign, Shards};
 
 /// Sessions of one agent; past it a connect is refused.
 pub const SESSIONS_MAX: usize = 64;
+
+/// Sockets that closed, of the last so many of which it is known that they do not come back.
+const ENDED_MAX: usize = 64;
 
 /// An agent with a session is looked at this often, whoever owns it then.
 const LOOK_EVERY: Duration = Duration::from_secs(3600);
@@ -100,14 +105,24 @@ pub struct AgentReply {
     pub last_seen: Option<Timestamp>,
 }
 
-/// Tells whether a node's incarnation is in the cluster.
-pub type IsThere = Box<dyn Fn(u64) -> bool + Send + Sync>;
+/// Between two looks at sessions of an incarnation that this node's map does not name, and that nobody has marked dead.
+const LOOK_AGAIN: Duration = Duration::from_secs(5);
+
+/// What is known of the nodes that hold sockets.
+#[async_trait]
+pub trait Edges: Send + Sync + 'static {
+    /// Whether this node's map names an incarnation. One that it does not name may have come since.
+    fn names(&self, incarnation: u64) -> bool;
+
+    /// Whether an incarnation is marked dead, which it is for ever. False also when that cannot be said now.
+    async fn is_dead(&self, incarnation: u64) -> bool;
+}
 
 /// What all agents of a node share.
 pub struct Agent {
     publisher: Arc<dyn Publisher>,
     shards: Arc<Shards>,
-    is_there: OnceLock<IsThere>,
+    edges: OnceLock<Weak<dyn Edges>>,
 }
 
 /// What an agent knows of itself.
@@ -117,30 +132,36 @@ pub struct State {
     last_seen: Option<Timestamp>,
     /// When it is looked at next.
     armed: Option<Timestamp>,
+    /// Sockets that closed last: one that is told of once more, behind a link that broke, stays closed.
+    ended: VecDeque<String>,
+}
+
+fn stamp(reign: &Reign) -> Result<Stamp, CommandError> {
+    reign.stamp().map_err(|_| CommandError::unavailable())
 }
 
 impl Agent {
     /// Agents shown by `publisher`.
     pub fn new(publisher: Arc<dyn Publisher>, shards: Arc<Shards>) -> Self {
-        Self { publisher, shards, is_there: OnceLock::new() }
+        Self { publisher, shards, edges: OnceLock::new() }
     }
 
-    /// Says which nodes are in the cluster; once.
-    pub fn set_is_there(&self, is_there: IsThere) {
-        let _ = self.is_there.set(is_there);
+    /// Says who knows of the nodes that hold sockets; once.
+    pub fn set_edges(&self, edges: Weak<dyn Edges>) {
+        let _ = self.edges.set(edges);
     }
 
-    fn is_there(&self, incarnation: u64) -> bool {
-        self.is_there.get().is_some_and(|is_there| is_there(incarnation))
+    fn names(&self, incarnation: u64) -> bool {
+        self.edges.get().and_then(Weak::upgrade).is_some_and(|edges| edges.names(incarnation))
+    }
+
+    async fn is_dead(&self, incarnation: u64) -> bool {
+        let Some(edges) = self.edges.get().and_then(Weak::upgrade) else { return false };
+        !edges.names(incarnation) && edges.is_dead(incarnation).await
     }
 
     fn key(&self, id: &EntityId) -> LogKey {
         LogKey { entity: id.key(), shard: id.shard(self.shards.count) }
-    }
-
-    fn stamp(&self, key: LogKey) -> Result<patchbay_storage::Stamp, CommandError> {
-        let reign = self.shards.reign(key.shard).ok_or_else(CommandError::unavailable)?;
-        reign.stamp().map_err(|_| CommandError::unavailable())
     }
 
     /// Writes a session's row. A disk that is full keeps nobody from coming and going: the row follows when there is
@@ -152,22 +173,35 @@ impl Agent {
         }
     }
 
-    /// Ends the sessions of nodes that are gone. Nobody saw when that was: they were there at least when they came.
-    async fn end_lost(&self, key: LogKey, state: &mut State) -> Result<bool, CommandError> {
-        let mut ended = false;
-        while let Some(at) = state.sessions.iter().position(|s| !self.is_there(s.incarnation)) {
-            let stamp = self.stamp(key)?;
+    /// Ends the sessions of nodes that are gone: marked dead, since a map may know nothing yet of whoever has just come.
+    /// Nobody saw when that was: they were there at least when they came.
+    async fn end_lost(
+        &self,
+        key: LogKey,
+        state: &mut State,
+        turn: &Turn<Self>,
+    ) -> Result<bool, CommandError> {
+        let mut dead = HashSet::new();
+        for incarnation in state.sessions.iter().map(|s| s.incarnation).collect::<HashSet<u64>>() {
+            if self.is_dead(incarnation).await {
+                dead.insert(incarnation);
+            }
+        }
+        while let Some(at) = state.sessions.iter().position(|s| dead.contains(&s.incarnation)) {
+            let stamp = stamp(turn.reign())?;
             let session = state.sessions.swap_remove(at);
             let seen = state.last_seen.map_or(session.since, |at| at.max(session.since));
             state.last_seen = Some(seen);
             self.write(Tables::session_delete(key, stamp, &session.connection, seen)).await;
-            ended = true;
         }
-        Ok(ended)
+        if state.sessions.iter().any(|s| !self.names(s.incarnation)) {
+            turn.after(LOOK_AGAIN, AgentCommand::Look);
+        }
+        Ok(!dead.is_empty())
     }
 
     /// Sees to it that whoever owns it then looks at it.
-    async fn arm(&self, id: &EntityId, state: &mut State) -> Result<(), CommandError> {
+    async fn arm(&self, id: &EntityId, state: &mut State, reign: &Reign) -> Result<(), CommandError> {
         let (key, now, timers) = (self.key(id), self.shards.clock.now(), &self.shards.timers);
         if state.armed.is_some_and(|at| at > now) {
             return Ok(());
@@ -176,10 +210,10 @@ impl Agent {
         let timer = Timer { entity: id.clone(), due };
         let (hour, _hold) = timers.hold(key.shard, due, now);
         if let Some(mark) = timers.first_mark(key.shard) {
-            self.write(Tables::fired_write(key.shard, self.stamp(key)?, mark)).await;
+            self.write(Tables::fired_write(key.shard, stamp(reign)?, mark)).await;
             timers.marked(key.shard, mark);
         }
-        self.write(Tables::timer_write(key.shard, self.stamp(key)?, &timer, hour)).await;
+        self.write(Tables::timer_write(key.shard, stamp(reign)?, &timer, hour)).await;
         timers.arm(timer);
         state.armed = Some(due);
         Ok(())
@@ -190,11 +224,14 @@ impl Agent {
         &self,
         key: LogKey,
         state: &mut State,
-        connection: String,
-        incarnation: u64,
+        (connection, incarnation): (String, u64),
+        reign: &Reign,
     ) -> Result<(), CommandError> {
+        if state.ended.contains(&connection) {
+            return Ok(());
+        }
         let known = state.sessions.iter().position(|s| s.connection == connection);
-        if known.is_some_and(|at| state.sessions[at].incarnation == incarnation) {
+        if known.is_some_and(|at| state.sessions[at].incarnation >= incarnation) {
             return Ok(());
         }
         if known.is_none() && state.sessions.len() >= SESSIONS_MAX {
@@ -203,7 +240,7 @@ impl Agent {
         let since = known.map_or_else(|| self.shards.clock.now(), |at| state.sessions[at].since);
         let said = Some(state.said.as_str().to_owned());
         let session = Session { connection, incarnation, since, said };
-        self.write(Tables::session_write(key, self.stamp(key)?, &session)).await;
+        self.write(Tables::session_write(key, stamp(reign)?, &session)).await;
         match known {
             Some(at) => state.sessions[at] = session,
             None => state.sessions.push(session),
@@ -234,13 +271,14 @@ impl SoftEntity for Agent {
     type Command = AgentCommand;
     type Reply = AgentReply;
 
-    async fn load(&self, id: &EntityId) -> Result<State, CommandError> {
+    async fn load(&self, id: &EntityId, turn: &Turn<Self>) -> Result<State, CommandError> {
         let key = self.key(id);
         let (sessions, last_seen) =
             self.shards.tables.sessions(key).await.map_err(|_| CommandError::unavailable())?;
         let said = sessions.iter().find_map(|s| s.said.as_deref()).map_or(Presence::Online, Presence::named);
-        let mut state = State { sessions, said, last_seen, armed: None };
-        let ended = self.end_lost(key, &mut state).await?;
+        let mut state = State { sessions, said, last_seen, armed: None, ended: VecDeque::new() };
+        let ended = self.end_lost(key, &mut state, turn).await?;
+        turn.is_held().await?;
         if let EntityId::Agent(tenant, agent) = id
             && (ended || !state.sessions.is_empty())
         {
@@ -255,43 +293,54 @@ impl SoftEntity for Agent {
         id: &EntityId,
         state: &mut State,
         command: AgentCommand,
-        _: &Again<Self>,
+        turn: &Turn<Self>,
     ) -> Result<AgentReply, CommandError> {
         let EntityId::Agent(tenant, agent) = id else { return Ok(state.reply()) };
-        let key = self.key(id);
+        let (key, reign) = (self.key(id), turn.reign());
         let before = state.reply();
         match command {
             AgentCommand::Connected { connection, incarnation } => {
-                self.arm(id, state).await?;
-                self.connected(key, state, connection, u64::from(incarnation)).await?;
+                if !self.names(u64::from(incarnation)) {
+                    if self.is_dead(u64::from(incarnation)).await {
+                        return Err(CommandError::unavailable());
+                    }
+                    turn.after(LOOK_AGAIN, AgentCommand::Look);
+                }
+                self.arm(id, state, reign).await?;
+                self.connected(key, state, (connection, u64::from(incarnation)), reign).await?;
             }
             AgentCommand::Disconnected { connection } => {
                 let there = state.sessions.iter().position(|s| s.connection == connection);
                 if let Some(at) = there {
                     let now = self.shards.clock.now();
-                    let gone = Tables::session_delete(key, self.stamp(key)?, &connection, now);
+                    let gone = Tables::session_delete(key, stamp(reign)?, &connection, now);
                     self.write(gone).await;
                     state.sessions.swap_remove(at);
                     state.last_seen = Some(now);
                 }
+                if state.ended.len() == ENDED_MAX {
+                    state.ended.pop_front();
+                }
+                state.ended.push_back(connection);
             }
             AgentCommand::Set(said) => {
                 for session in &mut state.sessions {
                     session.said = Some(said.as_str().to_owned());
-                    self.write(Tables::session_write(key, self.stamp(key)?, session)).await;
+                    self.write(Tables::session_write(key, stamp(reign)?, session)).await;
                 }
                 state.said = said;
             }
             AgentCommand::Get => {}
             AgentCommand::Look => {
-                self.end_lost(key, state).await?;
+                self.end_lost(key, state, turn).await?;
                 if !state.sessions.is_empty() {
-                    self.arm(id, state).await?;
+                    self.arm(id, state, reign).await?;
                 }
             }
         }
         let now = state.reply();
         if now != before {
+            turn.is_held().await?;
             self.show(tenant, agent, &now);
         }
         Ok(now)

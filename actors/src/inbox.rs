@@ -17,7 +17,7 @@ use tokio::time::Instant;
 use crate::clock::Clock;
 use crate::directory::Directory;
 use crate::ports::Publisher;
-use crate::shard::soft::{Again, SoftEntity};
+use crate::shard::soft::{SoftEntity, Turn};
 
 /// Publications of one conversation's summary are at least this far apart.
 pub const SHOW_PAUSE: Duration = Duration::from_millis(250);
@@ -182,7 +182,7 @@ impl SoftEntity for Inbox {
     type Command = InboxCommand;
     type Reply = InboxReply;
 
-    async fn load(&self, id: &EntityId) -> Result<State, CommandError> {
+    async fn load(&self, id: &EntityId, _: &Turn<Self>) -> Result<State, CommandError> {
         let mut state = State { order: BTreeMap::new(), briefs: HashMap::new() };
         let EntityId::Inbox(tenant, inbox) = id else { return Ok(state) };
         let mut after = String::new();
@@ -208,7 +208,7 @@ impl SoftEntity for Inbox {
         id: &EntityId,
         state: &mut State,
         command: InboxCommand,
-        again: &Again<Self>,
+        turn: &Turn<Self>,
     ) -> Result<InboxReply, CommandError> {
         let EntityId::Inbox(tenant, inbox) = id else { return Ok(InboxReply::Taken) };
         match command {
@@ -224,10 +224,11 @@ impl SoftEntity for Inbox {
                 let (shown, waits) = match shown {
                     Some((at, true)) => (at, true),
                     Some((at, false)) if now.duration_since(at) < SHOW_PAUSE => {
-                        again.after(SHOW_PAUSE - now.duration_since(at), InboxCommand::Show(summary.id));
+                        turn.after(SHOW_PAUSE - now.duration_since(at), InboxCommand::Show(summary.id));
                         (at, true)
                     }
                     Some((_, false)) | None => {
+                        turn.is_held().await?;
                         self.show(tenant, inbox, &summary);
                         (now, false)
                     }
@@ -235,6 +236,7 @@ impl SoftEntity for Inbox {
                 brief.recent = Some(Box::new(Recent { summary: *summary, shown, waits }));
             }
             InboxCommand::Show(conversation) => {
+                turn.is_held().await?;
                 if let Some(recent) = state.briefs.get_mut(&conversation).and_then(|b| b.recent.as_mut()) {
                     recent.waits = false;
                     recent.shown = Instant::now();
@@ -245,6 +247,7 @@ impl SoftEntity for Inbox {
                 if state.briefs.get(&summary.id).is_none_or(|b| b.last_seq < summary.last_seq) {
                     // It was loaded before this row was there.
                     state.insert(&summary);
+                    turn.is_held().await?;
                     self.show(tenant, inbox, &summary);
                 }
                 if let Some(brief) = state.briefs.get_mut(&summary.id) {
@@ -260,7 +263,7 @@ impl SoftEntity for Inbox {
             InboxCommand::Reload => {
                 let recent: Vec<Brief> =
                     state.briefs.drain().map(|(_, b)| b).filter(|b| b.recent.is_some()).collect();
-                *state = self.load(id).await?;
+                *state = self.load(id, turn).await?;
                 for brief in recent {
                     let Some(recent) = brief.recent else { continue };
                     let home = self.directory.account(tenant, &brief.account).await?;

@@ -75,7 +75,7 @@ pub(crate) async fn start(node: &Arc<Node>, actions: mpsc::Receiver<Action>) {
     tokio::spawn(sweep(Arc::downgrade(node), wanted.clone()));
     tokio::spawn(move_settled(Arc::downgrade(node)));
     tokio::spawn(run_timers(Arc::downgrade(node), hour));
-    tokio::spawn(tell_closed(Arc::downgrade(node)));
+    tokio::spawn(tell_of_sockets(Arc::downgrade(node)));
     tokio::spawn(show_cluster(Arc::downgrade(node)));
     if node.is_alone() {
         let all = node.shards().count as usize;
@@ -154,12 +154,14 @@ async fn show_cluster(node: Weak<Node>) {
     }
 }
 
-/// Tells of agents' sockets that closed and could not be told of when they did.
-async fn tell_closed(node: Weak<Node>) {
+/// Tells of agents' sockets of which their owners could not be told when they closed, or when this node became another
+/// incarnation.
+async fn tell_of_sockets(node: Weak<Node>) {
     loop {
         tokio::time::sleep(RETRY_PAUSE).await;
         let Some(strong) = node.upgrade() else { return };
         strong.tell_all_closed().await;
+        strong.tell_unknown().await;
     }
 }
 
@@ -306,7 +308,12 @@ async fn stop(node: &Arc<Node>, membership: &Membership, wave: &[Arc<Reign>]) {
     );
     // Where the store does not answer, the successor looks what is left to do.
     let _ = tokio::time::timeout_at(until, ends).await;
-    wave.iter().for_each(|reign| let_go(node, reign.shard));
+    for reign in wave {
+        // It may be open again, under another incarnation of this node.
+        if node.shards().reign(reign.shard).is_some_and(|there| there.epoch() == reign.epoch()) {
+            let_go(node, reign.shard);
+        }
+    }
 }
 
 /// What a part of a shard's move took.

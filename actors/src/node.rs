@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
+use async_trait::async_trait;
 use bytes::Bytes;
 use futures_util::StreamExt as _;
 use patchbay_protocol::CommandError;
@@ -18,7 +19,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
 use crate::account::{Account, AccountCommand, AccountReply, OutboundConfig};
-use crate::agent::{Agent, AgentCommand, AgentReply};
+use crate::agent::{Agent, AgentCommand, AgentReply, Edges};
 use crate::clock::Clock;
 use crate::cluster::host::Action;
 use crate::cluster::map::{Incarnation, Member, ShardMap};
@@ -39,7 +40,7 @@ use crate::router::{Answer, Router, system_command};
 use crate::sessions::Sessions;
 use crate::shard::Shards;
 use crate::shard::slots::{Refused, Slots};
-use crate::shard::soft::SoftSlots;
+use crate::shard::soft::{self, SoftSlots};
 
 /// Between two looks whether publishing may begin.
 const BEGIN_PAUSE: Duration = Duration::from_secs(1);
@@ -306,8 +307,11 @@ impl Node {
         let node = Arc::new_cyclic(|me: &Weak<Self>| Self {
             conversations,
             accounts,
-            agents: SoftSlots::new(Agent::new(shown.clone(), shards.clone())),
-            inboxes: SoftSlots::new(Inbox::new(shown.clone(), directory.clone(), config.clock)),
+            agents: SoftSlots::new(Agent::new(shown.clone(), shards.clone()), shards.clone()),
+            inboxes: SoftSlots::new(
+                Inbox::new(shown.clone(), directory.clone(), config.clock),
+                shards.clone(),
+            ),
             watches: Watches::new(config.publisher.clone(), me.clone() as Weak<dyn Far>, alone),
             publisher: config.publisher,
             interest,
@@ -329,12 +333,7 @@ impl Node {
             identity,
             directory,
         });
-        let members = node.me.clone();
-        node.agents.entity().set_is_there(Box::new(move |incarnation| {
-            let membership = members.upgrade().and_then(|node| node.membership());
-            let incarnation = Incarnation::try_from(incarnation);
-            membership.zip(incarnation.ok()).is_some_and(|(m, n)| m.map().1.members.contains_key(&n))
-        }));
+        node.agents.entity().set_edges(node.me.clone() as Weak<dyn Edges>);
         node.caches.add(&node.directory);
         let tells = node.me.clone();
         node.directory.add_announce(Box::new(move |tenant| {
@@ -356,6 +355,18 @@ impl Node {
         node.accounts.set_give_back(Box::new(move |id, command, reply| {
             if let EntityId::Account(tenant, account) = id {
                 switch.returned(Parcel::Account(tenant.clone(), account.clone(), Box::new(command), reply));
+            }
+        }));
+        let switch = node.switch.clone();
+        node.agents.set_give_back(Box::new(move |id, command, reply| {
+            if let (EntityId::Agent(tenant, agent), Some(reply)) = (id, reply.elsewhere()) {
+                switch.returned(Parcel::Agent(tenant.clone(), agent.clone(), Box::new(command), reply));
+            }
+        }));
+        let switch = node.switch.clone();
+        node.inboxes.set_give_back(Box::new(move |id, command, reply| {
+            if let (EntityId::Inbox(tenant, inbox), Some(reply)) = (id, reply.elsewhere()) {
+                switch.returned(Parcel::Inbox(tenant.clone(), inbox.clone(), Box::new(command), reply));
             }
         }));
         if let Some(network) = config.mesh {
@@ -439,12 +450,12 @@ impl Node {
 
     /// Forgets everybody without a log of a shard that is another node's now.
     pub(crate) fn close_soft(&self, shard: u32) {
-        for id in self.agents.close(shard, self.shards.count) {
+        for id in self.agents.close(shard) {
             if let EntityId::Agent(tenant, agent) = id {
                 self.publisher.presence_elsewhere(&tenant, &agent);
             }
         }
-        self.inboxes.close(shard, self.shards.count);
+        self.inboxes.close(shard);
     }
 
     /// The documents of tenants.
@@ -690,7 +701,7 @@ impl Node {
         futures_util::stream::iter(tells).for_each_concurrent(WAKE_AT_ONCE, |tells| tells).await;
     }
 
-    /// Tells again of every socket here: this node is another incarnation now.
+    /// This node is another incarnation now: tells again of every socket here, until its agent's owner knows.
     pub(crate) async fn tell_all_open(&self) {
         let Some(membership) = self.membership() else { return };
         let incarnation = membership.incarnation();
@@ -699,12 +710,22 @@ impl Node {
         if maps.wait_for(|(_, map)| map.members.contains_key(&incarnation)).await.is_err() {
             return;
         }
-        let tells = self.sessions.open().into_iter();
+        self.sessions.are_unknown();
+        self.tell_unknown().await;
+    }
+
+    /// Tells of sockets that are open under another incarnation than their agents' owners know.
+    pub(crate) async fn tell_unknown(&self) {
+        let incarnation = self.incarnation();
+        let tells = self.sessions.unknown().into_iter();
         let tells = tells.map(|(tenant, agent, connection)| async move {
-            let told = AgentCommand::Connected { connection, incarnation };
-            if let Ok(answer) = self.agent(&tenant, &agent, told) {
-                // One that does not answer within its patience shows its agent as gone until the next socket.
-                let _ = answer.wait().await;
+            let told = AgentCommand::Connected { connection: connection.clone(), incarnation };
+            let told = match self.agent(&tenant, &agent, told) {
+                Ok(answer) => answer.wait().await,
+                Err(error) => Err(error),
+            };
+            if told.is_ok() {
+                self.sessions.known(&tenant, &agent, &connection);
             }
         });
         futures_util::stream::iter(tells).for_each_concurrent(WAKE_AT_ONCE, |tells| tells).await;
@@ -910,6 +931,21 @@ impl Here for Node {
     }
 }
 
+#[async_trait]
+impl Edges for Node {
+    fn names(&self, incarnation: u64) -> bool {
+        let incarnation = Incarnation::try_from(incarnation);
+        self.membership().zip(incarnation.ok()).is_some_and(|(m, n)| m.map().1.members.contains_key(&n))
+    }
+
+    async fn is_dead(&self, incarnation: u64) -> bool {
+        match (self.membership(), Incarnation::try_from(incarnation)) {
+            (Some(membership), Ok(incarnation)) => membership.is_dead(incarnation).await,
+            (None, _) | (_, Err(_)) => false,
+        }
+    }
+}
+
 impl Far for Node {
     fn me(&self) -> Incarnation {
         self.incarnation()
@@ -1048,17 +1084,23 @@ impl Local for Node {
                 });
             }
             Parcel::Agent(tenant, agent, command, reply) => {
-                if let Err((error, reply)) =
-                    self.agents.hand(&EntityId::Agent(tenant, agent), *command, reply)
-                {
-                    drop(reply.send(Err(error)));
+                let id = EntityId::Agent(tenant.clone(), agent.clone());
+                match self.agents.hand(&id, *command, reply) {
+                    Ok(()) => {}
+                    Err(soft::Refused::Error(error, reply)) => drop(reply.send(Err(error))),
+                    Err(soft::Refused::Elsewhere(command, reply)) => {
+                        return Err(Parcel::Agent(tenant, agent, Box::new(command), reply));
+                    }
                 }
             }
             Parcel::Inbox(tenant, inbox, command, reply) => {
-                if let Err((error, reply)) =
-                    self.inboxes.hand(&EntityId::Inbox(tenant, inbox), *command, reply)
-                {
-                    drop(reply.send(Err(error)));
+                let id = EntityId::Inbox(tenant.clone(), inbox.clone());
+                match self.inboxes.hand(&id, *command, reply) {
+                    Ok(()) => {}
+                    Err(soft::Refused::Error(error, reply)) => drop(reply.send(Err(error))),
+                    Err(soft::Refused::Elsewhere(command, reply)) => {
+                        return Err(Parcel::Inbox(tenant, inbox, Box::new(command), reply));
+                    }
                 }
             }
         }

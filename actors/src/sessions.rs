@@ -13,6 +13,8 @@ const UNTOLD_MAX: usize = 100_000;
 #[derive(Default)]
 struct Inner {
     open: HashSet<Which>,
+    /// Open, and told of under another incarnation than this node is now.
+    unknown: HashSet<Which>,
     untold: HashSet<Which>,
 }
 
@@ -33,6 +35,7 @@ impl Sessions {
         let which = (tenant.clone(), agent.clone(), connection.to_owned());
         let mut inner = self.lock();
         inner.open.remove(&which);
+        inner.unknown.remove(&which);
         if inner.untold.len() < UNTOLD_MAX {
             inner.untold.insert(which);
         }
@@ -43,8 +46,19 @@ impl Sessions {
         self.lock().untold.remove(&(tenant.clone(), agent.clone(), connection.to_owned()));
     }
 
-    pub(crate) fn open(&self) -> Vec<Which> {
-        self.lock().open.iter().cloned().collect()
+    /// Every open socket has to be told of again.
+    pub(crate) fn are_unknown(&self) {
+        let inner = &mut *self.lock();
+        inner.unknown.clone_from(&inner.open);
+    }
+
+    /// The agent's owner knows that it is open, and under which incarnation.
+    pub(crate) fn known(&self, tenant: &TenantId, agent: &AgentId, connection: &str) {
+        self.lock().unknown.remove(&(tenant.clone(), agent.clone(), connection.to_owned()));
+    }
+
+    pub(crate) fn unknown(&self) -> Vec<Which> {
+        self.lock().unknown.iter().cloned().collect()
     }
 
     pub(crate) fn untold(&self) -> Vec<Which> {

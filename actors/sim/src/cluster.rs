@@ -13,6 +13,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex};
 
 use patchbay_actors::account::AccountCommand;
+use patchbay_actors::agent::AgentCommand;
 use patchbay_actors::desk::{Desk, Page, Who};
 use patchbay_actors::directory::{Account, Inbox, Settings};
 use patchbay_actors::fanout::Topic;
@@ -266,8 +267,25 @@ async fn catch_up(up: &Up, viewer: &Viewer) {
     }
 }
 
+/// A viewer is an agent, too, who is there for as long as its socket is open.
+fn agent_of(viewer: &Viewer) -> patchbay_protocol::ids::AgentId {
+    viewer.name.replace(' ', "-").parse().unwrap_or_else(|_| unreachable!())
+}
+
+/// Its socket closes. Whoever has to be told of it hears it later, should it not hear it now.
+async fn leave(up: &Up, viewer: &Arc<Viewer>) {
+    if let Some(connection) = up.screen.remove(viewer) {
+        up.node.agent_disconnected(&tenant(), &agent_of(viewer), connection).await;
+    }
+}
+
 async fn connect(up: &Up, viewer: &Arc<Viewer>) {
-    let is_first = up.screen.add(viewer.clone());
+    let connection = up.screen.add(viewer.clone());
+    if up.node.agent_connected(&tenant(), &agent_of(viewer), connection).await.is_err() {
+        // It comes back.
+        return leave(up, viewer).await;
+    }
+    let is_first = up.screen.begins();
     for id in viewer.conversations() {
         let topic = Topic::Conversation(id);
         if is_first {
@@ -501,13 +519,16 @@ impl Sim {
         }
         let Some(up) = up else { return };
         let connected = up.screen.has(viewer);
-        if connected && viewer.behind().is_empty() {
+        let leaves = connected && !self.over && self.around.world.mishap(1);
+        if connected && viewer.behind().is_empty() && !leaves {
             return;
         }
         let (slot, viewer) = (Slot::default(), viewer.clone());
         *waits = Some(Waits { slot: slot.clone(), since: now, at: *at });
         self.processes[*at].spawn(async move {
-            if connected {
+            if leaves {
+                leave(&up, &viewer).await;
+            } else if connected {
                 catch_up(&up, &viewer).await;
             } else {
                 connect(&up, &viewer).await;
@@ -794,7 +815,8 @@ impl Sim {
         })?;
         self.judge_views()?;
         self.judge_logs()?;
-        self.judge_inbox()
+        self.judge_inbox()?;
+        self.judge_presence()
     }
 
     fn calms(&mut self) {
@@ -905,6 +927,42 @@ impl Sim {
             }
             if self.world().now() > ends {
                 return Err(format!("the inbox lists {listed:?} of {tips:?}"));
+            }
+            self.goes_on(200)?;
+        }
+    }
+
+    /// Every agent is there over the one socket that it has, whatever became of those before it.
+    fn judge_presence(&mut self) -> Result<(), String> {
+        let ends = self.world().now() + 20_000;
+        let agents: Vec<_> = self.viewers.iter().map(|(viewer, ..)| agent_of(viewer)).collect();
+        loop {
+            let mut sessions = Vec::new();
+            for agent in agents.clone() {
+                sessions.push(self.ask("an agent says how it is", move |up| {
+                    let agent = agent.clone();
+                    async move {
+                        let asked = up.node.agent(&tenant(), &agent, AgentCommand::Get).ok()?;
+                        asked.wait().await.ok().map(|reply| reply.sessions)
+                    }
+                })?);
+            }
+            if sessions.iter().all(|n| *n == 1) {
+                return Ok(());
+            }
+            if self.world().now() > ends {
+                let at: Vec<_> = self
+                    .viewers
+                    .iter()
+                    .map(|(v, at, waits)| {
+                        let has = self.processes[*at].up().is_some_and(|up| up.screen.has(v));
+                        format!("{} at process {at}: {has}, waits {}", v.name, waits.is_some())
+                    })
+                    .collect();
+                return Err(format!(
+                    "{agents:?} are there over {sessions:?} sockets: {at:?} {:?}",
+                    self.incarnations()
+                ));
             }
             self.goes_on(200)?;
         }

@@ -117,24 +117,46 @@ impl Viewer {
     }
 }
 
-/// Who is connected to a process.
+/// Who is connected to a process, and by which connection.
 #[derive(Default)]
-pub(crate) struct Screen(Mutex<Vec<Arc<Viewer>>>);
+pub(crate) struct Screen {
+    viewers: Mutex<Vec<(Arc<Viewer>, String)>>,
+    process: u64,
+    connections: AtomicU64,
+    has_begun: AtomicBool,
+}
 
 impl Screen {
-    /// Whether it is the first one.
-    pub(crate) fn add(&self, viewer: Arc<Viewer>) -> bool {
-        let mut viewers = lock(&self.0);
-        viewers.push(viewer);
-        viewers.len() == 1
+    fn of(process: u64) -> Self {
+        Self { process, ..Self::default() }
+    }
+
+    /// How its connection is called.
+    pub(crate) fn add(&self, viewer: Arc<Viewer>) -> String {
+        let n = self.connections.fetch_add(1, Ordering::Relaxed);
+        let connection = format!("{}.{n}", self.process);
+        lock(&self.viewers).push((viewer, connection.clone()));
+        connection
+    }
+
+    /// Whether nothing is waited for yet.
+    pub(crate) fn begins(&self) -> bool {
+        !self.has_begun.swap(true, Ordering::Relaxed)
+    }
+
+    /// How its connection was called, if it was there.
+    pub(crate) fn remove(&self, viewer: &Arc<Viewer>) -> Option<String> {
+        let mut viewers = lock(&self.viewers);
+        let at = viewers.iter().position(|(v, _)| Arc::ptr_eq(v, viewer))?;
+        Some(viewers.swap_remove(at).1)
     }
 
     pub(crate) fn has(&self, viewer: &Arc<Viewer>) -> bool {
-        lock(&self.0).iter().any(|v| Arc::ptr_eq(v, viewer))
+        lock(&self.viewers).iter().any(|(v, _)| Arc::ptr_eq(v, viewer))
     }
 
     fn each(&self, f: impl Fn(&Viewer)) {
-        lock(&self.0).iter().for_each(|viewer| f(viewer));
+        lock(&self.viewers).iter().for_each(|(viewer, _)| f(viewer));
     }
 }
 
@@ -266,7 +288,7 @@ impl Process {
             let ticks = Ticks::Tokio(at);
             let cluster = ClusterConfig { member, ticks, moves_max: 4, speaks, ..ClusterConfig::default() };
             let (deliveries, delivered) = patchbay_storage::events::deliveries();
-            let screen = Arc::<Screen>::default();
+            let screen = Arc::new(Screen::of(started));
             let clock = Clock::settable(begins, wall);
             let config = NodeConfig {
                 shards: SHARDS,

@@ -87,6 +87,7 @@ impl Default for ClusterConfig {
 /// A node's membership in its cluster.
 pub struct Membership {
     incarnation: Incarnation,
+    store: Arc<Store>,
     ticks: Ticks,
     /// Nanoseconds of the clock until when the lease is held.
     until: AtomicU64,
@@ -138,8 +139,10 @@ impl Membership {
         let (shows, shown) = watch::channel((map.0, Arc::new(map.1.clone())));
         let leaves = Arc::<Notify>::default();
         let (ends, ended) = watch::channel(false);
+        let store = Arc::new(store);
         let membership = Arc::new(Self {
             incarnation,
+            store: store.clone(),
             ticks,
             until: AtomicU64::new(nanos(lease.until())),
             fenced: AtomicBool::new(false),
@@ -153,7 +156,7 @@ impl Membership {
             Node::new((incarnation, config.member.clone()), lease, map, ttl, config.moves_max, ticks.now());
         let runs = Runs {
             membership: Arc::downgrade(&membership),
-            store: Arc::new(store),
+            store,
             node,
             ticks,
             first,
@@ -198,6 +201,11 @@ impl Membership {
                 Standing::Suspended => stands.changed().await.unwrap_or_default(),
             }
         }
+    }
+
+    /// Whether an incarnation is marked dead, which it is for ever. False also when the store does not answer.
+    pub async fn is_dead(&self, who: Incarnation) -> bool {
+        who != self.incarnation && self.store.is_dead(who).await
     }
 
     /// The map as it is known here, with its version.

@@ -105,6 +105,16 @@ impl Store {
         self.shown(who, read)
     }
 
+    /// Whether an incarnation is marked dead, which it is for ever: its lease is never removed. False also when that is
+    /// not answered.
+    pub async fn is_dead(&self, who: Incarnation) -> bool {
+        if self.alone {
+            return true;
+        }
+        let Ok(Some(found)) = self.read(&lease_of(who)).await else { return false };
+        serde_json::from_slice(&found.value).is_ok_and(|stored: Stored| stored.row == Row::Dead)
+    }
+
     async fn change(&self, who: Incarnation, expected: Row, next: Row, map: u64) -> Answer {
         let Some(version) = self.version_of(who, expected) else {
             // What stands there was never seen, or was replaced by what has been seen since.

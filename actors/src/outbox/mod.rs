@@ -261,7 +261,10 @@ impl Outbox {
         }
         let mut events = events.into_iter();
         while let Some(event) = events.next() {
-            if let Err(refused) = self.sink.send(&event) {
+            // A node whose lease has lapsed publishes nothing; it looks again when it looks for what nobody tells.
+            let held = self.shards.reign(event.origin.conversation.shard(self.shards.count));
+            let held = held.is_none_or(|reign| reign.is_held_now());
+            if let Err(refused) = if held { self.sink.send(&event) } else { Err(SendError::Full) } {
                 lock(&self.lanes).unsent(std::iter::once(event).chain(events).collect());
                 return Err(refused);
             }

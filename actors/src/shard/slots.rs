@@ -35,31 +35,61 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Whom to answer.
 #[derive(Debug)]
-pub struct ReplyTo<T> {
-    to: oneshot::Sender<Result<T, CommandError>>,
-    is_far: bool,
+pub struct ReplyTo<T>(To<T>);
+
+#[derive(Debug)]
+enum To<T> {
+    Near(oneshot::Sender<Result<T, CommandError>>),
+    Far(oneshot::Sender<Told<T>>),
+}
+
+/// What becomes of a command that came from another node.
+#[derive(Debug)]
+pub enum Told<T> {
+    /// Its answer.
+    Answer(Result<T, CommandError>),
+    /// It was not begun, and will not be here: whoever sent it sends it elsewhere.
+    Elsewhere,
 }
 
 impl<T> From<oneshot::Sender<Result<T, CommandError>>> for ReplyTo<T> {
     fn from(to: oneshot::Sender<Result<T, CommandError>>) -> Self {
-        Self { to, is_far: false }
+        Self(To::Near(to))
     }
 }
 
 impl<T> ReplyTo<T> {
     /// Who asks is at another node.
-    pub fn far(to: oneshot::Sender<Result<T, CommandError>>) -> Self {
-        Self { to, is_far: true }
+    pub fn far(to: oneshot::Sender<Told<T>>) -> Self {
+        Self(To::Far(to))
     }
 
     /// Whether who asks is at another node.
     pub fn is_far(&self) -> bool {
-        self.is_far
+        matches!(self.0, To::Far(_))
     }
 
     /// Tells it. The outcome comes back when nobody waits for it any more.
     pub fn send(self, outcome: Result<T, CommandError>) -> Result<(), Result<T, CommandError>> {
-        self.to.send(outcome)
+        match self.0 {
+            To::Near(to) => to.send(outcome),
+            To::Far(to) => to.send(Told::Answer(outcome)).map_err(|told| match told {
+                Told::Answer(outcome) => outcome,
+                Told::Elsewhere => Err(CommandError::unavailable()),
+            }),
+        }
+    }
+
+    /// Tells another node to send its command elsewhere; whoever asks here comes back, to be sent there from here.
+    pub fn elsewhere(self) -> Option<Self> {
+        match self.0 {
+            To::Near(_) => Some(self),
+            To::Far(to) => {
+                // Whoever has stopped waiting has sent it elsewhere already.
+                let _ = to.send(Told::Elsewhere);
+                None
+            }
+        }
     }
 }
 

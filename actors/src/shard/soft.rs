@@ -1,9 +1,13 @@
 //! Actors without a log: what they know is derived from rows that others write, or dies with the process.
+//!
+//! Guarantee: an actor is of one reign. Nothing is begun, shown or answered by it but under that reign's lease: while it
+//! has lapsed everything waits, and when it is over whatever was not begun is handed back, and whatever was is refused as
+//! `unavailable`, to be said again to the next owner.
 
 use std::collections::HashMap;
 use std::future::Future;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
 use patchbay_protocol::CommandError;
@@ -13,6 +17,7 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use super::slots::{Answer, ReplyTo};
+use super::{Reign, Shards};
 
 /// Commands in flight per entity.
 const IN_FLIGHT_MAX: u32 = 4096;
@@ -28,35 +33,67 @@ pub trait SoftEntity: Sized + Send + Sync + 'static {
     type Reply: Send + 'static;
 
     /// Reads what it must know first.
-    fn load(&self, id: &EntityId) -> impl Future<Output = Result<Self::State, CommandError>> + Send;
+    fn load(
+        &self,
+        id: &EntityId,
+        turn: &Turn<Self>,
+    ) -> impl Future<Output = Result<Self::State, CommandError>> + Send;
 
-    /// Answers a command. `again` hands it another one, now or later.
+    /// Answers a command.
     fn handle(
         &self,
         id: &EntityId,
         state: &mut Self::State,
         command: Self::Command,
-        again: &Again<Self>,
+        turn: &Turn<Self>,
     ) -> impl Future<Output = Result<Self::Reply, CommandError>> + Send;
 
     /// Whether it may be forgotten.
     fn may_passivate(state: &Self::State) -> bool;
 }
 
-/// Hands an entity a command of its own making.
-pub struct Again<E: SoftEntity>(ActorRef<Msg<E>>);
+/// Whose turn it is: under which reign, and the way to come back to itself.
+pub struct Turn<E: SoftEntity> {
+    me: ActorRef<Msg<E>>,
+    reign: Arc<Reign>,
+}
 
-impl<E: SoftEntity> Again<E> {
-    /// After `wait`.
+impl<E: SoftEntity> Turn<E> {
+    /// Hands the entity a command of its own making after `wait`.
     pub fn after(&self, wait: Duration, command: E::Command) {
-        let actor = self.0.clone();
+        let actor = self.me.clone();
         tokio::spawn(async move {
             tokio::time::sleep(wait).await;
             // One that is gone has nothing to do.
             let _ = actor.cast(Msg::Command(command, None, None));
         });
     }
+
+    /// Under which reign.
+    pub fn reign(&self) -> &Reign {
+        &self.reign
+    }
+
+    /// Before something is shown or answered: waits while the lease has lapsed.
+    ///
+    /// # Errors
+    /// `unavailable` when the reign is over.
+    pub async fn is_held(&self) -> Result<(), CommandError> {
+        if self.reign.is_held().await { Ok(()) } else { Err(CommandError::unavailable()) }
+    }
 }
+
+/// Why a command was not taken.
+pub enum Refused<E: SoftEntity> {
+    /// Its shard is not served here: it comes back with whom to answer.
+    Elsewhere(E::Command, ReplyTo<E::Reply>),
+    /// For good; whom to tell.
+    Error(CommandError, ReplyTo<E::Reply>),
+}
+
+/// Takes back a command that was not begun, with whom to answer.
+pub type GiveBack<E> =
+    Box<dyn Fn(&EntityId, <E as SoftEntity>::Command, ReplyTo<<E as SoftEntity>::Reply>) + Send + Sync>;
 
 struct Permit(Arc<AtomicU32>);
 
@@ -73,21 +110,38 @@ enum Msg<E: SoftEntity> {
 
 struct Slot<E: SoftEntity> {
     actor: ActorRef<Msg<E>>,
+    epoch: u32,
     in_flight: Arc<AtomicU32>,
     used: Instant,
+}
+
+impl<E: SoftEntity> Slot<E> {
+    /// It ends when it has seen to what it was told.
+    fn end(&self) {
+        // One that has ended needs no asking.
+        let _ = self.actor.drain();
+    }
 }
 
 /// The actors of one kind.
 pub struct SoftSlots<E: SoftEntity> {
     entity: Arc<E>,
+    shards: Arc<Shards>,
     map: Mutex<HashMap<EntityId, Slot<E>>>,
+    give_back: OnceLock<GiveBack<E>>,
     me: Weak<Self>,
 }
 
 impl<E: SoftEntity> SoftSlots<E> {
     /// No actors yet.
-    pub fn new(entity: E) -> Arc<Self> {
-        Arc::new_cyclic(|me| Self { entity: Arc::new(entity), map: Mutex::default(), me: me.clone() })
+    pub fn new(entity: E, shards: Arc<Shards>) -> Arc<Self> {
+        let (entity, map, give_back) = (Arc::new(entity), Mutex::default(), OnceLock::new());
+        Arc::new_cyclic(|me| Self { entity, shards, map, give_back, me: me.clone() })
+    }
+
+    /// Who takes commands that came for a shard that is another node's now. Until somebody does they are refused.
+    pub fn set_give_back(&self, give_back: GiveBack<E>) {
+        let _ = self.give_back.set(give_back);
     }
 
     /// The shared part.
@@ -99,38 +153,47 @@ impl<E: SoftEntity> SoftSlots<E> {
         self.map.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Hands a command to an entity.
+    /// Hands a command to an entity here.
     pub fn send(&self, id: &EntityId, command: E::Command) -> Result<Answer<E::Reply>, CommandError> {
         let (reply, answer) = oneshot::channel();
-        self.hand(id, command, reply.into()).map(|()| Answer::from(answer)).map_err(|(error, _)| error)
+        match self.hand(id, command, reply.into()) {
+            Ok(()) => Ok(Answer::from(answer)),
+            Err(Refused::Elsewhere(..)) => Err(CommandError::unavailable()),
+            Err(Refused::Error(error, _)) => Err(error),
+        }
     }
 
-    /// The same, answered to `reply`; whom to tell when it is refused.
+    /// The same, answered to `reply`.
     pub fn hand(
         &self,
         id: &EntityId,
         command: E::Command,
         reply: ReplyTo<E::Reply>,
-    ) -> Result<(), (CommandError, ReplyTo<E::Reply>)> {
-        match self.admit(id) {
+    ) -> Result<(), Refused<E>> {
+        let Some(reign) = self.shards.reign(id.shard(self.shards.count)) else {
+            return Err(Refused::Elsewhere(command, reply));
+        };
+        match self.admit(id, reign) {
             Ok((actor, permit)) => {
                 // An actor that ended this instant takes what it is told with it.
                 let _ = actor.cast(Msg::Command(command, Some(reply), Some(permit)));
                 Ok(())
             }
-            Err(error) => Err((error, reply)),
+            Err(error) => Err(Refused::Error(error, reply)),
         }
     }
 
-    fn admit(&self, id: &EntityId) -> Result<(ActorRef<Msg<E>>, Permit), CommandError> {
+    fn admit(&self, id: &EntityId, reign: Arc<Reign>) -> Result<(ActorRef<Msg<E>>, Permit), CommandError> {
         let mut map = self.lock();
         let ended =
             |s: &Slot<E>| matches!(s.actor.get_status(), ActorStatus::Stopping | ActorStatus::Stopped);
-        if map.get(id).is_none_or(ended) {
-            let actor = SoftActor { entity: self.entity.clone(), slots: self.me.clone() };
+        if map.get(id).is_none_or(|slot| slot.epoch != reign.epoch() || ended(slot)) {
+            let epoch = reign.epoch();
+            let actor = SoftActor { entity: self.entity.clone(), reign, slots: self.me.clone() };
             let (actor, _) = ActorRuntime::spawn_instant(None, actor, id.clone())
                 .map_err(|_| CommandError::overloaded(RETRY_AFTER_MS))?;
-            map.insert(id.clone(), Slot { actor, in_flight: Arc::default(), used: Instant::now() });
+            let slot = Slot { actor, epoch, in_flight: Arc::default(), used: Instant::now() };
+            map.insert(id.clone(), slot).inspect(Slot::end);
         }
         let slot = map.get_mut(id).ok_or_else(|| CommandError::overloaded(RETRY_AFTER_MS))?;
         slot.used = Instant::now();
@@ -149,9 +212,13 @@ impl<E: SoftEntity> SoftSlots<E> {
         }
     }
 
-    /// Forgets everybody of a shard that is another node's now, and says who that was. What they are at ends by itself.
-    pub fn close(&self, shard: u32, count: u32) -> Vec<EntityId> {
-        self.lock().extract_if(|id, _| id.shard(count) == shard).map(|(id, _)| id).collect()
+    /// Forgets everybody of a shard that is another node's now, and says who that was. They end when they have given
+    /// back whatever they had not begun.
+    pub fn close(&self, shard: u32) -> Vec<EntityId> {
+        let count = self.shards.count;
+        let closed = self.lock().extract_if(|id, _| id.shard(count) == shard).collect::<Vec<_>>();
+        closed.iter().for_each(|(_, slot)| slot.end());
+        closed.into_iter().map(|(id, _)| id).collect()
     }
 
     /// Everybody in memory.
@@ -171,6 +238,7 @@ impl<E: SoftEntity> SoftSlots<E> {
 
 struct SoftActor<E: SoftEntity> {
     entity: Arc<E>,
+    reign: Arc<Reign>,
     slots: Weak<SoftSlots<E>>,
 }
 
@@ -196,6 +264,11 @@ impl<E: SoftEntity> Actor for SoftActor<E> {
     ) -> Result<(), ActorProcessingErr> {
         match msg {
             Msg::Command(command, reply, permit) => {
+                if !self.reign.is_held().await {
+                    drop(permit);
+                    self.give_back(&at.id, command, reply);
+                    return Ok(());
+                }
                 let outcome = self.answer(&me, at, command).await;
                 drop(permit);
                 if let Some(reply) = reply {
@@ -215,18 +288,31 @@ impl<E: SoftEntity> Actor for SoftActor<E> {
 }
 
 impl<E: SoftEntity> SoftActor<E> {
+    fn give_back(&self, id: &EntityId, command: E::Command, reply: Option<ReplyTo<E::Reply>>) {
+        // What it told itself is nothing to its successor.
+        let Some(reply) = reply else { return };
+        let slots = self.slots.upgrade();
+        match slots.as_ref().and_then(|slots| slots.give_back.get()) {
+            Some(give_back) => give_back(id, command, reply),
+            None => drop(reply.send(Err(CommandError::unavailable()))),
+        }
+    }
+
     async fn answer(
         &self,
         me: &ActorRef<Msg<E>>,
         at: &mut Holding<E>,
         command: E::Command,
     ) -> Result<E::Reply, CommandError> {
+        let turn = Turn { me: me.clone(), reign: self.reign.clone() };
         let mut state = match at.state.take() {
             Some(state) => state,
-            None => self.entity.load(&at.id).await?,
+            None => self.entity.load(&at.id, &turn).await?,
         };
-        let outcome = self.entity.handle(&at.id, &mut state, command, &Again(me.clone())).await;
+        let outcome = self.entity.handle(&at.id, &mut state, command, &turn).await;
         at.state = Some(state);
+        // A successor may know nothing of what was done here just now.
+        turn.is_held().await?;
         outcome
     }
 }

@@ -236,7 +236,7 @@ impl Reads {
     /// Takes a word of the caller; what there is to answer to a request.
     fn heard(&self, here: &dyn Here, word: Envelopes) -> Option<Answering> {
         match word {
-            Envelopes::Request(request) => return Some(hand(here, request)),
+            Envelopes::Request(request) => return Some(self.hand(here, request)),
             Envelopes::Beat(Beat { map_version, connections, active, waiting }) => {
                 here.heard(map_version);
                 here.counted(self.from, Counters { connections, active, waiting });
@@ -267,23 +267,27 @@ impl Reads {
         }
         None
     }
-}
 
-/// Hands a command to an entity here; what comes back at once says that it is not here, or cannot be read.
-fn hand(here: &dyn Here, request: Request) -> Answering {
-    try_hand(here, request).unwrap_or_else(|answer| Box::pin(std::future::ready(answer)))
-}
+    /// Hands a command to an entity here; what comes back at once says that it is not here, or cannot be read.
+    fn hand(&self, here: &dyn Here, request: Request) -> Answering {
+        self.try_hand(here, request).unwrap_or_else(|answer| Box::pin(std::future::ready(answer)))
+    }
 
-fn try_hand(here: &dyn Here, request: Request) -> Result<Answering, Answer> {
-    let id = request.id;
-    let unreadable = || {
-        let error = patchbay_protocol::CommandError::invalid("a command that this version does not know");
-        wire::answered(id, answer::Outcome::Refused(wire::refusal(&error)))
-    };
-    let (waits, outcome) = wire::receive(request.kind()).ok_or_else(unreadable)?;
-    let parcel = wire::decode(&request, waits).map_err(|_| unreadable())?;
-    match here.take(parcel) {
-        Ok(()) => Ok(Box::pin(async move { wire::answered(id, outcome.await) })),
-        Err(_) => Err(wire::answered(id, answer::Outcome::NotOwner(here.map_version()))),
+    fn try_hand(&self, here: &dyn Here, request: Request) -> Result<Answering, Answer> {
+        let id = request.id;
+        let unreadable = || {
+            let error = patchbay_protocol::CommandError::invalid("a command that this version does not know");
+            wire::answered(id, answer::Outcome::Refused(wire::refusal(&error)))
+        };
+        let (waits, outcome) = wire::receive(request.kind()).ok_or_else(unreadable)?;
+        let parcel = wire::decode(&request, waits).map_err(|_| unreadable())?;
+        if here.take(parcel).is_err() {
+            return Err(wire::answered(id, answer::Outcome::NotOwner(here.map_version())));
+        }
+        let here = self.here.clone();
+        Ok(Box::pin(async move {
+            let elsewhere = || answer::Outcome::NotOwner(here.upgrade().map_or(0, |here| here.map_version()));
+            wire::answered(id, outcome.await.unwrap_or_else(elsewhere))
+        }))
     }
 }

@@ -14,7 +14,7 @@ use super::proto::{self, Answer, Kind, Request, answer, topic, watched};
 use crate::cluster::json;
 use crate::cluster::switch::Parcel;
 use crate::fanout::{Aside, Topic, Watched};
-use crate::shard::slots::ReplyTo;
+use crate::shard::slots::{ReplyTo, Told};
 
 /// An error as it travels. A code that a later version has is told as `internal`.
 #[derive(Serialize, Deserialize)]
@@ -97,9 +97,9 @@ pub(super) fn decode(request: &Request, waits: Waits) -> Result<Parcel, Waits> {
 }
 
 /// What came of a command, once that is known.
-pub(super) type Outcome = BoxFuture<'static, answer::Outcome>;
+pub(super) type Outcome = BoxFuture<'static, Option<answer::Outcome>>;
 
-/// Who waits, where a command arrives; and what is sent back when they are answered.
+/// Who waits, where a command arrives; and what is sent back when they are answered, none when it was not begun here.
 pub(super) fn receive(kind: Kind) -> Option<(Waits, Outcome)> {
     fn pair<T: Serialize + Send + 'static>(waits: fn(ReplyTo<T>) -> Waits) -> (Waits, Outcome) {
         let (reply, answer) = oneshot::channel();
@@ -115,13 +115,14 @@ pub(super) fn receive(kind: Kind) -> Option<(Waits, Outcome)> {
     }
 }
 
-async fn outcome<T: Serialize>(answer: oneshot::Receiver<Result<T, CommandError>>) -> answer::Outcome {
-    match answer.await {
-        Ok(Ok(reply)) => answer::Outcome::Done(json(&reply)),
-        Ok(Err(error)) => answer::Outcome::Refused(refusal(&error)),
+async fn outcome<T: Serialize>(answer: oneshot::Receiver<Told<T>>) -> Option<answer::Outcome> {
+    Some(match answer.await {
+        Ok(Told::Answer(Ok(reply))) => answer::Outcome::Done(json(&reply)),
+        Ok(Told::Answer(Err(error))) => answer::Outcome::Refused(refusal(&error)),
+        Ok(Told::Elsewhere) => return None,
         // Its actor was lost: nobody knows.
         Err(_) => answer::Outcome::Refused(refusal(&CommandError::unavailable())),
-    }
+    })
 }
 
 pub(super) fn refusal(error: &CommandError) -> Bytes {
