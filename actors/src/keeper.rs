@@ -292,13 +292,16 @@ async fn stop(node: &Arc<Node>, membership: &Membership, wave: &[Arc<Reign>]) {
         node.accounts().close(reign.shard);
     }
     let until = Instant::now() + STOP_PATIENCE;
-    let acts = |reign: &Reign| {
-        node.conversations().active_in(reign.shard) + node.accounts().active_in(reign.shard) > 0
-    };
+    // Whoever has nothing under way but what is derived of it leaves that to its successor.
+    let acts = |reign: &Reign| node.conversations().acts_in(reign) || node.accounts().acts_in(reign);
     while wave.iter().any(|reign| acts(reign)) && Instant::now() < until {
         tokio::time::sleep(STOP_LOOK).await;
     }
-    let ends = futures_util::stream::iter(wave.iter().filter(|reign| !acts(reign))).for_each_concurrent(
+    wave.iter().for_each(|reign| say_tips(node, reign));
+    let is_left = |reign: &Reign| {
+        node.conversations().active_in(reign.shard) + node.accounts().active_in(reign.shard) == 0
+    };
+    let ends = futures_util::stream::iter(wave.iter().filter(|reign| is_left(reign))).for_each_concurrent(
         WAKE_AT_ONCE,
         |reign| async move {
             if is_done(node, reign).await {
@@ -313,6 +316,16 @@ async fn stop(node: &Arc<Node>, membership: &Membership, wave: &[Arc<Reign>]) {
         if node.shards().reign(reign.shard).is_some_and(|there| there.epoch() == reign.epoch()) {
             let_go(node, reign.shard);
         }
+    }
+}
+
+/// Writes how far logs are confirmed that were written until now, so that nobody writes them again. Whoever opens the shard
+/// before it is there does.
+fn say_tips(node: &Node, reign: &Reign) {
+    let (tips, logs) = (reign.tips(), node.shards().logs.clone());
+    if let (false, Ok(stamp)) = (tips.is_empty(), reign.stamp()) {
+        let write = Tables::tips_write(reign.shard, stamp, &tips);
+        tokio::spawn(async move { logs.write_if_room(write).await });
     }
 }
 
@@ -553,6 +566,7 @@ async fn read(shards: &Shards, reign: &mut Reign) -> Result<(), ReadError> {
     let (tables, timers, shard) = (&shards.tables, &shards.timers, reign.shard);
     let marks = tables.marks(shard).await?;
     reign.mark = marks.settled;
+    reign.told = marks.tips.into_iter().collect();
     let Some(from) = marks.fired_until else { return Ok(()) };
     timers.marked(shard, from);
     // Whoever reads further hours now reads them of this shard as well.

@@ -296,6 +296,12 @@ impl<E: LogEntity> Slots<E> {
         self.lock().active.get(shard as usize).map_or(0, HashSet::len)
     }
 
+    /// Whether any of those has an append under way, or may begin one.
+    pub fn acts_in(&self, reign: &Reign) -> bool {
+        let map = self.lock();
+        map.active.get(reign.shard as usize).is_some_and(|keys| keys.iter().any(|key| !reign.is_resting(key)))
+    }
+
     /// An actor ends because its shard is another node's.
     pub(super) fn left(&self, key: [u8; 16], actor: ActorId) {
         let mut map = self.lock();

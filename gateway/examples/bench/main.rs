@@ -7,6 +7,7 @@
 mod cluster;
 mod cold;
 mod engines;
+mod gap;
 mod memory;
 mod mesh;
 mod node;
