@@ -309,15 +309,13 @@ impl SoftEntity for Agent {
                 self.arm(id, state, reign).await?;
                 self.connected(key, state, (connection, u64::from(incarnation)), reign).await?;
             }
+            AgentCommand::Disconnected { connection } if state.ended.contains(&connection) => {}
             AgentCommand::Disconnected { connection } => {
-                let there = state.sessions.iter().position(|s| s.connection == connection);
-                if let Some(at) = there {
-                    let now = self.shards.clock.now();
-                    let gone = Tables::session_delete(key, stamp(reign)?, &connection, now);
-                    self.write(gone).await;
-                    state.sessions.swap_remove(at);
-                    state.last_seen = Some(now);
-                }
+                // Also of one that is not known here: what an earlier owner wrote of it may still arrive.
+                let now = self.shards.clock.now();
+                self.write(Tables::session_delete(key, stamp(reign)?, &connection, now)).await;
+                state.sessions.retain(|session| session.connection != connection);
+                state.last_seen = Some(now);
                 if state.ended.len() == ENDED_MAX {
                     state.ended.pop_front();
                 }

@@ -41,6 +41,8 @@ const TIMER_LOOK: Duration = Duration::from_secs(60);
 /// A shard that is to go is made ready for that for so long, while it is served; and looked at so often meanwhile.
 const PREPARE_PATIENCE: Duration = Duration::from_millis(500);
 const PREPARE_LOOK: Duration = Duration::from_millis(25);
+/// What was used within this is in use.
+const PREPARE_QUIET: Duration = Duration::from_millis(500);
 /// A shard that is to go waits this long for what is under way; what is left then is its successor's.
 const STOP_PATIENCE: Duration = Duration::from_millis(100);
 /// Shards that are ready to go, and go together.
@@ -241,11 +243,13 @@ fn begin(node: &Node, reign: Reign, wanted: &Wanted) -> bool {
 /// Writes what a shard's successor would have to write or to read again, while the shard is still served.
 async fn prepare(node: &Arc<Node>, reign: &Reign) {
     let until = Instant::now() + PREPARE_PATIENCE;
-    let active = || node.conversations().active_in(reign.shard) + node.accounts().active_in(reign.shard);
-    // Whoever was asked writes first what is derived of it, and then its snapshot.
-    while active() > 0 && Instant::now() < until {
-        node.conversations().passivate_in(reign.shard);
-        node.accounts().passivate_in(reign.shard);
+    // Whoever was asked writes first what is derived of it, and then its snapshot. Whoever is in use would be back at once,
+    // and its next caller would have waited for that: how far it was confirmed is said when it stops.
+    let asks = || {
+        let conversations = node.conversations().passivate_in(reign.shard, PREPARE_QUIET);
+        conversations + node.accounts().passivate_in(reign.shard, PREPARE_QUIET) > 0
+    };
+    while asks() && Instant::now() < until {
         tokio::time::sleep(PREPARE_LOOK).await;
     }
     if reign.is_swept()

@@ -436,9 +436,12 @@ impl<E: LogEntity> Slots<E> {
         map.active().filter(|active| now.duration_since(active.used) >= idle).for_each(Active::rest);
     }
 
-    /// Asks everything of a shard that is not being asked to make itself ready to be forgotten.
-    pub fn passivate_in(&self, shard: u32) {
-        self.lock().active_in(shard).for_each(Active::rest);
+    /// Asks everything of a shard that was not used for `quiet` to make itself ready to be forgotten; how many that are.
+    pub fn passivate_in(&self, shard: u32, quiet: Duration) -> usize {
+        let now = Instant::now();
+        let map = self.lock();
+        let asked = map.active_in(shard).filter(|active| now.duration_since(active.used) >= quiet);
+        asked.inspect(|active| active.rest()).count()
     }
 
     /// Lets go of an entity that is ready, unless a command came in the meantime. What was sent before this under
