@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use futures_util::StreamExt as _;
+use futures_util::future::join_all;
 use patchbay_protocol::ids::EntityId;
 use patchbay_storage::ReadError;
 use patchbay_storage::tables::{Mark, Tables, Timer, hour_of};
@@ -43,6 +44,9 @@ const PREPARE_PATIENCE: Duration = Duration::from_millis(500);
 const PREPARE_LOOK: Duration = Duration::from_millis(25);
 /// What was used within this is in use.
 const PREPARE_QUIET: Duration = Duration::from_millis(500);
+/// Calls to providers that were begun are waited for so long, while the shard is served; what is left then is `unknown` to its
+/// next owner.
+const CALLS_PATIENCE: Duration = Duration::from_secs(5);
 /// A shard that is to go waits this long for what is under way; what is left then is its successor's.
 const STOP_PATIENCE: Duration = Duration::from_millis(100);
 /// Shards that are ready to go, and go together.
@@ -242,6 +246,11 @@ fn begin(node: &Node, reign: Reign, wanted: &Wanted) -> bool {
 
 /// Writes what a shard's successor would have to write or to read again, while the shard is still served.
 async fn prepare(node: &Arc<Node>, reign: &Reign) {
+    // No call to a provider is left without its outcome; what is to be sent is taken meanwhile, and waits.
+    reign.winds_up();
+    let accounts = node.accounts().ids_in(reign.shard);
+    let calls = join_all(accounts.iter().map(|id| node.calls_end(id)));
+    let _ = tokio::time::timeout(CALLS_PATIENCE, calls).await;
     let until = Instant::now() + PREPARE_PATIENCE;
     // Whoever was asked writes first what is derived of it, and then its snapshot. Whoever is in use would be back at once,
     // and its next caller would have waited for that: how far it was confirmed is said when it stops.

@@ -583,16 +583,7 @@ impl Node {
         self.drain(DRAIN_PATIENCE).await;
         self.shards.reigns().for_each(|reign| reign.leaves());
         for id in self.accounts.active() {
-            loop {
-                let status = match self.accounts.send(&id, AccountCommand::Status) {
-                    Ok(answer) => answer.wait().await,
-                    Err(e) => Err(e),
-                };
-                if matches!(status, Ok(AccountReply::Status { under_way: 0, .. })) {
-                    break;
-                }
-                tokio::time::sleep(FINISH_LOOK).await;
-            }
+            self.calls_end(&id).await;
         }
         // Whoever has nothing under way is forgotten; the others are asked again while there is time.
         let mut still = 0;
@@ -606,6 +597,20 @@ impl Node {
             outbox.flush().await;
         }
         keeper::finish(self).await;
+    }
+
+    /// Waits until an account that begins no call any more has heard of those that it began, and its conversations with it.
+    pub(crate) async fn calls_end(&self, id: &EntityId) {
+        loop {
+            let status = match self.accounts.send(id, AccountCommand::Status) {
+                Ok(answer) => answer.wait().await,
+                Err(e) => Err(e),
+            };
+            if matches!(status, Ok(AccountReply::Status { under_way: 0, .. })) {
+                return;
+            }
+            tokio::time::sleep(FINISH_LOOK).await;
+        }
     }
 
     /// How busy this node is.

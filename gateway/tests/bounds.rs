@@ -710,7 +710,7 @@ const SECTIONS: &[(&str, &[Row])] = &[
             ),
             Row(
                 "a shard that is to go waits for what is under way; a node that ends for its shards to go, and for the map to say that nothing is left to do",
-                "STOP_PATIENCE, DRAIN_PATIENCE, LEAVE_PATIENCE, PREPARE_PATIENCE",
+                "STOP_PATIENCE, DRAIN_PATIENCE, LEAVE_PATIENCE, PREPARE_PATIENCE, CALLS_PATIENCE",
                 "",
                 "the successor adopts it; what is left is taken over",
                 "",

@@ -292,8 +292,11 @@ impl<E: LogEntity> LogActor<E> {
                 at.reign.acts(at.key.entity);
                 return;
             }
-            let tip = if let Phase::Live(live) = &at.phase { live.confirmed } else { at.confirmed };
-            at.reign.rests(at.key.entity, tip);
+            // Nobody has taken over up to this instant, so that what was answered is confirmed for ever.
+            if at.reign.is_held_now() {
+                let tip = if let Phase::Live(live) = &at.phase { live.confirmed } else { at.confirmed };
+                at.reign.rests(at.key.entity, tip);
+            }
             self.derive_now(me, at);
             let calls = matches!(&at.phase, Phase::Live(live) if !E::may_leave(&live.state));
             let acts = at.acting.is_some() || !at.ordered.is_empty();

@@ -55,7 +55,9 @@ pub struct Reign {
     resting: Mutex<HashMap<[u8; 16], u64>>,
     /// Whether what earlier reigns left is in hand.
     swept: AtomicBool,
-    /// Whether it is about to end: nothing new is begun.
+    /// Whether nothing new is begun outside any more.
+    winding_up: AtomicBool,
+    /// Whether it is about to end.
     leaving: AtomicBool,
     /// Whether it is over: nothing of it is shown any more, and nothing more is written.
     over: AtomicBool,
@@ -77,6 +79,7 @@ impl Reign {
             told: HashMap::new(),
             resting: Mutex::default(),
             swept: AtomicBool::new(false),
+            winding_up: AtomicBool::new(false),
             leaving: AtomicBool::new(false),
             over: AtomicBool::new(false),
             membership: None,
@@ -114,8 +117,19 @@ impl Reign {
         self.opened_in.get().copied().unwrap_or_default()
     }
 
-    /// Begins nothing new outside any more.
+    /// Begins nothing new outside any more, and is served all the same.
+    pub fn winds_up(&self) {
+        self.winding_up.store(true, Ordering::Release);
+    }
+
+    /// Whether nothing new is begun outside.
+    pub fn is_winding_up(&self) -> bool {
+        self.winding_up.load(Ordering::Acquire)
+    }
+
+    /// Is about to end.
     pub fn leaves(&self) {
+        self.winds_up();
         self.leaving.store(true, Ordering::Release);
     }
 

@@ -296,6 +296,11 @@ impl<E: LogEntity> Slots<E> {
         self.lock().active.get(shard as usize).map_or(0, HashSet::len)
     }
 
+    /// Who is active in a shard.
+    pub fn ids_in(&self, shard: u32) -> Vec<EntityId> {
+        self.lock().active_in(shard).map(|active| active.id.clone()).collect()
+    }
+
     /// Whether any of those has an append under way, or may begin one.
     pub fn acts_in(&self, reign: &Reign) -> bool {
         let map = self.lock();

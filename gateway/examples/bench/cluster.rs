@@ -307,8 +307,8 @@ async fn stopped(results: &mut Results, server: &Server, rounds: usize) {
     let all = held(&nodes[0]).await;
     let count = u32::try_from(all.values().map(Vec::len).sum::<usize>()).unwrap();
     let mut world = World { nodes, key, of: conversations(count) };
-    let of_last = all[&world.nodes[2].incarnation].iter().filter_map(|shard| world.of.get(shard).copied());
-    let away = of_last.skip(PROBED).next().unwrap();
+    let of_last = &all[&world.nodes[2].incarnation];
+    let away = of_last.iter().filter_map(|shard| world.of.get(shard).copied()).nth(PROBED).unwrap();
     gap.lose([away.as_bytes().as_slice(), &0u64.to_be_bytes()].concat());
     let by = &world.nodes[0].target;
     let stuck = note(by.http.clone(), by.public.clone(), world.key.clone(), away, "stuck".to_owned());

@@ -67,9 +67,9 @@ impl Gap {
 }
 
 async fn pass(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, state: &State) {
-    let mut frame = Vec::new();
+    let mut frame = vec![0; HEADER];
     loop {
-        frame.resize(HEADER, 0);
+        frame.truncate(HEADER);
         if from.read_exact(&mut frame).await.is_err() {
             return;
         }
