@@ -213,8 +213,6 @@ pub struct Node {
     me: Weak<Self>,
     membership: Mutex<Option<Arc<Membership>>>,
     leaving: AtomicBool,
-    /// Asked to give its shards away: also as another incarnation, until that is called off.
-    drains: AtomicBool,
     engine: Arc<dyn Engine>,
     cluster: ClusterConfig,
     idle_after: Duration,
@@ -326,7 +324,6 @@ impl Node {
             shown,
             membership: Mutex::default(),
             leaving: AtomicBool::new(false),
-            drains: AtomicBool::new(false),
             engine: config.engine,
             cluster: config.cluster,
             idle_after: config.idle_after,
@@ -416,9 +413,7 @@ impl Node {
         let first = ShardMap::new(self.shards.count, incarnation - 1, settled.map_or(0, |(_, n)| n));
         let engine = self.cluster.apart.as_ref().map_or(&self.engine, |apart| &apart.engine);
         let store = Store::new(engine.clone(), self.cluster.ttl);
-        let mut cluster = self.cluster.clone();
-        cluster.member.draining = self.drains.load(Ordering::Relaxed);
-        let joined = Membership::join(incarnation, &cluster, store, first).await;
+        let joined = Membership::join(incarnation, &self.cluster, store, first).await;
         let (membership, actions) = joined.map_err(|_| StartError::Store)?;
         self.shards.incarnation.store(incarnation, Ordering::Relaxed);
         *self.membership.lock().unwrap_or_else(PoisonError::into_inner) = Some(membership);
@@ -524,7 +519,6 @@ impl Node {
     /// them or `patience` is over; what it still has it goes on serving.
     pub async fn drain(&self, patience: Duration) -> bool {
         let Some(membership) = self.membership().filter(|_| !self.is_alone()) else { return false };
-        self.drains.store(true, Ordering::Relaxed);
         membership.tell(Told::Drain(true)).await;
         let me = membership.incarnation();
         let mut maps = membership.maps();
@@ -535,7 +529,6 @@ impl Node {
 
     /// Takes shards again.
     pub async fn undrain(&self) {
-        self.drains.store(false, Ordering::Relaxed);
         if let Some(membership) = self.membership() {
             membership.tell(Told::Drain(false)).await;
         }
@@ -583,7 +576,16 @@ impl Node {
         self.drain(DRAIN_PATIENCE).await;
         self.shards.reigns().for_each(|reign| reign.leaves());
         for id in self.accounts.active() {
-            self.calls_end(&id).await;
+            loop {
+                let status = match self.accounts.send(&id, AccountCommand::Status) {
+                    Ok(answer) => answer.wait().await,
+                    Err(e) => Err(e),
+                };
+                if matches!(status, Ok(AccountReply::Status { under_way: 0, .. })) {
+                    break;
+                }
+                tokio::time::sleep(FINISH_LOOK).await;
+            }
         }
         // Whoever has nothing under way is forgotten; the others are asked again while there is time.
         let mut still = 0;
@@ -597,20 +599,6 @@ impl Node {
             outbox.flush().await;
         }
         keeper::finish(self).await;
-    }
-
-    /// Waits until an account that begins no call any more has heard of those that it began, and its conversations with it.
-    pub(crate) async fn calls_end(&self, id: &EntityId) {
-        loop {
-            let status = match self.accounts.send(id, AccountCommand::Status) {
-                Ok(answer) => answer.wait().await,
-                Err(e) => Err(e),
-            };
-            if matches!(status, Ok(AccountReply::Status { under_way: 0, .. })) {
-                return;
-            }
-            tokio::time::sleep(FINISH_LOOK).await;
-        }
     }
 
     /// How busy this node is.

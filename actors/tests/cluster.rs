@@ -29,7 +29,6 @@ use patchbay_connectors::Connector as _;
 use patchbay_protocol::Timestamp;
 use patchbay_protocol::command::{AddNote, Reply, Request};
 use patchbay_protocol::ids::{AgentId, ConversationId, InboxId, TenantId};
-use patchbay_storage::log::LogKey;
 use patchbay_storage::model::Model;
 use patchbay_storage::{
     Batch, CasOutcome, Document, DocumentKey, Engine, ReadError, Row, Scan, Stamp, Table, WriteError,
@@ -640,7 +639,7 @@ async fn a_log_that_does_not_answer_holds_up_no_other_shard_that_goes() {
     let stuck = tokio::spawn(async move { says.note(&at, "stuck").await });
     until("it is under way", async || reads.hang.load(Ordering::Relaxed) > 0).await;
     let (stop, mut probes) = (Arc::<AtomicBool>::default(), Vec::new());
-    for thread in others.clone() {
+    for thread in others {
         let (says, stop) = (a.clone(), stop.clone());
         probes.push(tokio::spawn(async move {
             let (mut longest, mut n) = (Duration::ZERO, 0);
@@ -665,15 +664,6 @@ async fn a_log_that_does_not_answer_holds_up_no_other_shard_that_goes() {
     }
     println!("the longest that a note was waited for: {longest:?}");
     assert!(longest <= Duration::from_millis(250), "{longest:?}");
-    // Whoever gave them away said how far they were confirmed: nothing of them was written again.
-    for thread in &others {
-        let id = common::id(thread);
-        let key = LogKey { entity: *id.as_bytes(), shard: id.shard(SHARDS) };
-        let rows = a.node.shards().logs.tail(key, 0).await.unwrap().rows;
-        assert!(rows.iter().all(|row| row.stamp == row.origin), "{rows:?}");
-        let epochs: HashSet<u32> = rows.iter().map(|row| row.stamp.epoch()).collect();
-        assert!(epochs.len() > 1, "it was written before and after it moved: {epochs:?}");
-    }
     // Its replicas are back: whoever repeats it is answered, and it stands once, whether it was written before or is now.
     *reads.away.lock().unwrap() = None;
     let _ = stuck.await.unwrap();

@@ -315,7 +315,6 @@ async fn cluster(config: &Config) -> Result<(ClusterConfig, Option<(TcpListener,
         tls: config.mesh.tls(),
         member,
         ttl: config.cluster.lease_ttl,
-        moves_max: config.cluster.moves as usize,
         ..ClusterConfig::default()
     };
     Ok((cluster, listener))

@@ -272,13 +272,6 @@ const SECTIONS: &[(&str, &[Row])] = &[
                 "the oldest is forgotten",
                 "",
             ),
-            Row(
-                "logs of a shard that goes whose tips are said",
-                "TIPS_MAX",
-                "shard/mod.rs/told, shard/mod.rs/resting",
-                "the next owner writes again what nobody had confirmed",
-                "",
-            ),
             Row("a typing signal", "TYPING_FOR", "", "it ends", ""),
         ],
     ),
@@ -710,7 +703,7 @@ const SECTIONS: &[(&str, &[Row])] = &[
             ),
             Row(
                 "a shard that is to go waits for what is under way; a node that ends for its shards to go, and for the map to say that nothing is left to do",
-                "STOP_PATIENCE, DRAIN_PATIENCE, LEAVE_PATIENCE, PREPARE_PATIENCE, CALLS_PATIENCE",
+                "STOP_PATIENCE, DRAIN_PATIENCE, LEAVE_PATIENCE, PREPARE_PATIENCE",
                 "",
                 "the successor adopts it; what is left is taken over",
                 "",

@@ -147,12 +147,6 @@ struct Shard {
 }
 
 impl Shard {
-    /// What another node sent may be what is under way from here: it does not wait for that.
-    fn came_back(&mut self, parcel: Parcel) {
-        let queue = if parcel.is_far() { &mut self.given_back } else { &mut self.returned };
-        queue.push_back((Instant::now(), parcel));
-    }
-
     fn len(&self) -> usize {
         self.given_back.len() + self.arrived.len() + self.returned.len() + self.waiting.len()
     }
@@ -296,7 +290,9 @@ impl Switch {
         // It was let in once: it is not turned away for a bound now.
         inner.waiting += 1;
         let at = inner.shards.entry(shard).or_default();
-        at.came_back(parcel);
+        // What another node sent may be what is under way from here: it does not wait for that.
+        let queue = if parcel.is_far() { &mut at.given_back } else { &mut at.returned };
+        queue.push_back((Instant::now(), parcel));
         self.flush(&mut inner, shard);
     }
 
@@ -307,7 +303,7 @@ impl Switch {
         let mut inner = self.lock();
         inner.waiting += 1;
         let at = inner.shards.entry(shard).or_default();
-        at.came_back(parcel);
+        at.returned.push_back((Instant::now(), parcel));
         if version > known {
             at.until = at.until.max(version);
         } else if !std::mem::replace(&mut at.paused, true) {
@@ -389,52 +385,39 @@ impl Switch {
         }
     }
 
-    /// Hands what arrived to its entity here, or passes it on, whatever is under way from here and to whom: that may be
-    /// itself, by way of whoever sent it.
+    /// Hands what arrived to its entity here, whatever is under way from here; else passes it on.
     fn take_in(&self, inner: &mut Inner, shard: u32, parcel: Parcel) -> Result<(), Parcel> {
         let Some(local) = self.local.get().and_then(Weak::upgrade) else { return Err(parcel) };
         match local.place(shard) {
             Place::Here => local.hand(parcel),
-            Place::There(to) if !Self::waits_for_the_map(inner, shard, &*local) => {
-                self.out(inner, shard, to, parcel)
-            }
-            Place::There(_) | Place::Nowhere => Err(parcel),
+            Place::There(_) | Place::Nowhere => self.pass(inner, shard, parcel),
         }
-    }
-
-    fn waits_for_the_map(inner: &Inner, shard: u32, local: &dyn Local) -> bool {
-        inner.shards.get(&shard).is_some_and(|at| at.paused || at.until > local.map_version())
     }
 
     /// Passes a command on to where its shard is, if it is anywhere.
     fn pass(&self, inner: &mut Inner, shard: u32, parcel: Parcel) -> Result<(), Parcel> {
         let Some(local) = self.local.get().and_then(Weak::upgrade) else { return Err(parcel) };
-        if Self::waits_for_the_map(inner, shard, &*local) {
+        let at = inner.shards.get(&shard);
+        if at.is_some_and(|at| at.paused || at.until > local.map_version()) {
             return Err(parcel);
         }
-        let under_way = inner.shards.get(&shard).and_then(|at| at.to);
+        let under_way = at.and_then(|at| at.to);
         match local.place(shard) {
             Place::Here if under_way.is_none() => local.hand(parcel),
             Place::There(to) if under_way.is_none_or(|other| other == to) => {
-                self.out(inner, shard, to, parcel)
+                let Some(transport) = self.transport.get() else { return Err(parcel) };
+                let at = inner.shards.entry(shard).or_default();
+                (at.under_way, at.to) = (at.under_way + 1, Some(to));
+                let sent = transport.send(to, parcel);
+                if sent.is_err() {
+                    let at = inner.shards.entry(shard).or_default();
+                    at.under_way -= 1;
+                    at.to = at.to.filter(|_| at.under_way > 0);
+                }
+                sent
             }
             Place::Here | Place::There(_) | Place::Nowhere => Err(parcel),
         }
-    }
-
-    /// Sends a command to another node.
-    fn out(&self, inner: &mut Inner, shard: u32, to: Incarnation, parcel: Parcel) -> Result<(), Parcel> {
-        let Some(transport) = self.transport.get() else { return Err(parcel) };
-        let at = inner.shards.entry(shard).or_default();
-        at.under_way += 1;
-        at.to.get_or_insert(to);
-        let sent = transport.send(to, parcel);
-        if sent.is_err() {
-            let at = inner.shards.entry(shard).or_default();
-            at.under_way -= 1;
-            at.to = at.to.filter(|_| at.under_way > 0);
-        }
-        sent
     }
 }
 
@@ -611,26 +594,6 @@ mod tests {
         world.switch.settled(world.shard);
         assert_eq!(world.taken(), [1, 3, 2]);
         assert!(world.switch.is_quiet());
-    }
-
-    #[tokio::test]
-    async fn what_was_sent_on_to_us_goes_on_to_a_third_node_and_does_not_wait_for_itself() {
-        let world = World::at(Place::There(2));
-        let _first = world.send(1);
-        // The other node sends it on to us, and the shard leaves us for a third one before it is done.
-        world.moves(Place::Nowhere);
-        let _second = world.send(2);
-        let (reply, _waits) = oneshot::channel();
-        let command = Box::new(AccountCommand::Placed { kept: 1 });
-        let sent_on =
-            Parcel::Account("t".parse().unwrap(), "a".parse().unwrap(), command, ReplyTo::far(reply));
-        world.switch.returned(sent_on);
-        world.moves(Place::There(3));
-        assert_eq!(world.sent(), [(2, 1), (3, 1)], "what came since waits for the answer");
-        world.wire.0.lock().unwrap().clear();
-        world.switch.settled(world.shard);
-        world.switch.settled(world.shard);
-        assert_eq!(world.sent(), [(3, 2)]);
     }
 
     #[tokio::test]
