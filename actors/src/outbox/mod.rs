@@ -254,17 +254,24 @@ impl Outbox {
         })
     }
 
-    /// Hands events to the sink, in order. What it does not take goes back.
+    /// Whether events of a conversation may leave: a node whose lease has lapsed publishes nothing.
+    fn may_send(&self, id: ConversationId) -> bool {
+        self.shards.reign(id.shard(self.shards.count)).is_none_or(|reign| reign.is_held_now())
+    }
+
+    /// Hands events of one conversation to the sink, in order. What it does not take goes back.
     fn send(&self, events: Vec<Event>) -> Result<(), SendError> {
+        if events.first().is_some_and(|event| !self.may_send(event.origin.conversation)) {
+            // Looked at again with whatever nobody tells.
+            lock(&self.lanes).unsent(events);
+            return Err(SendError::Full);
+        }
         if lock(&self.lanes).in_flight() == events.len() {
             *lock(&self.moved) = Instant::now();
         }
         let mut events = events.into_iter();
         while let Some(event) = events.next() {
-            // A node whose lease has lapsed publishes nothing; it looks again when it looks for what nobody tells.
-            let held = self.shards.reign(event.origin.conversation.shard(self.shards.count));
-            let held = held.is_none_or(|reign| reign.is_held_now());
-            if let Err(refused) = if held { self.sink.send(&event) } else { Err(SendError::Full) } {
+            if let Err(refused) = self.sink.send(&event) {
                 lock(&self.lanes).unsent(std::iter::once(event).chain(events).collect());
                 return Err(refused);
             }

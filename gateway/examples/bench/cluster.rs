@@ -1,7 +1,7 @@
 //! A cluster of processes on Cassandra: a node that is killed, and one that drains, as whoever sends notices it.
 
 use std::collections::{BTreeMap, HashMap};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -92,8 +92,24 @@ fn p99(mut all: Vec<Duration>) -> f64 {
 struct World {
     nodes: Vec<Node>,
     key: String,
-    /// A conversation of each shard.
+    /// Shards, and a conversation of each.
+    count: u32,
     of: HashMap<u32, ConversationId>,
+}
+
+impl World {
+    /// A node in each of these directories, and customers who have written.
+    async fn start(dirs: &[PathBuf], addresses: &str, keyspace: &str) -> Self {
+        let mut nodes = Vec::new();
+        for dir in dirs {
+            nodes.push(start(dir, addresses, keyspace).await);
+        }
+        shared_out(&nodes[0], dirs.len()).await;
+        let key = nodes[0].tenant(TENANT).await;
+        nodes[0].customers_write(TENANT, 0, CUSTOMERS).await;
+        let count = u32::try_from(held(&nodes[0]).await.values().map(Vec::len).sum::<usize>()).unwrap();
+        Self { nodes, key, count, of: conversations(count) }
+    }
 }
 
 /// Kills a node, and writes to each of its shards by way of another: from the kill to each one's first ack, and from
@@ -214,15 +230,8 @@ pub async fn run(results: &mut Results) {
     let server = Server::start("cassandra", 1, &["--heap", "1g"]);
     let dir = tempfile::tempdir().unwrap();
     let dirs = ["a", "b", "c"].map(|name| dir.path().join(name));
-    let mut nodes = Vec::new();
-    for dir in &dirs {
-        nodes.push(start(dir, &server.addresses, KEYSPACE).await);
-    }
-    shared_out(&nodes[0], 3).await;
-    let key = nodes[0].tenant(TENANT).await;
-    nodes[0].customers_write(TENANT, 0, CUSTOMERS).await;
-    let count = u32::try_from(held(&nodes[0]).await.values().map(Vec::len).sum::<usize>()).unwrap();
-    let mut world = World { nodes, key, of: conversations(count) };
+    let mut world = World::start(&dirs, &server.addresses, KEYSPACE).await;
+    let count = world.count;
 
     let (mut killed, mut detected) = (Vec::new(), Vec::new());
     for _ in 0..rounds {
@@ -240,17 +249,8 @@ pub async fn run(results: &mut Results) {
     let after = p99(detected);
     results.note("failover_after_detection_p99_seconds", after, "s", Goal::AtMost(3.0), &conditions, None);
 
-    let drained = drains(&mut world, rounds).await;
-    let conditions = format!(
-        "{rounds} drains of one of three nodes, a third of {count} shards each; the longest that a note to each of {} of its shards took, one every {} ms; {} failed; while nothing moves: {:.0} ms; on average {}",
-        drained.pauses.len(),
-        PROBE_PAUSE.as_millis(),
-        drained.failed,
-        p99(drained.still) * 1000.0,
-        drained.steps
-    );
-    let pause = p99(drained.pauses) * 1000.0;
-    results.note("handoff_pause_p99_ms", pause, "ms", Goal::AtMost(250.0), &conditions, None);
+    let what = format!("{rounds} drains of one of three nodes, a third of {count} shards each");
+    drains(&mut world, rounds).await.note(results, "handoff_pause_p99_ms", &what);
     for node in world.nodes {
         node.stop().await;
     }
@@ -263,6 +263,20 @@ struct Drained {
     still: Vec<Duration>,
     failed: usize,
     steps: String,
+}
+
+impl Drained {
+    fn note(self, results: &mut Results, name: &str, what: &str) {
+        let conditions = format!(
+            "{what}; the longest that a note to each of {} of its shards took, one every {} ms; {} failed; while nothing moves: {:.0} ms; on average {}",
+            self.pauses.len(),
+            PROBE_PAUSE.as_millis(),
+            self.failed,
+            p99(self.still) * 1000.0,
+            self.steps
+        );
+        results.note(name, p99(self.pauses) * 1000.0, "ms", Goal::AtMost(250.0), &conditions, None);
+    }
 }
 
 /// Drains the last node and takes it back, so many times.
@@ -297,16 +311,9 @@ async fn drains(world: &mut World, rounds: usize) -> Drained {
 async fn stopped(results: &mut Results, server: &Server, rounds: usize) {
     let gap = Gap::before(&server.addresses).await;
     let dir = tempfile::tempdir().unwrap();
-    let mut nodes = Vec::new();
-    for name in ["a", "b", "c"] {
-        nodes.push(start(&dir.path().join(name), &gap.address.to_string(), "bench_stopped").await);
-    }
-    shared_out(&nodes[0], 3).await;
-    let key = nodes[0].tenant(TENANT).await;
-    nodes[0].customers_write(TENANT, 0, CUSTOMERS).await;
-    let all = held(&nodes[0]).await;
-    let count = u32::try_from(all.values().map(Vec::len).sum::<usize>()).unwrap();
-    let mut world = World { nodes, key, of: conversations(count) };
+    let dirs = ["a", "b", "c"].map(|name| dir.path().join(name));
+    let mut world = World::start(&dirs, &gap.address.to_string(), "bench_stopped").await;
+    let all = held(&world.nodes[0]).await;
     let of_last = &all[&world.nodes[2].incarnation];
     let away = of_last.iter().filter_map(|shard| world.of.get(shard).copied()).nth(PROBED).unwrap();
     gap.lose([away.as_bytes().as_slice(), &0u64.to_be_bytes()].concat());
@@ -318,15 +325,8 @@ async fn stopped(results: &mut Results, server: &Server, rounds: usize) {
     gap.heal();
     // It may have been given up meanwhile, and is not told apart from one that failed.
     let _ = stuck.await;
-    let conditions = format!(
-        "the same, while every request about the log of one conversation of the node that drains is lost on its way to the store, a note under way among them: {} shards, {} failed; while nothing moves: {:.0} ms; on average {}",
-        drained.pauses.len(),
-        drained.failed,
-        p99(drained.still) * 1000.0,
-        drained.steps
-    );
-    let pause = p99(drained.pauses) * 1000.0;
-    results.note("handoff_pause_p99_ms[stopped]", pause, "ms", Goal::AtMost(250.0), &conditions, None);
+    let what = "the same, while every request about the log of one conversation of the node that drains is lost on its way to the store, a note under way among them";
+    drained.note(results, "handoff_pause_p99_ms[stopped]", what);
     for node in world.nodes {
         node.stop().await;
     }
