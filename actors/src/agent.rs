@@ -71,7 +71,7 @@ pub struct SetPresence {
 }
 
 /// What can be asked of an agent.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum AgentCommand {
     /// A socket opened, or is still open.
     Connected {

@@ -38,7 +38,7 @@ pub struct Filter {
 pub struct Position(pub Reverse<Timestamp>, pub ConversationId);
 
 /// What can be asked of an inbox.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum InboxCommand {
     /// A conversation's summary is new.
     Changed(Box<Summary>),

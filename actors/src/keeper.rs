@@ -124,11 +124,14 @@ async fn keep(node: Weak<Node>, mut actions: mpsc::Receiver<Action>, wanted: Arc
                 }
             }
         }
-        // Whoever leaves does not come back.
-        let Some(strong) = node.upgrade().filter(|n| !n.is_leaving()) else { return };
-        tracing::warn!(incarnation = membership.incarnation(), "the cluster went on without this node");
+        let Some(strong) = node.upgrade() else { return };
         wanted.lock().clear();
         (0..strong.shards().count).for_each(|shard| let_go(&strong, shard));
+        // Whoever leaves does not come back.
+        if strong.is_leaving() {
+            return;
+        }
+        tracing::warn!(incarnation = membership.incarnation(), "the cluster went on without this node");
         actions = loop {
             match strong.join().await {
                 Ok(actions) => break actions,

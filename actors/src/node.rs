@@ -359,13 +359,13 @@ impl Node {
         }));
         let switch = node.switch.clone();
         node.agents.set_give_back(Box::new(move |id, command, reply| {
-            if let (EntityId::Agent(tenant, agent), Some(reply)) = (id, reply.elsewhere()) {
+            if let EntityId::Agent(tenant, agent) = id {
                 switch.returned(Parcel::Agent(tenant.clone(), agent.clone(), Box::new(command), reply));
             }
         }));
         let switch = node.switch.clone();
         node.inboxes.set_give_back(Box::new(move |id, command, reply| {
-            if let (EntityId::Inbox(tenant, inbox), Some(reply)) = (id, reply.elsewhere()) {
+            if let EntityId::Inbox(tenant, inbox) = id {
                 switch.returned(Parcel::Inbox(tenant.clone(), inbox.clone(), Box::new(command), reply));
             }
         }));
@@ -986,7 +986,7 @@ impl Far for Node {
 impl Node {
     /// Who serves a shard, as far as this node knows; none: it is on its way.
     fn holder(&self, shard: u32) -> Option<Home> {
-        if let Some(reign) = self.shards.reign(shard) {
+        if let Some(reign) = self.shards.reign(shard).filter(|reign| !reign.is_fenced()) {
             return Some(Home { who: self.incarnation(), epoch: reign.epoch() });
         }
         let membership = self.membership()?;

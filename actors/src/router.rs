@@ -8,7 +8,7 @@ use patchbay_protocol::ids::{AccountId, AgentId, CommandId, ConversationId, Inbo
 use crate::account::{AccountCommand, AccountReply};
 use crate::agent::{AgentCommand, AgentReply};
 use crate::inbox::{InboxCommand, InboxReply};
-pub use crate::shard::slots::Answer;
+pub use crate::shard::reply::Answer;
 
 /// Hands commands to entities. Every method returns at once: commands that one caller hands to one entity take
 /// effect in that order; the answer comes when everything that it speaks of is durable.

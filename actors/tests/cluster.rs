@@ -16,7 +16,7 @@ use patchbay_actors::clock::Clock;
 use patchbay_actors::cluster::map::{Incarnation, Member};
 use patchbay_actors::cluster::mesh::{Tcp, VERSION};
 use patchbay_actors::cluster::runtime::ClusterConfig;
-use patchbay_actors::cluster::switch::{Local as _, Parcel, Transport};
+use patchbay_actors::cluster::switch::{Local as _, Parcel, Transport, Turn};
 use patchbay_actors::cluster::ticks::Ticks;
 use patchbay_actors::desk::{Desk, Page, Who};
 use patchbay_actors::directory::{Account, Inbox, Settings};
@@ -54,7 +54,7 @@ struct Wire {
 }
 
 impl Transport for Wire {
-    fn send(&self, to: Incarnation, parcel: Parcel) -> Result<(), Parcel> {
+    fn send(&self, to: Incarnation, parcel: Parcel, turn: Turn) -> Result<(), Parcel> {
         let target = self.wires.nodes.lock().unwrap().get(&to).and_then(Weak::upgrade);
         let (Some(target), Some(from)) = (target, self.from.upgrade()) else { return Err(parcel) };
         self.wires.sent.fetch_add(1, Ordering::Relaxed);
@@ -68,7 +68,7 @@ impl Transport for Wire {
                 self.wires.returned.fetch_add(1, Ordering::Relaxed);
                 tokio::spawn(async move {
                     tokio::time::sleep(Duration::from_millis(5)).await;
-                    from.switch().returned(parcel);
+                    from.switch().came_back(parcel, turn);
                     from.switch().settled(shard);
                 });
             }

@@ -302,9 +302,9 @@ const SECTIONS: &[(&str, &[Row])] = &[
             ),
             Row(
                 "an answer of an entity",
-                "ANSWER_TIMEOUT",
-                "",
-                "`unavailable`; repeating with the same ids is safe",
+                "PATIENCE",
+                "reply.rs/over",
+                "`unavailable`, and it is not begun any more on any node; repeating with the same ids is safe",
                 "",
             ),
             Row(
@@ -689,7 +689,7 @@ const SECTIONS: &[(&str, &[Row])] = &[
             ),
             Row(
                 "commands for a shard that is on its way; those of all shards",
-                "WAITING_MAX, WAITING_ALL_MAX, WAITING_FOR",
+                "WAITING_MAX, WAITING_ALL_MAX",
                 "switch.rs/given_back, switch.rs/arrived, switch.rs/returned, switch.rs/waiting, switch.rs/shards",
                 "`overloaded`; after 30 s `unavailable`",
                 "patchbay_shards_waiting_commands",

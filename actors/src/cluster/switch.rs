@@ -1,15 +1,22 @@
 //! The way to an entity wherever it lives: here, on another node, or nowhere for the moment.
 //!
-//! A command goes to the node that holds its entity's shard. While a shard is on its way from one node to another its
-//! commands wait here, and go on when the map says where it is or when it is opened here: on that event, not on a timer.
-//! What comes back unanswered goes on under its own id; its owner knows a repeat by it.
+//! A command goes from the node at which it was asked to the node that holds its entity's shard, and never on from there:
+//! a node to which it does not belong says so, and its sender sends it elsewhere. So nobody waits for what is under way at
+//! others but who sent it. While a shard is on its way from one node to another its commands wait, at both ends, and go on
+//! when the map says where it is or when it is opened: on that event, not on a timer. What comes back unanswered goes on
+//! under its own id; its owner knows a repeat by it.
 //!
-//! Guarantee: commands that one caller hands to one entity reach it in that order, also across a move: what came back
-//! goes before what came since, and nothing goes to a new owner while something is still under way to another.
-//! Bound: [`WAITING_MAX`] commands of a shard and [`WAITING_ALL_MAX`] in all wait, each at most [`WAITING_FOR`]; past that
-//! they are refused with `overloaded` and `retry_after_ms`, or `unavailable`.
+//! Guarantee: commands that one caller hands to one entity reach it in that order, also across a move. What came back goes
+//! in the order in which it was sent first and before what came since, when everything else that was under way is answered
+//! or back too; and of a round of which something was told to go elsewhere the receiver begins nothing more ([`Rounds`]).
+//! Bound: [`WAITING_MAX`] commands of a shard and [`WAITING_ALL_MAX`] in all wait, each at most as long as its caller has
+//! patience ([`PATIENCE`], counted from where it was asked); past that they are refused with `overloaded` and
+//! `retry_after_ms`, or `unavailable`.
+//!
+//! [`Rounds`]: crate::shard::reply::Rounds
+//! [`PATIENCE`]: crate::shard::reply::PATIENCE
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
@@ -24,14 +31,12 @@ use crate::account::{AccountCommand, AccountReply};
 use crate::agent::{AgentCommand, AgentReply};
 use crate::fanout::Topic;
 use crate::inbox::{InboxCommand, InboxReply};
-use crate::shard::slots::ReplyTo;
+use crate::shard::reply::ReplyTo;
 
 /// Commands of one shard that wait for it to be somewhere.
 pub const WAITING_MAX: usize = 1024;
 /// Commands of all shards that wait.
 pub const WAITING_ALL_MAX: usize = 65_536;
-/// How long a command waits before it is refused.
-pub const WAITING_FOR: Duration = Duration::from_secs(30);
 /// Between two looks at commands that have waited too long.
 const WAITING_LOOK: Duration = Duration::from_secs(1);
 /// A node that does not know yet what it holds is asked again after this.
@@ -85,6 +90,28 @@ impl Parcel {
         }
     }
 
+    /// Until when somebody waits for its answer.
+    pub fn until(&self) -> Instant {
+        match self {
+            Self::Conversation(.., reply) => reply.until(),
+            Self::Account(.., reply) => reply.until(),
+            Self::Agent(.., reply) => reply.until(),
+            Self::Inbox(.., reply) => reply.until(),
+            Self::Who(_, reply) => reply.until(),
+        }
+    }
+
+    /// Tells the node that sent it that it does not belong here.
+    fn elsewhere(self) {
+        match self {
+            Self::Conversation(.., reply) => reply.elsewhere(),
+            Self::Account(.., reply) => reply.elsewhere(),
+            Self::Agent(.., reply) => reply.elsewhere(),
+            Self::Inbox(.., reply) => reply.elsewhere(),
+            Self::Who(_, reply) => reply.elsewhere(),
+        }
+    }
+
     /// Answers that it was not done.
     pub fn refuse(self, error: CommandError) {
         // Whoever has stopped waiting repeats with the same ids.
@@ -121,25 +148,38 @@ pub trait Local: Send + Sync + 'static {
     fn hand(&self, parcel: Parcel) -> Result<(), Parcel>;
 }
 
-/// The way to other nodes. What is sent is answered, or brought back by [`Switch::returned`]; either is told by
-/// [`Switch::settled`].
-pub trait Transport: Send + Sync + 'static {
-    /// Sends a command to another node. It comes back when there is no way to it.
-    fn send(&self, to: Incarnation, parcel: Parcel) -> Result<(), Parcel>;
+/// A command's place in what its node sends to others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Turn {
+    /// In the order in which commands were sent first.
+    pub number: u64,
+    /// Which round of its shard's it is sent in.
+    pub round: u64,
 }
 
-#[derive(Default)]
+/// The way to other nodes. What is sent is answered, or brought back by [`Switch::came_back`] or [`Switch::not_owner`];
+/// either is told by [`Switch::settled`].
+pub trait Transport: Send + Sync + 'static {
+    /// Sends a command to another node. It comes back when there is no way to it.
+    fn send(&self, to: Incarnation, parcel: Parcel, turn: Turn) -> Result<(), Parcel>;
+}
+
 struct Shard {
-    /// What other nodes sent here. It waits for nothing that is under way from here: that may be itself, sent on to us.
-    arrived: VecDeque<(Instant, Parcel)>,
+    /// What other nodes sent here. It waits for the shard to be here, or elsewhere, and for nothing else.
+    arrived: VecDeque<Parcel>,
     /// The same, handed to an entity here and given back since: it goes before what has arrived since.
-    given_back: VecDeque<(Instant, Parcel)>,
-    /// What came back, and what came since.
-    returned: VecDeque<(Instant, Parcel)>,
-    waiting: VecDeque<(Instant, Parcel)>,
+    given_back: VecDeque<Parcel>,
+    /// What came back, in the order in which it was sent first.
+    returned: BTreeMap<u64, Parcel>,
+    /// What came since.
+    waiting: VecDeque<Parcel>,
     /// Commands under way to another node, and to which.
     under_way: usize,
     to: Option<Incarnation>,
+    /// Which round goes out; and whether something of it came back: then nothing goes out before all of it is answered or
+    /// back.
+    round: u64,
+    is_recalled: bool,
     /// Nothing goes out before the map has this version.
     until: u64,
     /// Nor while whoever should have it has not heard so.
@@ -147,15 +187,63 @@ struct Shard {
 }
 
 impl Shard {
+    fn new(round: u64) -> Self {
+        Self {
+            arrived: VecDeque::new(),
+            given_back: VecDeque::new(),
+            returned: BTreeMap::new(),
+            waiting: VecDeque::new(),
+            under_way: 0,
+            to: None,
+            round,
+            is_recalled: false,
+            until: 0,
+            paused: false,
+        }
+    }
+
     fn len(&self) -> usize {
         self.given_back.len() + self.arrived.len() + self.returned.len() + self.waiting.len()
     }
+
+    fn is_idle(&self) -> bool {
+        self.under_way == 0 && self.len() == 0
+    }
+
+    /// Takes out what nobody waits for any more.
+    fn extract_late(&mut self, now: Instant) -> Vec<Parcel> {
+        let mut late = Vec::new();
+        for queue in [&mut self.given_back, &mut self.arrived, &mut self.waiting] {
+            if queue.iter().any(|parcel| parcel.until() <= now) {
+                let all = std::mem::take(queue).into_iter();
+                let (old, rest): (Vec<_>, Vec<_>) = all.partition(|parcel| parcel.until() <= now);
+                *queue = rest.into();
+                late.extend(old);
+            }
+        }
+        late.extend(self.returned.extract_if(.., |_, parcel| parcel.until() <= now).map(|(_, parcel)| parcel));
+        late
+    }
 }
 
-#[derive(Default)]
 struct Inner {
     shards: HashMap<u32, Shard>,
     waiting: usize,
+    /// The last command that was sent, and the last round that any shard has begun.
+    sent: u64,
+    round: u64,
+}
+
+impl Inner {
+    fn at(&mut self, shard: u32) -> &mut Shard {
+        let round = self.round;
+        self.shards.entry(shard).or_insert_with(|| Shard::new(round))
+    }
+
+    fn next_number(&mut self) -> u64 {
+        self.sent += 1;
+        self.sent
+    }
 }
 
 /// What waits, and how much that is when it is let go of.
@@ -203,15 +291,15 @@ impl std::fmt::Debug for Switch {
 impl Switch {
     /// Among so many shards.
     pub fn new(count: u32) -> Arc<Self> {
-        let inner = Mutex::default();
-        let busy = AtomicUsize::new(0);
+        let inner = Inner { shards: HashMap::new(), waiting: 0, sent: 0, round: 1 };
+        let (inner, busy) = (Mutex::new(inner), AtomicUsize::new(0));
         Arc::new(Self { count, inner, busy, local: OnceLock::new(), transport: OnceLock::new() })
     }
 
     /// Says who lives here; once.
     pub fn set_local(self: &Arc<Self>, local: Weak<dyn Local>) {
         if self.local.set(local).is_ok() {
-            tokio::spawn(refuse_the_old(Arc::downgrade(self)));
+            tokio::spawn(refuse_the_late(Arc::downgrade(self)));
         }
     }
 
@@ -247,14 +335,14 @@ impl Switch {
         let parcel = if queues {
             parcel
         } else {
-            match self.pass(&mut inner, shard, parcel) {
+            match self.pass(&mut inner, shard, None, parcel) {
                 Ok(()) => return Ok(()),
                 Err(parcel) => parcel,
             }
         };
         let parcel = self.has_room(&inner, shard, parcel)?;
         inner.waiting += 1;
-        inner.shards.entry(shard).or_default().waiting.push_back((Instant::now(), parcel));
+        inner.at(shard).waiting.push_back(parcel);
         Ok(())
     }
 
@@ -264,7 +352,7 @@ impl Switch {
         let mut inner = self.lock();
         self.has_room(&inner, shard, parcel).map(|parcel| {
             inner.waiting += 1;
-            inner.shards.entry(shard).or_default().arrived.push_back((Instant::now(), parcel));
+            inner.at(shard).arrived.push_back(parcel);
             self.flush(&mut inner, shard);
         })
     }
@@ -283,30 +371,42 @@ impl Switch {
         Ok(parcel)
     }
 
-    /// A command came back from another node, or from an entity here whose shard goes: it goes on in its own order.
+    /// A command came back from an entity here whose shard goes.
     pub fn returned(&self, parcel: Parcel) {
         let shard = parcel.shard(self.count);
         let mut inner = self.lock();
         // It was let in once: it is not turned away for a bound now.
         inner.waiting += 1;
-        let at = inner.shards.entry(shard).or_default();
-        // What another node sent may be what is under way from here: it does not wait for that.
-        let queue = if parcel.is_far() { &mut at.given_back } else { &mut at.returned };
-        queue.push_back((Instant::now(), parcel));
+        if parcel.is_far() {
+            inner.at(shard).given_back.push_back(parcel);
+        } else {
+            let number = inner.next_number();
+            inner.at(shard).returned.insert(number, parcel);
+        }
         self.flush(&mut inner, shard);
     }
 
-    /// A command came back from a node that knows this version of the map and does not have its shard.
-    pub fn not_owner(self: &Arc<Self>, parcel: Parcel, version: u64) {
+    /// A command came back from another node, which may have done it.
+    pub fn came_back(&self, parcel: Parcel, turn: Turn) {
         let shard = parcel.shard(self.count);
-        let known = self.local.get().and_then(Weak::upgrade).map_or(0, |local| local.map_version());
         let mut inner = self.lock();
         inner.waiting += 1;
-        let at = inner.shards.entry(shard).or_default();
-        at.returned.push_back((Instant::now(), parcel));
+        let at = inner.at(shard);
+        at.is_recalled = true;
+        at.returned.insert(turn.number, parcel);
+    }
+
+    /// A command came back from a node that knows this version of the map and does not have its shard.
+    pub fn not_owner(self: &Arc<Self>, parcel: Parcel, turn: Turn, from: Incarnation, version: u64) {
+        let shard = parcel.shard(self.count);
+        self.came_back(parcel, turn);
+        let Some(local) = self.local.get().and_then(Weak::upgrade) else { return };
+        let known = local.map_version();
+        let mut inner = self.lock();
+        let at = inner.at(shard);
         if version > known {
             at.until = at.until.max(version);
-        } else if !std::mem::replace(&mut at.paused, true) {
+        } else if local.place(shard) == Place::There(from) && !std::mem::replace(&mut at.paused, true) {
             // It has still to read what we have read, and nobody tells us when.
             let switch = Arc::downgrade(self);
             tokio::spawn(async move {
@@ -321,16 +421,17 @@ impl Switch {
         }
     }
 
-    /// A command to another node is no longer under way: it was answered, or has been returned.
+    /// A command to another node is no longer under way: it was answered, or has come back.
     pub fn settled(&self, shard: u32) {
         let mut inner = self.lock();
+        let next = inner.round + 1;
         if let Some(at) = inner.shards.get_mut(&shard) {
             at.under_way = at.under_way.saturating_sub(1);
             if at.under_way == 0 {
                 at.to = None;
-                if at.len() == 0 {
-                    inner.shards.remove(&shard);
-                    return;
+                if std::mem::take(&mut at.is_recalled) {
+                    at.round = next;
+                    inner.round = next;
                 }
             }
         }
@@ -358,47 +459,62 @@ impl Switch {
         while let Some(at) = inner.shards.get_mut(&shard) {
             let from_back = !at.given_back.is_empty();
             let queue = if from_back { &mut at.given_back } else { &mut at.arrived };
-            let Some((since, parcel)) = queue.pop_front() else { break };
-            if let Err(parcel) = self.take_in(inner, shard, parcel) {
-                let at = inner.shards.entry(shard).or_default();
+            let Some(parcel) = queue.pop_front() else { break };
+            if let Err(parcel) = self.take_in(shard, parcel) {
+                let at = inner.at(shard);
                 let queue = if from_back { &mut at.given_back } else { &mut at.arrived };
-                queue.push_front((since, parcel));
+                queue.push_front(parcel);
                 break;
             }
             inner.waiting -= 1;
         }
-        loop {
-            let Some(at) = inner.shards.get_mut(&shard) else { return };
-            let from_returned = !at.returned.is_empty();
-            let queue = if from_returned { &mut at.returned } else { &mut at.waiting };
-            let Some((since, parcel)) = queue.pop_front() else { break };
-            if let Err(parcel) = self.pass(inner, shard, parcel) {
-                let at = inner.shards.entry(shard).or_default();
-                let queue = if from_returned { &mut at.returned } else { &mut at.waiting };
-                queue.push_front((since, parcel));
-                return;
+        while let Some(at) = inner.shards.get_mut(&shard).filter(|at| !at.is_recalled) {
+            let (number, parcel) = match at.returned.pop_first() {
+                Some((number, parcel)) => (Some(number), parcel),
+                None => match at.waiting.pop_front() {
+                    Some(parcel) => (None, parcel),
+                    None => break,
+                },
+            };
+            if let Err(parcel) = self.pass(inner, shard, number, parcel) {
+                let at = inner.at(shard);
+                match number {
+                    Some(number) => drop(at.returned.insert(number, parcel)),
+                    None => at.waiting.push_front(parcel),
+                }
+                break;
             }
             inner.waiting -= 1;
         }
-        if inner.shards.get(&shard).is_some_and(|at| at.under_way == 0 && at.len() == 0) {
+        if inner.shards.get(&shard).is_some_and(Shard::is_idle) {
             inner.shards.remove(&shard);
         }
     }
 
-    /// Hands what arrived to its entity here, whatever is under way from here; else passes it on.
-    fn take_in(&self, inner: &mut Inner, shard: u32, parcel: Parcel) -> Result<(), Parcel> {
+    /// Hands what arrived to its entity here, or tells whoever sent it that it is elsewhere.
+    fn take_in(&self, shard: u32, parcel: Parcel) -> Result<(), Parcel> {
         let Some(local) = self.local.get().and_then(Weak::upgrade) else { return Err(parcel) };
         match local.place(shard) {
             Place::Here => local.hand(parcel),
-            Place::There(_) | Place::Nowhere => self.pass(inner, shard, parcel),
+            Place::There(_) => {
+                parcel.elsewhere();
+                Ok(())
+            }
+            Place::Nowhere => Err(parcel),
         }
     }
 
-    /// Passes a command on to where its shard is, if it is anywhere.
-    fn pass(&self, inner: &mut Inner, shard: u32, parcel: Parcel) -> Result<(), Parcel> {
+    /// Passes a command of this node's on to where its shard is, if it is anywhere.
+    fn pass(
+        &self,
+        inner: &mut Inner,
+        shard: u32,
+        number: Option<u64>,
+        parcel: Parcel,
+    ) -> Result<(), Parcel> {
         let Some(local) = self.local.get().and_then(Weak::upgrade) else { return Err(parcel) };
         let at = inner.shards.get(&shard);
-        if at.is_some_and(|at| at.paused || at.until > local.map_version()) {
+        if at.is_some_and(|at| at.is_recalled || at.paused || at.until > local.map_version()) {
             return Err(parcel);
         }
         let under_way = at.and_then(|at| at.to);
@@ -406,13 +522,11 @@ impl Switch {
             Place::Here if under_way.is_none() => local.hand(parcel),
             Place::There(to) if under_way.is_none_or(|other| other == to) => {
                 let Some(transport) = self.transport.get() else { return Err(parcel) };
-                let at = inner.shards.entry(shard).or_default();
-                (at.under_way, at.to) = (at.under_way + 1, Some(to));
-                let sent = transport.send(to, parcel);
-                if sent.is_err() {
-                    let at = inner.shards.entry(shard).or_default();
-                    at.under_way -= 1;
-                    at.to = at.to.filter(|_| at.under_way > 0);
+                let number = number.unwrap_or_else(|| inner.next_number());
+                let at = inner.at(shard);
+                let sent = transport.send(to, parcel, Turn { number, round: at.round });
+                if sent.is_ok() {
+                    (at.under_way, at.to) = (at.under_way + 1, Some(to));
                 }
                 sent
             }
@@ -421,26 +535,21 @@ impl Switch {
     }
 }
 
-/// Refuses what has waited too long.
-async fn refuse_the_old(switch: Weak<Switch>) {
+/// Refuses what nobody waits for any more.
+async fn refuse_the_late(switch: Weak<Switch>) {
     loop {
         tokio::time::sleep(WAITING_LOOK).await;
         let Some(strong) = switch.upgrade() else { return };
-        let mut old = Vec::new();
-        {
+        let late: Vec<Parcel> = {
             let mut inner = strong.lock();
-            for at in inner.shards.values_mut() {
-                for queue in [&mut at.given_back, &mut at.arrived, &mut at.returned, &mut at.waiting] {
-                    while queue.front().is_some_and(|(since, _)| since.elapsed() >= WAITING_FOR) {
-                        old.extend(queue.pop_front());
-                    }
-                }
-            }
-            inner.waiting -= old.len();
-            inner.shards.retain(|_, at| at.under_way > 0 || at.len() > 0);
-        }
+            let now = Instant::now();
+            let late = inner.shards.values_mut().flat_map(|at| at.extract_late(now)).collect::<Vec<_>>();
+            inner.waiting -= late.len();
+            inner.shards.retain(|_, at| !at.is_idle());
+            late
+        };
         metrics::gauge!("patchbay_shards_waiting_commands").set(strong.waiting() as f64);
-        for (_, parcel) in old {
+        for parcel in late {
             parcel.refuse(CommandError::unavailable());
         }
     }
@@ -449,6 +558,7 @@ async fn refuse_the_old(switch: Weak<Switch>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::shard::reply::{PATIENCE, Round, Rounds, Told};
     use std::sync::atomic::AtomicU64;
     use tokio::sync::oneshot;
 
@@ -476,11 +586,11 @@ mod tests {
     }
 
     #[derive(Default)]
-    struct Wire(Mutex<Vec<(Incarnation, Parcel)>>);
+    struct Wire(Mutex<Vec<(Incarnation, Parcel, Turn)>>);
 
     impl Transport for Wire {
-        fn send(&self, to: Incarnation, parcel: Parcel) -> Result<(), Parcel> {
-            self.0.lock().unwrap().push((to, parcel));
+        fn send(&self, to: Incarnation, parcel: Parcel, turn: Turn) -> Result<(), Parcel> {
+            self.0.lock().unwrap().push((to, parcel, turn));
             Ok(())
         }
     }
@@ -533,34 +643,74 @@ mod tests {
         }
 
         fn sent(&self) -> Vec<(Incarnation, u64)> {
-            self.wire.0.lock().unwrap().iter().map(|(to, parcel)| (*to, number(parcel))).collect()
+            self.wire.0.lock().unwrap().iter().map(|(to, parcel, _)| (*to, number(parcel))).collect()
+        }
+
+        fn rounds(&self) -> Vec<u64> {
+            self.wire.0.lock().unwrap().iter().map(|(.., turn)| turn.round).collect()
         }
 
         fn taken(&self) -> Vec<u64> {
             self.node.taken.lock().unwrap().clone()
         }
 
-        /// What is under way comes back.
+        /// What is under way comes back, the last first.
         fn comes_back(&self) {
             let all = std::mem::take(&mut *self.wire.0.lock().unwrap());
-            let n = all.len();
-            all.into_iter().for_each(|(_, parcel)| self.switch.returned(parcel));
-            (0..n).for_each(|_| self.switch.settled(self.shard));
+            for (_, parcel, turn) in all.into_iter().rev() {
+                self.switch.came_back(parcel, turn);
+                self.switch.settled(self.shard);
+            }
+        }
+
+        /// Another node sends it in that round.
+        fn arrives(&self, n: u64, rounds: &Arc<Rounds>, round: u64) -> oneshot::Receiver<Told<AccountReply>> {
+            let (reply, answer) = oneshot::channel();
+            let round = Round { shard: self.shard, number: round, rounds: rounds.clone() };
+            let reply = ReplyTo::far(reply, round, Instant::now() + PATIENCE);
+            let command = Box::new(AccountCommand::Placed { kept: n });
+            let parcel = Parcel::Account("t".parse().unwrap(), "a".parse().unwrap(), command, reply);
+            self.switch.arrived(parcel).map_err(|refused| refused.0).unwrap();
+            answer
         }
     }
 
     #[tokio::test]
-    async fn what_came_back_goes_before_what_came_since() {
+    async fn what_came_back_goes_before_what_came_since_in_its_order_and_in_a_later_round() {
         let world = World::at(Place::There(2));
         let _answers = [world.send(1), world.send(2)];
         assert_eq!(world.sent(), [(2, 1), (2, 2)]);
+        let before = world.rounds()[1];
         world.moves(Place::Nowhere);
         let _answer = world.send(3);
         world.comes_back();
         assert_eq!((world.switch.waiting(), world.taken()), (3, vec![]));
+        world.moves(Place::There(3));
+        assert_eq!(world.sent(), [(3, 1), (3, 2), (3, 3)]);
+        assert!(world.rounds().iter().all(|round| *round > before));
+        world.comes_back();
+        world.wire.0.lock().unwrap().clear();
         world.moves(Place::Here);
-        assert_eq!(world.taken(), [1, 2, 3]);
-        assert!(world.switch.is_quiet());
+        assert!(world.taken().is_empty(), "they are under way");
+    }
+
+    #[tokio::test]
+    async fn what_came_back_waits_for_what_was_sent_beside_it() {
+        let world = World::at(Place::There(2));
+        let _answers = [world.send(1), world.send(2), world.send(3)];
+        // The second one comes back first; the first one may still.
+        let second = world.wire.0.lock().unwrap().remove(1);
+        world.switch.came_back(second.1, second.2);
+        world.switch.settled(world.shard);
+        let _answer = world.send(4);
+        assert_eq!(world.sent(), [(2, 1), (2, 3)]);
+        // It does, and the third one is answered.
+        let first = world.wire.0.lock().unwrap().remove(0);
+        world.switch.came_back(first.1, first.2);
+        world.switch.settled(world.shard);
+        world.wire.0.lock().unwrap().clear();
+        world.switch.settled(world.shard);
+        assert_eq!(world.sent(), [(2, 1), (2, 2), (2, 4)]);
     }
 
     #[tokio::test]
@@ -572,45 +722,49 @@ mod tests {
         assert_eq!(world.sent(), [(2, 1)]);
         world.comes_back();
         assert_eq!(world.sent(), [(3, 1), (3, 2)]);
+        world.comes_back();
+        assert_eq!(world.sent(), [(3, 1), (3, 2)]);
     }
 
     #[tokio::test]
-    async fn what_was_sent_on_to_us_and_is_given_back_does_not_wait_for_itself() {
+    async fn what_another_node_sent_waits_for_nothing_that_is_under_way_and_never_goes_on_from_here() {
         let world = World::at(Place::There(2));
         let _first = world.send(1);
-        // The other node sends it on, and the entity here gives it back, since its shard goes and comes again.
         world.moves(Place::Nowhere);
         let _second = world.send(2);
-        let (reply, _waits) = oneshot::channel();
-        let command = Box::new(AccountCommand::Placed { kept: 1 });
-        let reply = ReplyTo::far(reply);
-        let sent_on = Parcel::Account("t".parse().unwrap(), "a".parse().unwrap(), command, reply);
-        world.switch.returned(sent_on);
-        // What arrives meanwhile does not overtake it.
-        world.switch.arrived(parcel(3).0).map_err(|refused| refused.0).unwrap();
-        world.moves(Place::Here);
-        assert_eq!(world.taken(), [1, 3], "what came since waits for the answer");
-        world.wire.0.lock().unwrap().clear();
-        world.switch.settled(world.shard);
-        assert_eq!(world.taken(), [1, 3, 2]);
-        assert!(world.switch.is_quiet());
-    }
-
-    #[tokio::test]
-    async fn what_was_sent_on_to_us_does_not_wait_for_itself() {
-        let world = World::at(Place::There(2));
-        let _first = world.send(1);
-        // The other node lost the shard to us, and sends the command on before we have opened it.
-        world.moves(Place::Nowhere);
-        let _second = world.send(2);
-        world.switch.arrived(parcel(1).0).map_err(|refused| refused.0).unwrap();
+        let rounds = Arc::<Rounds>::default();
+        let mut far = [world.arrives(3, &rounds, 1), world.arrives(4, &rounds, 1)];
         assert!(world.taken().is_empty());
+        assert!(far[0].try_recv().is_err(), "it waits for the map");
+        world.moves(Place::There(3));
+        for answer in &mut far {
+            assert!(matches!(answer.try_recv(), Ok(Told::Elsewhere)));
+        }
+        assert!(rounds.is_over(world.shard, 1) && !rounds.is_over(world.shard, 2));
+        // Or the shard is opened here.
+        world.moves(Place::Nowhere);
+        let _far = [world.arrives(5, &rounds, 2), world.arrives(6, &rounds, 2)];
         world.moves(Place::Here);
-        assert_eq!(world.taken(), [1], "what came since waits for the answer");
+        assert_eq!(world.taken(), [5, 6], "what came since waits for the answer");
         world.wire.0.lock().unwrap().clear();
         world.switch.settled(world.shard);
-        assert_eq!(world.taken(), [1, 2]);
+        assert_eq!(world.taken(), [5, 6, 2]);
         assert!(world.switch.is_quiet());
+    }
+
+    #[tokio::test]
+    async fn what_an_entity_here_gives_back_goes_before_what_has_arrived_since() {
+        let world = World::at(Place::Nowhere);
+        let rounds = Arc::<Rounds>::default();
+        let _later = world.arrives(2, &rounds, 1);
+        let (reply, _answer) = oneshot::channel();
+        let round = Round { shard: world.shard, number: 1, rounds };
+        let command = Box::new(AccountCommand::Placed { kept: 1 });
+        let reply = ReplyTo::far(reply, round, Instant::now() + PATIENCE);
+        let given_back = Parcel::Account("t".parse().unwrap(), "a".parse().unwrap(), command, reply);
+        world.switch.returned(given_back);
+        world.moves(Place::Here);
+        assert_eq!(world.taken(), [1, 2]);
     }
 
     #[tokio::test(start_paused = true)]
@@ -618,8 +772,8 @@ mod tests {
         let world = World::at(Place::There(2));
         let _first = world.send(1);
         let back = |world: &World, version| {
-            let (_, parcel) = world.wire.0.lock().unwrap().pop().unwrap();
-            world.switch.not_owner(parcel, version);
+            let (from, parcel, turn) = world.wire.0.lock().unwrap().pop().unwrap();
+            world.switch.not_owner(parcel, turn, from, version);
             world.switch.settled(world.shard);
         };
         back(&world, 5);
@@ -642,7 +796,7 @@ mod tests {
         let answers: Vec<Answer> = (0..WAITING_MAX as u64).map(|n| world.send(n)).collect();
         let refused = world.switch.send(parcel(0).0).unwrap_err().0;
         assert_eq!(refused, CommandError::overloaded(RETRY_AFTER_MS));
-        tokio::time::sleep(WAITING_FOR + 2 * WAITING_LOOK).await;
+        tokio::time::sleep(PATIENCE + 2 * WAITING_LOOK).await;
         for answer in answers {
             assert_eq!(answer.await.unwrap().unwrap_err(), CommandError::unavailable());
         }

@@ -30,6 +30,7 @@ use tokio::time::Instant;
 
 use super::activity::Ticket;
 use super::entity::{LogEntity, Now, RowIntent};
+use super::reply::ReplyTo;
 use super::slots::Slots;
 use super::{Reign, Shards};
 use derive::{Derive, Frozen, settle};
@@ -306,7 +307,12 @@ impl<E: LogEntity> LogActor<E> {
     async fn ready(&self, me: &ActorRef<Msg<E>>, at: &mut Loop<E>) -> bool {
         if let Phase::Cold = at.phase {
             let loaded = loop {
-                let loaded = Box::pin(self.load(me, at)).await;
+                let reign = at.reign.clone();
+                let loaded = tokio::select! {
+                    biased;
+                    loaded = Box::pin(self.load(me, at)) => loaded,
+                    () = reign.is_over() => Err(AdoptError::Unavailable),
+                };
                 if loaded.is_ok() || at.reign.is_held_now() {
                     break loaded;
                 }
@@ -379,7 +385,22 @@ impl<E: LogEntity> LogActor<E> {
         let mut payloads: Vec<(CommandId, Bytes)> = Vec::new();
         while let Some(queued) = at.queue.pop_front() {
             let Phase::Live(live) = &mut at.phase else { return };
-            let found = match self.look_up(at.key, live, &queued.command).await {
+            if queued.reply.as_ref().is_some_and(ReplyTo::is_late) {
+                // Nor is what was asked after it done before it.
+                at.queue.push_front(queued);
+                refuse_all(me, at, CommandError::unavailable());
+                continue;
+            }
+            let found = tokio::select! {
+                biased;
+                found = self.look_up(at.key, live, &queued.command) => found,
+                () = at.reign.is_over() => {
+                    at.queue.push_front(queued);
+                    give_way(me, at, batch);
+                    return;
+                }
+            };
+            let found = match found {
                 Ok(found) => found,
                 // What it has told itself nobody else would say again.
                 Err(_) if queued.reply.is_none() => {
@@ -461,10 +482,7 @@ impl<E: LogEntity> LogActor<E> {
         }
         let (Ok(stamp), Ok(beside)) = (at.reign.stamp(), at.reign.stamp()) else {
             if !at.reign.is_held_now() {
-                // It has ended since: whoever asked is asked to go to its successor.
-                batch.answers.drain(..).rev().for_each(|(queued, _)| at.queue.push_front(queued));
-                at.chill();
-                let _ = me.cast(Msg::Leave);
+                give_way(me, at, batch);
                 return;
             }
             batch.answers.drain(..).rev().for_each(|(queued, _)| at.queue.push_front(queued));
@@ -707,6 +725,13 @@ impl<E: LogEntity> Loop<E> {
 /// Writes a row that belongs to an append; gives it back when there is no room.
 async fn beside_append(logs: &Logs, row: Batch) -> Option<Batch> {
     logs.write_if_room(row.clone()).await.is_err().then_some(row)
+}
+
+/// Its reign has ended: whoever asked is asked to go to its successor.
+fn give_way<E: LogEntity>(me: &ActorRef<Msg<E>>, at: &mut Loop<E>, mut batch: InFlight<E>) {
+    batch.answers.drain(..).rev().for_each(|(queued, _)| at.queue.push_front(queued));
+    at.chill();
+    let _ = me.cast(Msg::Leave);
 }
 
 /// Refuses what waits, and whatever is in the mailbox by now: of what one caller has asked nothing is done that came after

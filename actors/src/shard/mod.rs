@@ -11,6 +11,7 @@ pub mod activity;
 pub mod entity;
 pub mod filter;
 pub mod log_actor;
+pub mod reply;
 pub mod slots;
 pub mod soft;
 pub mod timers;
@@ -24,6 +25,7 @@ use patchbay_storage::log::Logs;
 use patchbay_storage::stamp::OutOfStamps;
 use patchbay_storage::tables::{Mark, Tables};
 use patchbay_storage::{Stamp, Stamps};
+use tokio::sync::Notify;
 
 use crate::clock::Clock;
 use crate::cluster::lease::Standing;
@@ -51,6 +53,7 @@ pub struct Reign {
     leaving: AtomicBool,
     /// Whether it is over: nothing of it is shown any more, and nothing more is written.
     over: AtomicBool,
+    ended: Notify,
     /// The lease that it holds by; none: nobody else can be there.
     membership: Option<Arc<Membership>>,
 }
@@ -69,6 +72,7 @@ impl Reign {
             swept: AtomicBool::new(false),
             leaving: AtomicBool::new(false),
             over: AtomicBool::new(false),
+            ended: Notify::new(),
             membership: None,
         }
     }
@@ -91,6 +95,11 @@ impl Reign {
     pub fn is_held_now(&self) -> bool {
         let held = self.membership.as_ref().is_none_or(|m| m.standing() == Standing::Held);
         held && !self.over.load(Ordering::Acquire)
+    }
+
+    /// Whether its incarnation has ended, and with it every reign of its: even one that nobody has let go of yet.
+    pub fn is_fenced(&self) -> bool {
+        self.membership.as_ref().is_some_and(|m| m.standing() == Standing::Fenced)
     }
 
     /// It took this long to open.
@@ -117,6 +126,16 @@ impl Reign {
     /// Ends it.
     pub fn ends(&self) {
         self.over.store(true, Ordering::Release);
+        self.ended.notify_waiters();
+    }
+
+    /// Waits until it is over: nobody goes on waiting for the store then, while its successor serves.
+    pub async fn is_over(&self) {
+        let mut ended = std::pin::pin!(self.ended.notified());
+        ended.as_mut().enable();
+        if !self.over.load(Ordering::Acquire) {
+            ended.await;
+        }
     }
 
     /// Its epoch.

@@ -16,6 +16,7 @@ use tokio::time::Instant;
 
 use super::entity::LogEntity;
 use super::log_actor::{LogActor, Msg, Queued};
+use super::reply::{Answer, ReplyTo};
 use super::{Reign, Shards};
 
 /// Commands in flight per entity.
@@ -30,87 +31,6 @@ const RETRY_AFTER_MS: u64 = 250;
 pub const FAILURES_MAX: u32 = 5;
 /// How long that is; also how long an activation must last for its failure to be the first again.
 pub const LONG_PAUSE: Duration = Duration::from_secs(60);
-/// A caller's patience: past it the outcome is unknown to it, and repeating with the same ids is safe.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
-
-/// Whom to answer.
-#[derive(Debug)]
-pub struct ReplyTo<T>(To<T>);
-
-#[derive(Debug)]
-enum To<T> {
-    Near(oneshot::Sender<Result<T, CommandError>>),
-    Far(oneshot::Sender<Told<T>>),
-}
-
-/// What becomes of a command that came from another node.
-#[derive(Debug)]
-pub enum Told<T> {
-    /// Its answer.
-    Answer(Result<T, CommandError>),
-    /// It was not begun, and will not be here: whoever sent it sends it elsewhere.
-    Elsewhere,
-}
-
-impl<T> From<oneshot::Sender<Result<T, CommandError>>> for ReplyTo<T> {
-    fn from(to: oneshot::Sender<Result<T, CommandError>>) -> Self {
-        Self(To::Near(to))
-    }
-}
-
-impl<T> ReplyTo<T> {
-    /// Who asks is at another node.
-    pub fn far(to: oneshot::Sender<Told<T>>) -> Self {
-        Self(To::Far(to))
-    }
-
-    /// Whether who asks is at another node.
-    pub fn is_far(&self) -> bool {
-        matches!(self.0, To::Far(_))
-    }
-
-    /// Tells it. The outcome comes back when nobody waits for it any more.
-    pub fn send(self, outcome: Result<T, CommandError>) -> Result<(), Result<T, CommandError>> {
-        match self.0 {
-            To::Near(to) => to.send(outcome),
-            To::Far(to) => to.send(Told::Answer(outcome)).map_err(|told| match told {
-                Told::Answer(outcome) => outcome,
-                Told::Elsewhere => Err(CommandError::unavailable()),
-            }),
-        }
-    }
-
-    /// Tells another node to send its command elsewhere; whoever asks here comes back, to be sent there from here.
-    pub fn elsewhere(self) -> Option<Self> {
-        match self.0 {
-            To::Near(_) => Some(self),
-            To::Far(to) => {
-                // Whoever has stopped waiting has sent it elsewhere already.
-                let _ = to.send(Told::Elsewhere);
-                None
-            }
-        }
-    }
-}
-
-/// An answer that will come.
-pub struct Answer<T>(oneshot::Receiver<Result<T, CommandError>>);
-
-impl<T> Answer<T> {
-    /// Waits for it. `unavailable` when the actor was lost or 30 s have passed.
-    pub async fn wait(self) -> Result<T, CommandError> {
-        match tokio::time::timeout(ANSWER_TIMEOUT, self.0).await {
-            Ok(Ok(answer)) => answer,
-            Ok(Err(_)) | Err(_) => Err(CommandError::unavailable()),
-        }
-    }
-}
-
-impl<T> From<oneshot::Receiver<Result<T, CommandError>>> for Answer<T> {
-    fn from(answer: oneshot::Receiver<Result<T, CommandError>>) -> Self {
-        Self(answer)
-    }
-}
 
 /// Why a command was not taken.
 pub enum Refused<E: LogEntity> {
@@ -310,7 +230,7 @@ impl<E: LogEntity> Slots<E> {
     pub fn send(&self, id: &EntityId, command: E::Command) -> Result<Answer<E::Reply>, CommandError> {
         let (reply, answer) = oneshot::channel();
         match self.hand(id, command, reply.into()) {
-            Ok(()) => Ok(Answer(answer)),
+            Ok(()) => Ok(answer.into()),
             Err(Refused::Elsewhere(..)) => Err(CommandError::unavailable()),
             Err(Refused::Error(error, _)) => Err(error),
         }

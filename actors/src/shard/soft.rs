@@ -1,8 +1,8 @@
 //! Actors without a log: what they know is derived from rows that others write, or dies with the process.
 //!
 //! Guarantee: an actor is of one reign. Nothing is begun, shown or answered by it but under that reign's lease: while it
-//! has lapsed everything waits, and when it is over whatever was not begun is handed back, and whatever was is refused as
-//! `unavailable`, to be said again to the next owner.
+//! has lapsed everything waits, and when it is over whatever was not answered is handed back, to be said to the next owner:
+//! commands say how something is, so that twice is as good as once.
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -16,7 +16,7 @@ use ractor::{Actor, ActorProcessingErr, ActorRef, ActorRuntime, ActorStatus};
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-use super::slots::{Answer, ReplyTo};
+use super::reply::{Answer, ReplyTo};
 use super::{Reign, Shards};
 
 /// Commands in flight per entity.
@@ -28,7 +28,7 @@ pub trait SoftEntity: Sized + Send + Sync + 'static {
     /// What it knows.
     type State: Send + 'static;
     /// What can be asked.
-    type Command: Send + 'static;
+    type Command: Clone + Send + 'static;
     /// What is answered.
     type Reply: Send + 'static;
 
@@ -91,7 +91,7 @@ pub enum Refused<E: SoftEntity> {
     Error(CommandError, ReplyTo<E::Reply>),
 }
 
-/// Takes back a command that was not begun, with whom to answer.
+/// Takes back a command that was not answered, with whom to answer.
 pub type GiveBack<E> =
     Box<dyn Fn(&EntityId, <E as SoftEntity>::Command, ReplyTo<<E as SoftEntity>::Reply>) + Send + Sync>;
 
@@ -269,11 +269,23 @@ impl<E: SoftEntity> Actor for SoftActor<E> {
                     self.give_back(&at.id, command, reply);
                     return Ok(());
                 }
-                let outcome = self.answer(&me, at, command).await;
+                let again = command.clone();
+                let outcome = if reply.as_ref().is_some_and(ReplyTo::is_late) {
+                    Some(Err(CommandError::unavailable()))
+                } else {
+                    // What waits for the store waits no longer than its reign.
+                    tokio::select! {
+                        biased;
+                        outcome = self.answer(&me, at, command) => outcome,
+                        () = self.reign.is_over() => None,
+                    }
+                };
                 drop(permit);
-                if let Some(reply) = reply {
+                match (outcome, reply) {
                     // Whoever has stopped waiting asks again.
-                    let _ = reply.send(outcome);
+                    (Some(outcome), Some(reply)) => drop(reply.send(outcome)),
+                    (Some(_), None) => {}
+                    (None, reply) => self.give_back(&at.id, again, reply),
                 }
             }
             Msg::Idle => {
@@ -298,21 +310,26 @@ impl<E: SoftEntity> SoftActor<E> {
         }
     }
 
+    /// What comes of a command; none: that is for its successor to say, who may know nothing of what was done here.
     async fn answer(
         &self,
         me: &ActorRef<Msg<E>>,
         at: &mut Holding<E>,
         command: E::Command,
-    ) -> Result<E::Reply, CommandError> {
+    ) -> Option<Result<E::Reply, CommandError>> {
         let turn = Turn { me: me.clone(), reign: self.reign.clone() };
-        let mut state = match at.state.take() {
-            Some(state) => state,
-            None => self.entity.load(&at.id, &turn).await?,
+        let loaded = match at.state.take() {
+            Some(state) => Ok(state),
+            None => self.entity.load(&at.id, &turn).await,
         };
-        let outcome = self.entity.handle(&at.id, &mut state, command, &turn).await;
-        at.state = Some(state);
-        // A successor may know nothing of what was done here just now.
-        turn.is_held().await?;
-        outcome
+        let outcome = match loaded {
+            Ok(mut state) => {
+                let outcome = self.entity.handle(&at.id, &mut state, command, &turn).await;
+                at.state = Some(state);
+                outcome
+            }
+            Err(error) => Err(error),
+        };
+        self.reign.is_held().await.then_some(outcome)
     }
 }

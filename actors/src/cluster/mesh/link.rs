@@ -12,6 +12,7 @@ use hyper_util::rt::TokioIo;
 use patchbay_protocol::ids::TenantId;
 use tokio::sync::{mpsc, watch};
 use tokio::task::AbortHandle;
+use tokio::time::Instant;
 use tonic::Streaming;
 use tonic::transport::Endpoint;
 
@@ -28,7 +29,7 @@ use super::{
     WINDOW, WINDOW_BYTES,
 };
 use crate::cluster::map::Incarnation;
-use crate::cluster::switch::{Parcel, Switch};
+use crate::cluster::switch::{Parcel, Switch, Turn};
 use crate::fanout::{Aside, Home, Topic};
 use crate::node::Counters;
 
@@ -41,6 +42,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 const BEAT_EVERY: Duration = Duration::from_secs(1);
 /// A lane that hears nothing for so long has broken.
 const SILENCE_MAX: Duration = Duration::from_secs(5);
+/// A peer that speaks and has not answered so long after its caller's patience has ended does not answer any more.
+const LATE_GRACE: Duration = Duration::from_secs(5);
 /// Words beside requests that wait for the stream to take them; past it they are lost, which is made up for: those that
 /// matter are said again.
 pub const WORDS_MAX: usize = 1_024;
@@ -56,6 +59,9 @@ pub(super) struct To {
 /// A request that is not answered.
 struct Unanswered {
     shard: u32,
+    turn: Turn,
+    /// Until when somebody waits for its answer.
+    until: Instant,
     request: Request,
     waits: Waits,
 }
@@ -131,7 +137,7 @@ impl Lane {
     }
 
     /// Takes a request, if the peer is reached and there is room.
-    pub(super) fn send(&self, shard: u32, parcel: Parcel) -> Result<(), Parcel> {
+    pub(super) fn send(&self, shard: u32, parcel: Parcel, turn: Turn) -> Result<(), Parcel> {
         let mut state = self.lock();
         if !self.is_up() {
             return Err(parcel);
@@ -146,9 +152,12 @@ impl Lane {
         };
         state.next += 1;
         let id = state.next;
-        let (request, waits) = wire::encode(id, parcel);
+        let until = parcel.until();
+        let (mut request, waits) = wire::encode(id, parcel);
+        (request.shard, request.round) = (shard, turn.round);
+        request.within_ms = wire::within_ms(until);
         place.send(request.clone());
-        state.unanswered.insert(id, Unanswered { shard, request, waits });
+        state.unanswered.insert(id, Unanswered { shard, turn, until, request, waits });
         Ok(())
     }
 
@@ -197,12 +206,12 @@ impl Lane {
             let room = state.unanswered.len() < UNANSWERED_MAX / 2;
             (found, room && std::mem::take(&mut state.was_full))
         };
-        let Some(Unanswered { shard, request, waits }) = found else { return };
+        let Some(Unanswered { shard, turn, request, waits, .. }) = found else { return };
         match answer.outcome {
             Some(answer::Outcome::NotOwner(version)) => {
                 here.heard(version);
                 match wire::decode(&request, waits) {
-                    Ok(parcel) => self.switch.not_owner(parcel, version),
+                    Ok(parcel) => self.switch.not_owner(parcel, turn, self.to.incarnation, version),
                     Err(waits) => waits.lose(),
                 }
             }
@@ -212,6 +221,25 @@ impl Lane {
         self.switch.settled(shard);
         if had_no_room {
             self.switch.all_moved();
+        }
+    }
+
+    /// Stops to wait for what its peer should have answered long ago: whoever asked has been told that nobody knows.
+    fn lose_the_late(&self) {
+        let late: Vec<Unanswered> = {
+            let (mut state, now) = (self.lock(), Instant::now());
+            let is_late = |of: &Unanswered| of.until + LATE_GRACE < now;
+            // Those that were sent first were asked first, but for a few.
+            if !state.unanswered.values().next().is_some_and(is_late) {
+                return;
+            }
+            state.unanswered.extract_if(.., |_, of| is_late(of)).map(|(_, of)| of).collect()
+        };
+        metrics::counter!("patchbay_mesh_unanswered_total").increment(late.len() as u64);
+        tracing::warn!(to = self.to.incarnation, lane = self.to.lane, count = late.len(), "not answered");
+        for Unanswered { shard, waits, .. } in late {
+            waits.lose();
+            self.switch.settled(shard);
         }
     }
 
@@ -227,10 +255,10 @@ impl Lane {
             here.watches().cut(self.to.incarnation, |shard| shard % LANES == self.to.lane);
         }
         let mut shards = Vec::with_capacity(unanswered.len());
-        for (_, Unanswered { shard, request, waits }) in unanswered {
+        for (_, Unanswered { shard, turn, request, waits, .. }) in unanswered {
             shards.push(shard);
             match wire::decode(&request, waits) {
-                Ok(parcel) => self.switch.returned(parcel),
+                Ok(parcel) => self.switch.came_back(parcel, turn),
                 Err(waits) => waits.lose(),
             }
         }
@@ -261,7 +289,7 @@ impl Runs {
     async fn run(self) {
         let mut pause = RECONNECT_PAUSE;
         loop {
-            let began = tokio::time::Instant::now();
+            let began = Instant::now();
             let broken = self.speak().await;
             let Some(lane) = self.lane.upgrade() else { return };
             let was_up = lane.is_up();
@@ -360,19 +388,20 @@ impl Runs {
         tracing::info!(to = self.to.incarnation, lane = self.to.lane, "a node is reached");
         let mut beat = tokio::time::interval(BEAT_EVERY);
         let mut versions = self.versions.clone();
-        let mut heard = tokio::time::Instant::now();
+        let mut heard = Instant::now();
         loop {
             tokio::select! {
                 Ok(()) = versions.changed() => self.beat(&beats)?,
                 batch = incoming.message() => {
                     let Some(batch) = batch? else { return Err("its peer has ended it".into()) };
-                    heard = tokio::time::Instant::now();
+                    heard = Instant::now();
                     self.hear(batch)?;
                 }
                 _ = beat.tick() => {
                     if heard.elapsed() > SILENCE_MAX {
                         return Err("its peer says nothing".into());
                     }
+                    self.lane.upgrade().inspect(|lane| lane.lose_the_late());
                     self.beat(&beats)?;
                 }
             }

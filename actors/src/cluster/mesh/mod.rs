@@ -33,7 +33,7 @@ use tokio::sync::watch;
 use tokio::task::AbortHandle;
 
 use super::map::{Incarnation, ShardMap};
-use super::switch::{Local, Parcel, Switch, Transport};
+use super::switch::{Local, Parcel, Switch, Transport, Turn};
 use crate::fanout::{Aside, Home, Interest, Outlet, Topic, Watches};
 use crate::node::Counters;
 use crate::ports::Publisher;
@@ -46,7 +46,7 @@ pub const LANE_QUEUE_MAX: usize = 4_096;
 /// Requests of a lane that are not answered.
 pub const UNANSWERED_MAX: usize = 16_384;
 /// The version of the protocol that is spoken here. A peer of another one is spoken to by the lower of both.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 /// The version since which publications travel as runs.
 const RUNS_SINCE: u32 = 2;
 /// Registrations of a lane that are not answered.
@@ -242,10 +242,10 @@ impl Mesh {
 }
 
 impl Transport for Mesh {
-    fn send(&self, to: Incarnation, parcel: Parcel) -> Result<(), Parcel> {
+    fn send(&self, to: Incarnation, parcel: Parcel, turn: Turn) -> Result<(), Parcel> {
         let shard = parcel.shard(self.identity.shards);
         match self.lane(to, shard) {
-            Some(lane) => lane.send(shard, parcel),
+            Some(lane) => lane.send(shard, parcel, turn),
             None => Err(parcel),
         }
     }

@@ -20,6 +20,7 @@ use super::wire;
 use super::{ENVELOPES_MAX, FRAME_BYTES, Here, Identity, MESSAGE_BYTES_MAX, UNANSWERED_MAX, WINDOW_BYTES};
 use crate::fanout::Outlet as _;
 use crate::node::Counters;
+use crate::shard::reply::{Round, Rounds};
 
 /// A caller says who it is within this.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(2);
@@ -123,7 +124,15 @@ impl Mesh for Service {
         let outlet = Arc::new(Outlet::new(version));
         let (here, versions) = (self.here.clone(), self.versions.clone());
         let reads =
-            Reads { here, answers, from: hello.incarnation, to: hello.to, outlet: outlet.clone(), versions };
+            Reads {
+                here,
+                answers,
+                from: hello.incarnation,
+                to: hello.to,
+                rounds: Arc::default(),
+                outlet: outlet.clone(),
+                versions,
+            };
         tokio::spawn(reads.run(incoming));
         Ok(Response::new(answers_of(answer, answering, outlet, self.here.clone())))
     }
@@ -191,6 +200,8 @@ struct Reads {
     /// Who calls, and whom it means to speak to.
     from: u32,
     to: u32,
+    /// Which of its rounds are over.
+    rounds: Arc<Rounds>,
     outlet: Arc<Outlet>,
     versions: watch::Receiver<u64>,
 }
@@ -279,10 +290,17 @@ impl Reads {
             let error = patchbay_protocol::CommandError::invalid("a command that this version does not know");
             wire::answered(id, answer::Outcome::Refused(wire::refusal(&error)))
         };
-        let (waits, outcome) = wire::receive(request.kind()).ok_or_else(unreadable)?;
+        let round = Round { shard: request.shard, number: request.round, rounds: self.rounds.clone() };
+        let not_owner = || wire::answered(id, answer::Outcome::NotOwner(here.map_version()));
+        if self.rounds.is_over(round.shard, round.number) {
+            return Err(not_owner());
+        }
+        let until = wire::until(request.within_ms);
+        let (waits, outcome) = wire::receive(request.kind(), round.clone(), until).ok_or_else(unreadable)?;
         let parcel = wire::decode(&request, waits).map_err(|_| unreadable())?;
         if here.take(parcel).is_err() {
-            return Err(wire::answered(id, answer::Outcome::NotOwner(here.map_version())));
+            round.ends();
+            return Err(not_owner());
         }
         let here = self.here.clone();
         Ok(Box::pin(async move {

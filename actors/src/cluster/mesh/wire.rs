@@ -1,5 +1,7 @@
 //! Commands and their answers as they travel between nodes.
 
+use std::time::Duration;
+
 use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 use futures_util::future::BoxFuture;
 use patchbay_protocol::ids::ConversationId;
@@ -9,12 +11,13 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::sync::oneshot;
+use tokio::time::Instant;
 
 use super::proto::{self, Answer, Kind, Request, answer, topic, watched};
 use crate::cluster::json;
 use crate::cluster::switch::Parcel;
 use crate::fanout::{Aside, Topic, Watched};
-use crate::shard::slots::{ReplyTo, Told};
+use crate::shard::reply::{PATIENCE, ReplyTo, Round, Told};
 
 /// An error as it travels. A code that a later version has is told as `internal`.
 #[derive(Serialize, Deserialize)]
@@ -36,8 +39,13 @@ pub(super) enum Waits {
 
 /// A command as it travels, and who waits for its answer.
 pub(super) fn encode(id: u64, parcel: Parcel) -> (Request, Waits) {
-    let request =
-        |kind: Kind, entity: Bytes, command: Bytes| Request { id, kind: kind.into(), entity, command };
+    let request = |kind: Kind, entity: Bytes, command: Bytes| Request {
+        id,
+        kind: kind.into(),
+        entity,
+        command,
+        ..Request::default()
+    };
     match parcel {
         Parcel::Conversation(of, command, reply) => {
             (request(Kind::Conversation, json(&of), json(&command)), Waits::Conversation(reply))
@@ -99,19 +107,36 @@ pub(super) fn decode(request: &Request, waits: Waits) -> Result<Parcel, Waits> {
 /// What came of a command, once that is known.
 pub(super) type Outcome = BoxFuture<'static, Option<answer::Outcome>>;
 
-/// Who waits, where a command arrives; and what is sent back when they are answered, none when it was not begun here.
-pub(super) fn receive(kind: Kind) -> Option<(Waits, Outcome)> {
-    fn pair<T: Serialize + Send + 'static>(waits: fn(ReplyTo<T>) -> Waits) -> (Waits, Outcome) {
+/// For how long from now somebody waits, as it travels: what is late already is so there too.
+pub(super) fn within_ms(until: Instant) -> u32 {
+    let left = until.saturating_duration_since(Instant::now()).as_millis();
+    u32::try_from(left).unwrap_or(u32::MAX).max(1)
+}
+
+/// Until when somebody waits for what was asked here now.
+pub(super) fn until(within_ms: u32) -> Instant {
+    let within = if within_ms == 0 { PATIENCE } else { Duration::from_millis(within_ms.into()).min(PATIENCE) };
+    Instant::now() + within
+}
+
+/// Who waits until then, where a command arrives in a round; and what is sent back when they are answered, none when it
+/// was not begun here.
+pub(super) fn receive(kind: Kind, round: Round, until: Instant) -> Option<(Waits, Outcome)> {
+    type Pair = (Waits, Outcome);
+    fn pair<T>(waits: fn(ReplyTo<T>) -> Waits, round: Round, until: Instant) -> Pair
+    where
+        T: Serialize + Send + 'static,
+    {
         let (reply, answer) = oneshot::channel();
-        (waits(ReplyTo::far(reply)), Box::pin(outcome(answer)))
+        (waits(ReplyTo::far(reply, round, until)), Box::pin(outcome(answer)))
     }
     match kind {
         Kind::Unspecified => None,
-        Kind::Conversation => Some(pair(Waits::Conversation)),
-        Kind::Account => Some(pair(Waits::Account)),
-        Kind::Agent => Some(pair(Waits::Agent)),
-        Kind::Inbox => Some(pair(Waits::Inbox)),
-        Kind::Who => Some(pair(Waits::Who)),
+        Kind::Conversation => Some(pair(Waits::Conversation, round, until)),
+        Kind::Account => Some(pair(Waits::Account, round, until)),
+        Kind::Agent => Some(pair(Waits::Agent, round, until)),
+        Kind::Inbox => Some(pair(Waits::Inbox, round, until)),
+        Kind::Who => Some(pair(Waits::Who, round, until)),
     }
 }
 
@@ -309,6 +334,7 @@ mod tests {
 
     const GOLDEN_1: &str = include_str!("../../../../protocol/fixtures/mesh-1.txt");
     const GOLDEN_2: &str = include_str!("../../../../protocol/fixtures/mesh-2.txt");
+    const GOLDEN_3: &str = include_str!("../../../../protocol/fixtures/mesh-3.txt");
 
     /// One of everything that version 1 says.
     fn words() -> Vec<(&'static str, Envelopes)> {
@@ -366,6 +392,15 @@ mod tests {
         vec![("run", Envelopes::Run(Run { packed: run() }))]
     }
 
+    /// And version 3: a request of a round, with its caller's patience.
+    fn words_since_3() -> Vec<(&'static str, Envelopes)> {
+        let Some((_, Envelopes::Request(request))) = words().into_iter().find(|(name, _)| *name == "request")
+        else {
+            panic!("version 1 has requests");
+        };
+        vec![("request", Envelopes::Request(Request { shard: 5, round: 7, within_ms: 30_000, ..request }))]
+    }
+
     fn run() -> Bytes {
         let mut run = BytesMut::new();
         let log = topic_bytes(&Topic::Conversation(ConversationId::from_bytes([7; 16])));
@@ -398,6 +433,7 @@ mod tests {
     fn what_each_version_says_stays_as_it_is() {
         stays(words(), "mesh-1.txt", GOLDEN_1);
         stays(words_since_2(), "mesh-2.txt", GOLDEN_2);
+        stays(words_since_3(), "mesh-3.txt", GOLDEN_3);
     }
 
     fn unpacked(run: Bytes) -> (Vec<(Topic, Vec<u64>)>, Option<Topic>) {

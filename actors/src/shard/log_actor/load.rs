@@ -119,7 +119,12 @@ impl<E: LogEntity> LogActor<E> {
         if !at.queue.iter().all(|queued| asks_only(queued)) {
             return false;
         }
-        let Ok(Some(seq)) = Box::pin(self.reach(at)).await else { return false };
+        let reached = tokio::select! {
+            biased;
+            reached = Box::pin(self.reach(at)) => reached,
+            () = at.reign.is_over() => return false,
+        };
+        let Ok(Some(seq)) = reached else { return false };
         if !at.reign.is_held_now() {
             return false;
         }

@@ -7,7 +7,8 @@ use patchbay_storage::log::LogKey;
 use ractor::ActorRef;
 
 use crate::shard::entity::LogEntity;
-use crate::shard::slots::{Permit, ReplyTo};
+use crate::shard::reply::ReplyTo;
+use crate::shard::slots::Permit;
 use crate::shard::{Reign, Shards};
 
 /// A command with whom to answer and the place that it holds.
