@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use patchbay_protocol::ids::{AgentId, EntityId, TenantId};
+use patchbay_protocol::ids::{AgentId, ConversationId, EntityId, TenantId};
 use patchbay_protocol::{CommandError, Timestamp};
 use patchbay_storage::log::LogKey;
 use patchbay_storage::tables::{Session, Tables, Timer};
@@ -87,6 +87,13 @@ pub enum AgentCommand {
     },
     /// What the agent says of itself.
     Set(Presence),
+    /// It was assigned to a conversation, by the entry of this seq.
+    Assigned {
+        /// Which.
+        conversation: ConversationId,
+        /// The entry.
+        seq: u64,
+    },
     /// How it is.
     Get,
     /// Nodes may be gone, and its sessions with them.
@@ -320,6 +327,11 @@ impl SoftEntity for Agent {
                     state.ended.pop_front();
                 }
                 state.ended.push_back(connection);
+            }
+            AgentCommand::Assigned { conversation, seq } => {
+                turn.is_held().await?;
+                let push = json!({"type": "assigned", "conversation": conversation, "seq": seq});
+                self.publisher.agent(tenant, agent, push.to_string().into());
             }
             AgentCommand::Set(said) => {
                 for session in &mut state.sessions {

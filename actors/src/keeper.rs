@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use futures_util::StreamExt as _;
+use futures_util::future::join_all;
 use patchbay_protocol::ids::EntityId;
 use patchbay_storage::ReadError;
 use patchbay_storage::tables::{Mark, Tables, Timer, hour_of};
@@ -41,6 +42,11 @@ const TIMER_LOOK: Duration = Duration::from_secs(60);
 /// A shard that is to go is made ready for that for so long, while it is served; and looked at so often meanwhile.
 const PREPARE_PATIENCE: Duration = Duration::from_millis(500);
 const PREPARE_LOOK: Duration = Duration::from_millis(25);
+/// What was used within this is in use.
+const PREPARE_QUIET: Duration = Duration::from_millis(500);
+/// Calls to providers that were begun are waited for so long, while the shard is served; what is left then is `unknown` to its
+/// next owner.
+const CALLS_PATIENCE: Duration = Duration::from_secs(5);
 /// A shard that is to go waits this long for what is under way; what is left then is its successor's.
 const STOP_PATIENCE: Duration = Duration::from_millis(100);
 /// Shards that are ready to go, and go together.
@@ -243,12 +249,19 @@ fn begin(node: &Node, reign: Reign, wanted: &Wanted) -> bool {
 
 /// Writes what a shard's successor would have to write or to read again, while the shard is still served.
 async fn prepare(node: &Arc<Node>, reign: &Reign) {
+    // No call to a provider is left without its outcome; what is to be sent is taken meanwhile, and waits.
+    reign.winds_up();
+    let accounts = node.accounts().ids_in(reign.shard);
+    let calls = join_all(accounts.iter().map(|id| node.calls_end(id)));
+    let _ = tokio::time::timeout(CALLS_PATIENCE, calls).await;
     let until = Instant::now() + PREPARE_PATIENCE;
-    let active = || node.conversations().active_in(reign.shard) + node.accounts().active_in(reign.shard);
-    // Whoever was asked writes first what is derived of it, and then its snapshot.
-    while active() > 0 && Instant::now() < until {
-        node.conversations().passivate_in(reign.shard);
-        node.accounts().passivate_in(reign.shard);
+    // Whoever was asked writes first what is derived of it, and then its snapshot. Whoever is in use would be back at once,
+    // and its next caller would have waited for that: how far it was confirmed is said when it stops.
+    let asks = || {
+        let conversations = node.conversations().passivate_in(reign.shard, PREPARE_QUIET);
+        conversations + node.accounts().passivate_in(reign.shard, PREPARE_QUIET) > 0
+    };
+    while asks() && Instant::now() < until {
         tokio::time::sleep(PREPARE_LOOK).await;
     }
     if reign.is_swept()
@@ -295,13 +308,16 @@ async fn stop(node: &Arc<Node>, membership: &Membership, wave: &[Arc<Reign>]) {
         node.accounts().close(reign.shard);
     }
     let until = Instant::now() + STOP_PATIENCE;
-    let acts = |reign: &Reign| {
-        node.conversations().active_in(reign.shard) + node.accounts().active_in(reign.shard) > 0
-    };
+    // Whoever has nothing under way but what is derived of it leaves that to its successor.
+    let acts = |reign: &Reign| node.conversations().acts_in(reign) || node.accounts().acts_in(reign);
     while wave.iter().any(|reign| acts(reign)) && Instant::now() < until {
         tokio::time::sleep(STOP_LOOK).await;
     }
-    let ends = futures_util::stream::iter(wave.iter().filter(|reign| !acts(reign))).for_each_concurrent(
+    wave.iter().for_each(|reign| say_tips(node, reign));
+    let is_left = |reign: &Reign| {
+        node.conversations().active_in(reign.shard) + node.accounts().active_in(reign.shard) == 0
+    };
+    let ends = futures_util::stream::iter(wave.iter().filter(|reign| is_left(reign))).for_each_concurrent(
         WAKE_AT_ONCE,
         |reign| async move {
             if is_done(node, reign).await {
@@ -316,6 +332,16 @@ async fn stop(node: &Arc<Node>, membership: &Membership, wave: &[Arc<Reign>]) {
         if node.shards().reign(reign.shard).is_some_and(|there| there.epoch() == reign.epoch()) {
             let_go(node, reign.shard);
         }
+    }
+}
+
+/// Writes how far logs are confirmed that were written until now, so that nobody writes them again. Whoever opens the shard
+/// before it is there does.
+fn say_tips(node: &Node, reign: &Reign) {
+    let (tips, logs) = (reign.tips(), node.shards().logs.clone());
+    if let (false, Ok(stamp)) = (tips.is_empty(), reign.stamp()) {
+        let write = Tables::tips_write(reign.shard, stamp, &tips);
+        tokio::spawn(async move { logs.write_if_room(write).await });
     }
 }
 
@@ -556,6 +582,7 @@ async fn read(shards: &Shards, reign: &mut Reign) -> Result<(), ReadError> {
     let (tables, timers, shard) = (&shards.tables, &shards.timers, reign.shard);
     let marks = tables.marks(shard).await?;
     reign.mark = marks.settled;
+    reign.told = marks.tips.into_iter().collect();
     let Some(from) = marks.fired_until else { return Ok(()) };
     timers.marked(shard, from);
     // Whoever reads further hours now reads them of this shard as well.

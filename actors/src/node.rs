@@ -213,6 +213,8 @@ pub struct Node {
     me: Weak<Self>,
     membership: Mutex<Option<Arc<Membership>>>,
     leaving: AtomicBool,
+    /// Asked to give its shards away: also as another incarnation, until that is called off.
+    drains: AtomicBool,
     engine: Arc<dyn Engine>,
     cluster: ClusterConfig,
     idle_after: Duration,
@@ -324,6 +326,7 @@ impl Node {
             shown,
             membership: Mutex::default(),
             leaving: AtomicBool::new(false),
+            drains: AtomicBool::new(false),
             engine: config.engine,
             cluster: config.cluster,
             idle_after: config.idle_after,
@@ -413,7 +416,9 @@ impl Node {
         let first = ShardMap::new(self.shards.count, incarnation - 1, settled.map_or(0, |(_, n)| n));
         let engine = self.cluster.apart.as_ref().map_or(&self.engine, |apart| &apart.engine);
         let store = Store::new(engine.clone(), self.cluster.ttl);
-        let joined = Membership::join(incarnation, &self.cluster, store, first).await;
+        let mut cluster = self.cluster.clone();
+        cluster.member.draining = self.drains.load(Ordering::Relaxed);
+        let joined = Membership::join(incarnation, &cluster, store, first).await;
         let (membership, actions) = joined.map_err(|_| StartError::Store)?;
         self.shards.incarnation.store(incarnation, Ordering::Relaxed);
         *self.membership.lock().unwrap_or_else(PoisonError::into_inner) = Some(membership);
@@ -519,7 +524,7 @@ impl Node {
     /// them or `patience` is over; what it still has it goes on serving.
     pub async fn drain(&self, patience: Duration) -> bool {
         let Some(membership) = self.membership().filter(|_| !self.is_alone()) else { return false };
-        membership.tell(Told::Drain(true)).await;
+        self.wants_drain(true).await;
         let me = membership.incarnation();
         let mut maps = membership.maps();
         let given = maps.wait_for(|(_, map)| map.held_by(me).next().is_none() || !map.others_take(me));
@@ -527,10 +532,11 @@ impl Node {
         membership.map().1.held_by(me).next().is_none()
     }
 
-    /// Takes shards again.
-    pub async fn undrain(&self) {
+    /// Begins to give its shards to others, or calls that off: also as another incarnation.
+    pub async fn wants_drain(&self, drains: bool) {
+        self.drains.store(drains, Ordering::Relaxed);
         if let Some(membership) = self.membership() {
-            membership.tell(Told::Drain(false)).await;
+            membership.tell(Told::Drain(drains)).await;
         }
     }
 
@@ -572,20 +578,21 @@ impl Node {
     /// outcomes to be told, and lets every entity write its snapshot. What is left when its caller gives up is found
     /// in the logs by the next start.
     pub async fn finish(self: &Arc<Self>) {
+        self.hand_over().await;
+        self.end().await;
+    }
+
+    /// The first part of it: gives its shards to others, while whoever is connected here is served.
+    pub async fn hand_over(&self) {
         self.leaving.store(true, Ordering::Relaxed);
         self.drain(DRAIN_PATIENCE).await;
+    }
+
+    /// The rest of it, when nobody is connected any more.
+    pub async fn end(self: &Arc<Self>) {
         self.shards.reigns().for_each(|reign| reign.leaves());
         for id in self.accounts.active() {
-            loop {
-                let status = match self.accounts.send(&id, AccountCommand::Status) {
-                    Ok(answer) => answer.wait().await,
-                    Err(e) => Err(e),
-                };
-                if matches!(status, Ok(AccountReply::Status { under_way: 0, .. })) {
-                    break;
-                }
-                tokio::time::sleep(FINISH_LOOK).await;
-            }
+            self.calls_end(&id).await;
         }
         // Whoever has nothing under way is forgotten; the others are asked again while there is time.
         let mut still = 0;
@@ -599,6 +606,20 @@ impl Node {
             outbox.flush().await;
         }
         keeper::finish(self).await;
+    }
+
+    /// Waits until an account that begins no call any more has heard of those that it began, and its conversations with it.
+    pub(crate) async fn calls_end(&self, id: &EntityId) {
+        loop {
+            let status = match self.accounts.send(id, AccountCommand::Status) {
+                Ok(answer) => answer.wait().await,
+                Err(e) => Err(e),
+            };
+            if matches!(status, Ok(AccountReply::Status { under_way: 0, .. })) {
+                return;
+            }
+            tokio::time::sleep(FINISH_LOOK).await;
+        }
     }
 
     /// How busy this node is.

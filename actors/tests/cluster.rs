@@ -29,6 +29,7 @@ use patchbay_connectors::Connector as _;
 use patchbay_protocol::Timestamp;
 use patchbay_protocol::command::{AddNote, Reply, Request};
 use patchbay_protocol::ids::{AgentId, ConversationId, InboxId, TenantId};
+use patchbay_storage::log::LogKey;
 use patchbay_storage::model::Model;
 use patchbay_storage::{
     Batch, CasOutcome, Document, DocumentKey, Engine, ReadError, Row, Scan, Stamp, Table, WriteError,
@@ -423,7 +424,7 @@ async fn shards_move(cluster: Cluster) {
     // A drain, called off and carried out.
     assert!(b.node.drain(Duration::from_secs(30)).await);
     until("what it had is served elsewhere", async || a.held() + c.held() == all).await;
-    b.node.undrain().await;
+    b.node.wants_drain(false).await;
     until("it has its share again", async || b.held() >= all / 3 && Cluster::served(&[&a, &b, &c]) == all)
         .await;
     load.nodes.lock().unwrap().retain(|n| !Arc::ptr_eq(n, &a));
@@ -639,7 +640,7 @@ async fn a_log_that_does_not_answer_holds_up_no_other_shard_that_goes() {
     let stuck = tokio::spawn(async move { says.note(&at, "stuck").await });
     until("it is under way", async || reads.hang.load(Ordering::Relaxed) > 0).await;
     let (stop, mut probes) = (Arc::<AtomicBool>::default(), Vec::new());
-    for thread in others {
+    for thread in others.clone() {
         let (says, stop) = (a.clone(), stop.clone());
         probes.push(tokio::spawn(async move {
             let (mut longest, mut n) = (Duration::ZERO, 0);
@@ -664,6 +665,15 @@ async fn a_log_that_does_not_answer_holds_up_no_other_shard_that_goes() {
     }
     println!("the longest that a note was waited for: {longest:?}");
     assert!(longest <= Duration::from_millis(250), "{longest:?}");
+    // Whoever gave them away said how far they were confirmed: nothing of them was written again.
+    for thread in &others {
+        let id = common::id(thread);
+        let key = LogKey { entity: *id.as_bytes(), shard: id.shard(SHARDS) };
+        let rows = a.node.shards().logs.tail(key, 0).await.unwrap().rows;
+        assert!(rows.iter().all(|row| row.stamp == row.origin), "{rows:?}");
+        let epochs: HashSet<u32> = rows.iter().map(|row| row.stamp.epoch()).collect();
+        assert!(epochs.len() > 1, "it was written before and after it moved: {epochs:?}");
+    }
     // Its replicas are back: whoever repeats it is answered, and it stands once, whether it was written before or is now.
     *reads.away.lock().unwrap() = None;
     let _ = stuck.await.unwrap();
@@ -713,7 +723,7 @@ async fn whatever_is_written_is_shown_on_every_node_that_waits_for_it() {
     let read_at_rest: u64 = screens.iter().map(|n| n.screen.read.load(Ordering::Relaxed)).sum();
     // Every shard of one moves away and comes back; another is lost and comes back as another incarnation.
     assert!(b.node.drain(Duration::from_secs(30)).await);
-    b.node.undrain().await;
+    b.node.wants_drain(false).await;
     until("it has its share again", async || b.held() >= all / 3 && Cluster::served(&[&a, &b, &c]) == all)
         .await;
     let before = c.node.incarnation();
@@ -803,7 +813,7 @@ async fn an_agents_sessions_outlive_its_owner_and_end_once_with_their_node() {
     }
     // A node is lost for good, and its sessions with it.
     b.model.cut(true);
-    c.node.undrain().await;
+    c.node.wants_drain(false).await;
     until("it has nothing", async || a.held() + c.held() == all).await;
     for agent in &agents {
         until("its session has ended", async || how(&a, agent).await == Some((Presence::Away, 1))).await;

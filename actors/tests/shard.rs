@@ -11,8 +11,9 @@ use bytes::Bytes;
 use patchbay_actors::clock::Clock;
 use patchbay_actors::shard::entity::{Decision, Derived, Found, LogEntity, Lookup, Now};
 use patchbay_actors::shard::log_actor::Handle;
+use patchbay_actors::shard::reply::Answer;
 use patchbay_actors::shard::slots::{
-    Answer, ENTITY_IN_FLIGHT_MAX, FAILURES_MAX, LONG_PAUSE, SHARD_IN_FLIGHT_MAX, Slots,
+    ENTITY_IN_FLIGHT_MAX, FAILURES_MAX, LONG_PAUSE, SHARD_IN_FLIGHT_MAX, Slots,
 };
 use patchbay_actors::shard::{Reign, Shards};
 use patchbay_protocol::ids::{CommandId, EntityId};

@@ -253,14 +253,14 @@ pub(crate) async fn drain(State(api): State<Arc<Api>>, _: Operator) -> Result<St
         let detail = serde_json::json!({"detail": "no other node takes shards"});
         return Err(CommandError::with(ErrorCode::NotSupported, detail).into());
     }
-    me.tell(Told::Drain(true)).await;
+    api.desk.node().wants_drain(true).await;
     Ok(StatusCode::ACCEPTED)
 }
 
 /// It takes shards again.
 #[utoipa::path(delete, path = "/api/v1/cluster/drain", responses((status = 202)), security(("key" = [])))]
 pub(crate) async fn undrain(State(api): State<Arc<Api>>, _: Operator) -> Result<StatusCode, Failure> {
-    membership(&api)?.tell(Told::Drain(false)).await;
+    api.desk.node().wants_drain(false).await;
     Ok(StatusCode::ACCEPTED)
 }
 

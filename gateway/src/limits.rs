@@ -14,6 +14,7 @@ use axum::response::{IntoResponse, Response};
 use patchbay_protocol::{AccountId, AgentId, CommandError, TenantId};
 use patchbay_storage::redis::{Away, Redis};
 use serde_json::json;
+use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 use crate::config;
@@ -22,6 +23,9 @@ use crate::config;
 pub const CALLERS_MAX: usize = 100_000;
 /// A new socket waits so long for its turn.
 const ADMIT_TIMEOUT: Duration = Duration::from_secs(5);
+/// New sockets that wait for their turn: a quarter of what a node answers at once, so that a storm of them leaves the rest
+/// to everybody else.
+const ADMIT_WAITING_MAX: usize = crate::server::REQUESTS_MAX / 4;
 /// What API keys may ask in `dev` at least, from loopback.
 const DEV_PER_SECOND: u32 = 2_000;
 
@@ -130,6 +134,7 @@ pub struct Limits {
     webhooks: Buckets<(TenantId, AccountId)>,
     connects: Rate,
     turns: Mutex<Bucket>,
+    waiting: Semaphore,
     /// Where nodes count the requests of a key together.
     shared: Option<Arc<Redis>>,
 }
@@ -157,16 +162,21 @@ impl Limits {
             webhooks: Buckets::new(Rate::per_second(limits.webhooks_per_second)),
             connects: Rate::per_second(limits.connects_per_second),
             turns: Mutex::new(Rate::per_second(limits.connects_per_second).bucket()),
+            waiting: Semaphore::new(ADMIT_WAITING_MAX),
             shared,
         })
     }
 
     /// A new socket waits its turn; one whose turn is too far off is told to come again.
     pub async fn admit(&self) -> Result<(), Response> {
-        let wait = self
-            .connects
-            .reserve(&mut self.turns.lock().unwrap_or_else(PoisonError::into_inner), ADMIT_TIMEOUT);
-        match wait {
+        let place = self.waiting.try_acquire();
+        // Without a place among those that wait only a turn that is now helps.
+        let patience = if place.is_ok() { ADMIT_TIMEOUT } else { Duration::ZERO };
+        let turn = {
+            let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
+            self.connects.reserve(&mut turns, patience)
+        };
+        match turn {
             Ok(wait) => {
                 if !wait.is_zero() {
                     tokio::time::sleep(wait).await;
@@ -304,5 +314,26 @@ mod tests {
         assert_eq!((0..2000).filter(|_| buckets.take("a").is_ok()).count(), 1000);
         let free = Buckets::new(Rate::per_second(0));
         assert!((0..10_000).all(|_| free.take("a").is_ok()), "0 limits nothing");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_storm_of_sockets_comes_in_at_its_rate_and_leaves_places_to_others() {
+        let limits = config::Limits { connects_per_second: 1_000, ..config::Limits::default() };
+        let limits = Limits::new(&limits, false, None);
+        let began = Instant::now();
+        let storm = (0..30_000).map(|_| async { (limits.admit().await, began.elapsed()) });
+        let came = futures_util::future::join_all(storm).await;
+        let retries: Vec<u64> = came
+            .iter()
+            .filter_map(|(came, _)| came.as_ref().err())
+            .map(|later| later.headers()[header::RETRY_AFTER].to_str().unwrap().parse().unwrap())
+            .collect();
+        // Those of the first second come at once; of those that wait none waits longer than its place is worth.
+        assert_eq!(came.len() - retries.len(), 1_000 + ADMIT_WAITING_MAX);
+        let last = came.iter().filter(|(came, _)| came.is_ok()).map(|(_, at)| *at).max().unwrap();
+        assert!(last > Duration::from_secs(2) && last <= ADMIT_TIMEOUT, "{last:?}");
+        // The others are told to come again, and not all at the same time.
+        assert!(retries.iter().all(|seconds| (1..=8).contains(seconds)));
+        assert!(retries.iter().collect::<std::collections::HashSet<_>>().len() > 1, "{:?}", &retries[..9]);
     }
 }

@@ -285,9 +285,14 @@ impl Server {
         self.phase.send_replace(Phase::Ending);
         self.tasks.close();
         let finished = tokio::time::timeout(deadline, async {
-            self.tasks.wait().await;
+            // Somebody who takes long over a request costs nobody the shards.
+            let connected = tokio::time::timeout(deadline.mul_f64(CONNECTED_SHARE), self.tasks.wait());
+            let (connected, ()) = tokio::join!(connected, self.node.hand_over());
+            if connected.is_err() {
+                tracing::warn!(left = self.tasks.len(), "somebody is still connected");
+            }
             // Calls under way are answered, and entities write their snapshots: the next start has less to read.
-            self.node.finish().await;
+            self.node.end().await;
         });
         if finished.await.is_err() {
             tracing::warn!("the drain's deadline has passed with work left");
@@ -315,6 +320,7 @@ async fn cluster(config: &Config) -> Result<(ClusterConfig, Option<(TcpListener,
         tls: config.mesh.tls(),
         member,
         ttl: config.cluster.lease_ttl,
+        moves_max: config.cluster.moves as usize,
         ..ClusterConfig::default()
     };
     Ok((cluster, listener))
@@ -406,6 +412,8 @@ impl Doors<'_> {
     }
 }
 
+/// How much of a stop's deadline is left to whoever is connected; the rest is for what is under way without them.
+const CONNECTED_SHARE: f64 = 0.8;
 /// Between two looks whether a node is back in its cluster.
 const REJOIN_LOOK: Duration = Duration::from_secs(1);
 

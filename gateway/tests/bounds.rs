@@ -17,9 +17,9 @@ const SECTIONS: &[(&str, &[Row])] = &[
         "Doors",
         &[
             Row(
-                "new sockets a second, and how long one waits for its turn",
-                "limits.connects_per_second, ADMIT_TIMEOUT",
-                "",
+                "new sockets a second, and how long and how many of them wait for their turn",
+                "limits.connects_per_second, ADMIT_TIMEOUT, ADMIT_WAITING_MAX",
+                "limits.rs/waiting",
                 "`503` with `Retry-After`",
                 "patchbay_limits_reached_total",
             ),
@@ -270,6 +270,13 @@ const SECTIONS: &[(&str, &[Row])] = &[
                 "ENDED_MAX",
                 "agent.rs/ended",
                 "the oldest is forgotten",
+                "",
+            ),
+            Row(
+                "logs of a shard that goes whose tips are said",
+                "TIPS_MAX",
+                "shard/mod.rs/told, shard/mod.rs/resting",
+                "the next owner writes again what nobody had confirmed",
                 "",
             ),
             Row("a typing signal", "TYPING_FOR", "", "it ends", ""),
@@ -703,7 +710,7 @@ const SECTIONS: &[(&str, &[Row])] = &[
             ),
             Row(
                 "a shard that is to go waits for what is under way; a node that ends for its shards to go, and for the map to say that nothing is left to do",
-                "STOP_PATIENCE, DRAIN_PATIENCE, LEAVE_PATIENCE, PREPARE_PATIENCE",
+                "STOP_PATIENCE, DRAIN_PATIENCE, LEAVE_PATIENCE, PREPARE_PATIENCE, CALLS_PATIENCE",
                 "",
                 "the successor adopts it; what is left is taken over",
                 "",

@@ -256,8 +256,14 @@ impl Logs {
     /// Reads what stands above `base` (a snapshot's seq, or 0) without changing anything: rows up to the first gap,
     /// incomplete append or falling stamp. Below what any row says was confirmed nothing may be missing.
     pub async fn tail(&self, key: LogKey, base: u64) -> Result<Tail, AdoptError> {
+        self.tail_told(key, base, 0).await
+    }
+
+    /// The same where an owner has said beside the log that it had confirmed everything up to `told`: that is true for
+    /// ever, whoever has written since.
+    pub async fn tail_told(&self, key: LogKey, base: u64, told: u64) -> Result<Tail, AdoptError> {
         let rows = self.all_above(key, base).await?;
-        let confirmed = rows.iter().map(|r| r.confirmed).max().unwrap_or(0).max(base);
+        let confirmed = rows.iter().map(|r| r.confirmed).max().unwrap_or(0).max(base).max(told);
         let stamp_max = rows.iter().map(|r| r.stamp).max();
         let mut standing: Vec<LogRow> = Vec::with_capacity(rows.len());
         for row in &rows {

@@ -107,6 +107,8 @@ pub struct Marks {
     pub parked: Vec<(EntityId, String)>,
     /// Conversations whose outbox is parked, and from which seq on.
     pub parked_outboxes: Vec<(ConversationId, u64)>,
+    /// How far owners had confirmed logs that they were writing when they gave the shard away: true for ever.
+    pub tips: Vec<([u8; 16], u64)>,
 }
 
 /// A timer: this entity wants to be woken then. What fires looks, and re-arms if it moved.
@@ -316,6 +318,12 @@ impl Tables {
         )
     }
 
+    /// The write that says how far logs of a shard were confirmed when it was given away.
+    pub fn tips_write(shard: u32, stamp: Stamp, tips: &[([u8; 16], u64)]) -> Batch {
+        let clustering = Bytes::from_static(TIPS);
+        Batch::put(shard, Table::Marks, shard_partition(shard), clustering, stamp, json(&tips))
+    }
+
     /// The write that parks an entity by name: nothing more is tried with it until an operator looks.
     pub fn park_write(shard: u32, stamp: Stamp, entity: &EntityId, reason: &str) -> Batch {
         let clustering = [PARKED, &entity.key()].concat().into();
@@ -347,6 +355,7 @@ impl Tables {
             match &row.clustering[..] {
                 SETTLED_UNTIL => marks.settled = Some(parse(&row)?),
                 FIRED_UNTIL => marks.fired_until = Some(parse(&row)?),
+                TIPS => marks.tips = parse(&row)?,
                 name if name.starts_with(PARKED) => {
                     let (entity, why): (EntityName, String) = parse(&row)?;
                     marks.parked.push((entity.into(), why));
@@ -578,6 +587,7 @@ fn parse_document<T: DeserializeOwned>(document: &Document) -> Result<(u64, T), 
 
 const SETTLED_UNTIL: &[u8] = b"settled_until";
 const FIRED_UNTIL: &[u8] = b"fired_until";
+const TIPS: &[u8] = b"tips";
 const PARKED: &[u8] = b"parked";
 const UNPUBLISHED: &[u8] = b"unpublished";
 

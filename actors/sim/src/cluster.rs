@@ -655,7 +655,7 @@ impl Sim {
             let _under_way = under_way;
             up.node.drain(std::time::Duration::from_secs(5)).await;
             tokio::time::sleep(std::time::Duration::from_millis(pause)).await;
-            up.node.undrain().await;
+            up.node.wants_drain(false).await;
         });
     }
 

@@ -52,7 +52,7 @@ pub(super) async fn act(
         Effect::Signal(signal) => {
             // Not worth repeating, nor waiting for: the next one tells more.
             if let Ok(_place) = shared.signals.try_acquire() {
-                send_signal(shared, tenant, account, &signal).await;
+                send_signal(shared, tenant, account, &signal, &me).await;
             }
         }
     }
@@ -71,9 +71,9 @@ async fn call(
     outbound: &Outbound,
     me: &Handle<Account>,
 ) -> Verdict {
-    // The attempt is on record; the lease is asked last.
+    const GOES: &str = "its shard goes to another node";
     if !me.may_begin() {
-        return not_ready("its shard goes to another node");
+        return not_ready(GOES);
     }
     let document = match shared.directory.account(tenant, account).await {
         Ok(Some(document)) => document,
@@ -98,6 +98,10 @@ async fn call(
         Ok(call) => call,
         Err(error) => return Verdict::Refused { error, closes_window: false },
     };
+    // The attempt is on record; the lease is asked last, whatever the account and the file have taken.
+    if !me.may_begin() {
+        return not_ready(GOES);
+    }
     let started = tokio::time::Instant::now();
     let result = shared.provider.call(&document, call).await;
     let outcome = match &result {
@@ -143,11 +147,17 @@ async fn with_file<'a>(
     }
 }
 
-async fn send_signal(shared: &Account, tenant: &TenantId, account: &AccountId, signal: &Signal) {
+async fn send_signal(
+    shared: &Account,
+    tenant: &TenantId,
+    account: &AccountId,
+    signal: &Signal,
+    me: &Handle<Account>,
+) {
     let Ok(Some(document)) = shared.directory.account(tenant, account).await else { return };
     let call = patchbay_connectors::by_name(&document.connector)
         .and_then(|c| c.signal(&document.external_id, signal));
-    if let Some(call) = call {
+    if let Some(call) = call.filter(|_| me.may_begin()) {
         shared.provider.call(&document, call).await;
     }
 }

@@ -166,6 +166,7 @@ impl Node {
         now: Tick,
     ) -> Self {
         let host = Host::new(me, u32::try_from(map.shards.len()).unwrap_or(u32::MAX));
+        let drains = member.draining;
         Self {
             me,
             member,
@@ -188,7 +189,7 @@ impl Node {
             plan: None,
             plan_wanted: None,
             moves_max,
-            drains: false,
+            drains,
             settles_at: now,
             pins: BTreeMap::new(),
             host,

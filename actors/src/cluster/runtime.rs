@@ -76,7 +76,7 @@ impl Default for ClusterConfig {
             tls: None,
             member: Member { name: "node".into(), mesh: None, capacity: 1, draining: false },
             ttl: Duration::from_millis(2500),
-            moves_max: 64,
+            moves_max: 16,
             ticks: Ticks::Boot,
             speaks: mesh::VERSION,
             apart: None,

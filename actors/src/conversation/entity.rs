@@ -16,10 +16,10 @@ use patchbay_protocol::{CommandError, Timestamp};
 use patchbay_storage::Stamp;
 use patchbay_storage::log::LogKey;
 use patchbay_storage::tables::{IdKey, Mark, Tables};
-use serde_json::json;
 
 use super::{commands, ids, state::State};
 use crate::account::AccountCommand;
+use crate::agent::AgentCommand;
 use crate::directory::Directory;
 use crate::inbox::InboxCommand;
 use crate::outbox::Outbox;
@@ -444,8 +444,12 @@ impl LogEntity for Conversation {
             Effect::Typing { provider_id } => self.signal(&me, Signal::Typing { provider_id }).await,
             Effect::Assigned { agent, seq } => {
                 let Some((home, _)) = self.home(&me, 0).await else { return };
-                let push = json!({"type": "assigned", "conversation": conversation, "seq": seq});
-                self.publisher.agent(&home.tenant, &agent, Bytes::from(push.to_string()));
+                let Some(router) = self.router() else { return };
+                // Its sockets may be anywhere: whoever owns it shows it to all of them. It hears of it otherwise as well.
+                if let Ok(shown) = router.agent(&home.tenant, &agent, AgentCommand::Assigned { conversation, seq })
+                {
+                    drop(shown.wait().await);
+                }
             }
         }
     }

@@ -271,6 +271,7 @@ impl<E: LogEntity> LogActor<E> {
         let held = at.reign.is_held_now();
         if held && at.in_flight.is_some() {
             // What was asked since goes back behind what came of this.
+            at.reign.acts(at.key.entity);
             return;
         }
         // Nothing of what is under way counts any more; whoever asked asks the successor, by the same ids.
@@ -288,10 +289,19 @@ impl<E: LogEntity> LogActor<E> {
                 }
                 self.decide_batch(me, at).await;
             }
+            if at.in_flight.is_some() {
+                at.reign.acts(at.key.entity);
+                return;
+            }
+            // Nobody has taken over up to this instant, so that what was answered is confirmed for ever.
+            if at.reign.is_held_now() {
+                let tip = if let Phase::Live(live) = &at.phase { live.confirmed } else { at.confirmed };
+                at.reign.rests(at.key.entity, tip);
+            }
             self.derive_now(me, at);
             let calls = matches!(&at.phase, Phase::Live(live) if !E::may_leave(&live.state));
             let acts = at.acting.is_some() || !at.ordered.is_empty();
-            if at.in_flight.is_some() || at.derive != Derive::Clean || acts || calls {
+            if at.derive != Derive::Clean || acts || calls {
                 return;
             }
             if let Some(write) = self.snapshot(at) {

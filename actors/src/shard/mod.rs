@@ -16,6 +16,7 @@ pub mod slots;
 pub mod soft;
 pub mod timers;
 
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
@@ -30,6 +31,9 @@ use tokio::sync::Notify;
 use crate::clock::Clock;
 use crate::cluster::lease::Standing;
 use crate::cluster::runtime::Membership;
+
+/// Logs of a shard of which it is said how far they are confirmed when it is given away; what is past it is adopted.
+pub const TIPS_MAX: usize = 256;
 
 /// A node's ownership of a shard, from its opening to its end. Whoever acts for the shard holds this and nothing newer:
 /// what outlives it goes on writing under its stamps, which lose.
@@ -47,9 +51,15 @@ pub struct Reign {
     settled: u32,
     /// The mark that earlier reigns left.
     pub mark: Option<Mark>,
+    /// How far earlier owners have said that they had confirmed logs.
+    pub told: HashMap<[u8; 16], u64>,
+    /// Entities that take nothing new and have no append under way, and how far their logs are confirmed.
+    resting: Mutex<HashMap<[u8; 16], u64>>,
     /// Whether what earlier reigns left is in hand.
     swept: AtomicBool,
-    /// Whether it is about to end: nothing new is begun.
+    /// Whether nothing new is begun outside any more.
+    winding_up: AtomicBool,
+    /// Whether it is about to end.
     leaving: AtomicBool,
     /// Whether it is over: nothing of it is shown any more, and nothing more is written.
     over: AtomicBool,
@@ -69,7 +79,10 @@ impl Reign {
             opened_in: OnceLock::new(),
             settled,
             mark: None,
+            told: HashMap::new(),
+            resting: Mutex::default(),
             swept: AtomicBool::new(false),
+            winding_up: AtomicBool::new(false),
             leaving: AtomicBool::new(false),
             over: AtomicBool::new(false),
             ended: Notify::new(),
@@ -113,8 +126,19 @@ impl Reign {
         self.opened_in.get().copied().unwrap_or_default()
     }
 
-    /// Begins nothing new outside any more.
+    /// Begins nothing new outside any more, and is served all the same.
+    pub fn winds_up(&self) {
+        self.winding_up.store(true, Ordering::Release);
+    }
+
+    /// Whether nothing new is begun outside.
+    pub fn is_winding_up(&self) -> bool {
+        self.winding_up.load(Ordering::Acquire)
+    }
+
+    /// Is about to end.
     pub fn leaves(&self) {
+        self.winds_up();
         self.leaving.store(true, Ordering::Release);
     }
 
@@ -136,6 +160,32 @@ impl Reign {
         if !self.over.load(Ordering::Acquire) {
             ended.await;
         }
+    }
+
+    /// An entity that takes nothing new has no append under way: its log is confirmed up to `tip`. Only under the lease.
+    pub fn rests(&self, entity: [u8; 16], tip: u64) {
+        self.resting.lock().unwrap_or_else(PoisonError::into_inner).insert(entity, tip);
+    }
+
+    /// It has one again, to note what came of something.
+    pub fn acts(&self, entity: [u8; 16]) {
+        self.resting.lock().unwrap_or_else(PoisonError::into_inner).remove(&entity);
+    }
+
+    /// Whether an entity rests.
+    pub fn is_resting(&self, entity: &[u8; 16]) -> bool {
+        self.resting.lock().unwrap_or_else(PoisonError::into_inner).contains_key(entity)
+    }
+
+    /// How far logs are confirmed whose entities rest, of at most [`TIPS_MAX`].
+    pub fn tips(&self) -> Vec<([u8; 16], u64)> {
+        let resting = self.resting.lock().unwrap_or_else(PoisonError::into_inner);
+        resting
+            .iter()
+            .filter(|(_, tip)| **tip > 0)
+            .map(|(entity, tip)| (*entity, *tip))
+            .take(TIPS_MAX)
+            .collect()
     }
 
     /// Its epoch.

@@ -216,6 +216,17 @@ impl<E: LogEntity> Slots<E> {
         self.lock().active.get(shard as usize).map_or(0, HashSet::len)
     }
 
+    /// Who is active in a shard.
+    pub fn ids_in(&self, shard: u32) -> Vec<EntityId> {
+        self.lock().active_in(shard).map(|active| active.id.clone()).collect()
+    }
+
+    /// Whether any of those has an append under way, or may begin one.
+    pub fn acts_in(&self, reign: &Reign) -> bool {
+        let map = self.lock();
+        map.active.get(reign.shard as usize).is_some_and(|keys| keys.iter().any(|key| !reign.is_resting(key)))
+    }
+
     /// An actor ends because its shard is another node's.
     pub(super) fn left(&self, key: [u8; 16], actor: ActorId) {
         let mut map = self.lock();
@@ -350,9 +361,12 @@ impl<E: LogEntity> Slots<E> {
         map.active().filter(|active| now.duration_since(active.used) >= idle).for_each(Active::rest);
     }
 
-    /// Asks everything of a shard that is not being asked to make itself ready to be forgotten.
-    pub fn passivate_in(&self, shard: u32) {
-        self.lock().active_in(shard).for_each(Active::rest);
+    /// Asks everything of a shard that was not used for `quiet` to make itself ready to be forgotten; how many that are.
+    pub fn passivate_in(&self, shard: u32, quiet: Duration) -> usize {
+        let now = Instant::now();
+        let map = self.lock();
+        let asked = map.active_in(shard).filter(|active| now.duration_since(active.used) >= quiet);
+        asked.inspect(|active| active.rest()).count()
     }
 
     /// Lets go of an entity that is ready, unless a command came in the meantime. What was sent before this under

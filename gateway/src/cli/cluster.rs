@@ -112,7 +112,7 @@ impl Asks {
     }
 }
 
-/// Gives the shards of one node to the others; it goes on serving its sockets.
+/// Gives the shards of one node to the others and asks its sockets to move there, in waves; whoever stays is served.
 #[derive(Args)]
 pub(crate) struct Drain {
     #[command(flatten)]

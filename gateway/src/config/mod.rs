@@ -163,6 +163,8 @@ section! {
         shards: u32 = 1024,
         /// How many shards this node takes, in proportion to the others (1 to 1000).
         capacity: u32 = 1,
+        /// How many shards are on the move at once (1 to 1024), where this node plans.
+        moves: u32 = 16,
         /// How long a node's lease lasts that is not renewed: no sooner is it replaced.
         #[serde(with = "text::duration")]
         lease_ttl: Duration = Duration::from_millis(2500),
@@ -581,6 +583,9 @@ impl Config {
         }
         if !self.cluster.shards.is_power_of_two() || self.cluster.shards > 1 << 16 {
             faults.push("cluster.shards: must be a power of two, at most 65536".into());
+        }
+        if !(1..=1024).contains(&self.cluster.moves) {
+            faults.push("cluster.moves: must be 1 to 1024".into());
         }
         if !(1..=1000).contains(&self.cluster.capacity) {
             faults.push("cluster.capacity: must be 1 to 1000".into());

@@ -43,7 +43,8 @@ impl<E: LogEntity> LogActor<E> {
             None => (self.entity.fresh(&at.id), Filter::default(), Timestamp::default()),
             Some(s) => self.thaw(&at.id, s).ok_or(AdoptError::Damaged(s.seq))?,
         };
-        let mut tail = logs.tail(at.key, base).await?;
+        let told = reign.told.get(&at.key.entity).copied().unwrap_or(0);
+        let mut tail = logs.tail_told(at.key, base, told).await?;
         // Within a reign its own answered appends need no adoption.
         tail.confirmed = tail.confirmed.max(at.confirmed.min(tail.rows.last().map_or(base, |r| r.seq)));
         tail.stamp_max.map_or(Ok(()), own)?;
@@ -143,7 +144,8 @@ impl<E: LogEntity> LogActor<E> {
         let _gate = at.gate.clone().lock_owned().await;
         let snapshot = self.shards.logs.snapshot(at.key).await?;
         let base = snapshot.map_or(0, |(_, snapshot)| snapshot.seq);
-        let tail = self.shards.logs.tail(at.key, base).await?;
+        let told = at.reign.told.get(&at.key.entity).copied().unwrap_or(0);
+        let tail = self.shards.logs.tail_told(at.key, base, told).await?;
         let last = tail.rows.last().map_or(base, |row| row.seq);
         let is_ours = tail.stamp_max.is_none_or(|stamp| stamp.epoch() <= at.reign.epoch());
         Ok((is_ours && last <= base.max(tail.confirmed).max(at.confirmed)).then_some(last))

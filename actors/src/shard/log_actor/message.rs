@@ -100,7 +100,7 @@ impl<E: LogEntity> Handle<E> {
 
     /// Whether something new may be begun outside: the lease is held at this instant, and the shard stays.
     pub fn may_begin(&self) -> bool {
-        self.reign.is_held_now() && !self.reign.is_leaving()
+        self.reign.is_held_now() && !self.reign.is_winding_up()
     }
 
     /// What the node's entities share.
