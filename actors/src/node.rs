@@ -421,7 +421,12 @@ impl Node {
         let joined = Membership::join(incarnation, &cluster, store, first).await;
         let (membership, actions) = joined.map_err(|_| StartError::Store)?;
         self.shards.incarnation.store(incarnation, Ordering::Relaxed);
-        *self.membership.lock().unwrap_or_else(PoisonError::into_inner) = Some(membership);
+        *self.membership.lock().unwrap_or_else(PoisonError::into_inner) = Some(membership.clone());
+        let drains = self.drains.load(Ordering::Relaxed);
+        if drains != cluster.member.draining {
+            // It was said, or called off, while this was on its way.
+            membership.tell(Told::Drain(drains)).await;
+        }
         Ok(actions)
     }
 

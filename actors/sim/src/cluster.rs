@@ -669,7 +669,14 @@ impl Sim {
         let ends = self.world().now() + within;
         while !holds(self) {
             if self.world().now() > ends {
-                return Err(format!("{} ms: it never came: {what}", self.world().now()));
+                let (now, served) = (self.world().now(), self.served());
+                let drains = self.processes.iter().map(|p| p.look(|up| up.node.nodes()).flatten());
+                let nodes = drains.flatten().map(|(version, nodes)| {
+                    let nodes = nodes.iter().map(|n| (n.incarnation, n.status(), n.shards)).collect::<Vec<_>>();
+                    (version, nodes)
+                });
+                let nodes = nodes.collect::<Vec<_>>();
+                return Err(format!("{now} ms: it never came: {what}; served {served:?}, known {nodes:?}"));
             }
             self.step()?;
         }
