@@ -9,9 +9,9 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures_util::StreamExt as _;
-use patchbay_protocol::CommandError;
 use patchbay_protocol::command::{Command, Reply, Request};
 use patchbay_protocol::ids::{AccountId, AgentId, ConversationId, EntityId, InboxId, TenantId};
+use patchbay_protocol::{CommandError, ErrorCode};
 use patchbay_storage::events::{Delivered, Sink};
 use patchbay_storage::tables::Tables;
 use patchbay_storage::{CLUSTER, CasOutcome, DocumentKey, Engine, ReadError, WriteError};
@@ -515,6 +515,19 @@ impl Node {
         Answer::from(answer).wait().await
     }
 
+    /// What a client without a socket sends, for its session at another node.
+    ///
+    /// # Errors
+    /// `not_found` when there is no such node or session, `unavailable` when it cannot be told now, and what the session answers.
+    pub async fn emulated(&self, at: Incarnation, session: String, data: Bytes) -> Result<(), CommandError> {
+        let is_there = self.membership().is_some_and(|m| m.map().1.members.contains_key(&at));
+        let Some(mesh) = self.mesh().filter(|_| is_there) else { return Err(ErrorCode::NotFound.into()) };
+        let (reply, answer) = oneshot::channel();
+        mesh.ask(at, Parcel::Session(session, data, reply.into()))
+            .map_err(|_| CommandError::unavailable())?;
+        Answer::from(answer).wait().await
+    }
+
     /// What is not published yet; none: nothing is published.
     pub fn outbox(&self) -> Option<&Arc<Outbox>> {
         self.outbox.as_ref()
@@ -874,6 +887,9 @@ impl Here for Node {
     }
 
     fn take(&self, parcel: Parcel) -> Result<(), Parcel> {
+        if let Parcel::Session(..) = parcel {
+            return self.hand(parcel);
+        }
         if matches!(self.place(parcel.shard(self.shards.count)), Place::There(_)) {
             return Err(parcel);
         }
@@ -1099,6 +1115,9 @@ impl Local for Node {
                         return Err(Parcel::Account(tenant, account, Box::new(command), reply));
                     }
                 }
+            }
+            Parcel::Session(session, data, reply) => {
+                drop(reply.send(self.publisher.emulated(&session, data)))
             }
             parcel if !self.is_open(shard) => return Err(parcel),
             Parcel::Who(topic, reply) => {

@@ -5,6 +5,7 @@ use bytes::Bytes;
 use patchbay_protocol::content::Media;
 use patchbay_protocol::ids::{AccountId, AgentId, ConversationId, InboxId, TenantId};
 use patchbay_protocol::outbound::{Call, CallResult, Verdict};
+use patchbay_protocol::{CommandError, ErrorCode};
 
 use crate::agent::Presence;
 use crate::directory::Account;
@@ -46,6 +47,11 @@ pub trait Publisher: Send + Sync + 'static {
     /// A topic cannot be followed from here, or publications of one without an order may have been missed: its sockets are to
     /// come back, with their position if they have one.
     fn lost(&self, _: &Topic) {}
+
+    /// What a client without a socket of its own sends, for its session here.
+    fn emulated(&self, _session: &str, _frame: Bytes) -> Result<(), CommandError> {
+        Err(ErrorCode::NotFound.into())
+    }
 
     /// Something beside the order of a topic, from another node.
     fn aside(&self, _: &Topic, _: &Aside) {}

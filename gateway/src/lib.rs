@@ -1,6 +1,6 @@
 //! The doors, and the binary `patchbay`: the composition root, the only place that knows everything.
 //!
-//! **Lives here:** the edges (`edge/websocket`, `edge/webhook`), the [`hub`] that fans out to local sockets, [`auth`],
+//! **Lives here:** the edges (`edge/client`, `edge/websocket`, `edge/emulation`, `edge/webhook`), the [`hub`] that fans out to local sockets, [`auth`],
 //! [`limits`], files ([`media`]), the guarded HTTP client ([`outgoing`]), [`config`], the [`server`] that composes a node, and the
 //! command line ([`cli`]).
 //!

@@ -3,13 +3,13 @@
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::atomic::AtomicUsize;
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
 use axum::http::Request;
-use axum::routing::get;
+use axum::routing::{get, post};
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
@@ -24,7 +24,7 @@ use patchbay_actors::node::{Node, NodeConfig, StartError};
 use patchbay_storage::redis::Redis;
 use serde::Serialize;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio_util::task::TaskTracker;
 use tower::ServiceExt as _;
 
@@ -32,9 +32,9 @@ use crate::auth::Auth;
 use crate::auth::keys::ApiAuth;
 use crate::backup::{MEDIA, NodeBackups};
 use crate::config::{Config, EventsEngine};
-use crate::edge::unread;
+use crate::edge::client::{self, SocketLimits, Sockets};
 use crate::edge::webhook::{self, Webhooks};
-use crate::edge::websocket::{self, SocketLimits, Sockets};
+use crate::edge::{emulation, unread, websocket};
 use crate::engines::{self, Store};
 use crate::health::{Ops, Phase};
 use crate::hub::Hub;
@@ -367,7 +367,7 @@ impl Doors<'_> {
             tasks: self.tasks.clone(),
             unconnected: AtomicUsize::new(0),
             closing: AtomicUsize::new(0),
-            visitors: websocket::visitors(),
+            visitors: client::visitors(),
             origins,
         });
         let api_auth = Arc::new(ApiAuth::new(
@@ -396,8 +396,15 @@ impl Doors<'_> {
         let webhooks = Router::new()
             .route("/webhooks/{tenant}/{account}", get(webhook::challenge).post(webhook::receive))
             .with_state(webhooks);
-        let sockets =
-            Router::new().route("/connection/websocket", get(websocket::upgrade)).with_state(sockets);
+        let emulated = Router::new()
+            .route("/connection/http_stream", post(emulation::http_stream))
+            .route("/connection/sse", get(emulation::sse))
+            .route("/emulation", post(emulation::send))
+            .layer(axum::middleware::from_fn_with_state(sockets.clone(), emulation::cors));
+        let sockets = Router::new()
+            .route("/connection/websocket", get(websocket::upgrade))
+            .merge(emulated)
+            .with_state(sockets);
         let files = Router::new().route("/m/{signed}", get(serve::get)).with_state(self.media.clone());
         let router = Router::new()
             .merge(webhooks)
@@ -456,11 +463,13 @@ pub(crate) async fn serve(
             Ok((stream, from)) => {
                 // Past the bound nobody is accepted: the kernel's queue holds them, and then refuses.
                 let Ok(place) = places.clone().acquire_owned().await else { return };
+                let place = Place(Arc::new(Mutex::new(Some(place))));
                 let router = router.clone().layer(axum::Extension(Peer(from.ip())));
+                let router = router.layer(axum::Extension(place.clone()));
                 let phase = phase.clone();
                 tasks.spawn(async move {
                     connection(stream, router, phase).await;
-                    drop(place);
+                    place.leave();
                 });
             }
             Err(error) => {
@@ -469,6 +478,17 @@ pub(crate) async fn serve(
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
         }
+    }
+}
+
+/// A connection's place among those whose requests are answered.
+#[derive(Clone)]
+pub(crate) struct Place(Arc<Mutex<Option<OwnedSemaphorePermit>>>);
+
+impl Place {
+    /// Gives it to the next one: what follows on this connection is counted elsewhere.
+    pub(crate) fn leave(&self) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
     }
 }
 

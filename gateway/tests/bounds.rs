@@ -25,7 +25,7 @@ const SECTIONS: &[(&str, &[Row])] = &[
             ),
             Row(
                 "sockets of a node that drains are told to go within",
-                "websocket/mod.rs/LEAVING_MAX",
+                "client/mod.rs/LEAVING_MAX",
                 "",
                 "they go faster",
                 "",

@@ -36,7 +36,7 @@ fn events() {
 
 #[test]
 fn async_api() {
-    check("asyncapi.json", &patchbay_gateway::edge::websocket::asyncapi::description());
+    check("asyncapi.json", &patchbay_gateway::edge::client::asyncapi::description());
 }
 
 #[test]

@@ -672,7 +672,8 @@ impl Sim {
                 let (now, served) = (self.world().now(), self.served());
                 let drains = self.processes.iter().map(|p| p.look(|up| up.node.nodes()).flatten());
                 let nodes = drains.flatten().map(|(version, nodes)| {
-                    let nodes = nodes.iter().map(|n| (n.incarnation, n.status(), n.shards)).collect::<Vec<_>>();
+                    let nodes =
+                        nodes.iter().map(|n| (n.incarnation, n.status(), n.shards)).collect::<Vec<_>>();
                     (version, nodes)
                 });
                 let nodes = nodes.collect::<Vec<_>>();

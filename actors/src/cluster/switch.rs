@@ -21,6 +21,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
+use bytes::Bytes;
 use patchbay_protocol::CommandError;
 use patchbay_protocol::command::{Command, Reply};
 use patchbay_protocol::ids::{AccountId, AgentId, ConversationId, EntityId, InboxId, TenantId};
@@ -57,6 +58,8 @@ pub enum Parcel {
     Inbox(TenantId, InboxId, Box<InboxCommand>, ReplyTo<InboxReply>),
     /// Asks the owner of a topic who looks at it, on every node; each in its publisher's words.
     Who(Topic, ReplyTo<Vec<String>>),
+    /// To the session of a client without a socket of its own: on a node, whatever becomes of its shards.
+    Session(String, Bytes, ReplyTo<()>),
 }
 
 impl Parcel {
@@ -67,7 +70,7 @@ impl Parcel {
             Self::Account(tenant, account, ..) => EntityId::Account(tenant.clone(), account.clone()),
             Self::Agent(tenant, agent, ..) => EntityId::Agent(tenant.clone(), agent.clone()),
             Self::Inbox(tenant, inbox, ..) => EntityId::Inbox(tenant.clone(), inbox.clone()),
-            Self::Who(..) => return None,
+            Self::Who(..) | Self::Session(..) => return None,
         })
     }
 
@@ -75,6 +78,10 @@ impl Parcel {
     pub fn shard(&self, count: u32) -> u32 {
         match self {
             Self::Who(topic, _) => topic.shard(count),
+            Self::Session(session, ..) => {
+                let hash = blake3::hash(session.as_bytes());
+                u32::from_be_bytes([0, 0, hash.as_bytes()[0], hash.as_bytes()[1]]) % count.max(1)
+            }
             _ => self.entity().map_or(0, |entity| entity.shard(count)),
         }
     }
@@ -87,6 +94,7 @@ impl Parcel {
             Self::Agent(.., reply) => reply.is_far(),
             Self::Inbox(.., reply) => reply.is_far(),
             Self::Who(_, reply) => reply.is_far(),
+            Self::Session(.., reply) => reply.is_far(),
         }
     }
 
@@ -98,6 +106,7 @@ impl Parcel {
             Self::Agent(.., reply) => reply.until(),
             Self::Inbox(.., reply) => reply.until(),
             Self::Who(_, reply) => reply.until(),
+            Self::Session(.., reply) => reply.until(),
         }
     }
 
@@ -109,6 +118,7 @@ impl Parcel {
             Self::Agent(.., reply) => reply.elsewhere(),
             Self::Inbox(.., reply) => reply.elsewhere(),
             Self::Who(_, reply) => reply.elsewhere(),
+            Self::Session(.., reply) => reply.elsewhere(),
         }
     }
 
@@ -121,6 +131,7 @@ impl Parcel {
             Self::Agent(.., reply) => drop(reply.send(Err(error))),
             Self::Inbox(.., reply) => drop(reply.send(Err(error))),
             Self::Who(_, reply) => drop(reply.send(Err(error))),
+            Self::Session(.., reply) => drop(reply.send(Err(error))),
         }
     }
 }
@@ -221,7 +232,9 @@ impl Shard {
                 late.extend(old);
             }
         }
-        late.extend(self.returned.extract_if(.., |_, parcel| parcel.until() <= now).map(|(_, parcel)| parcel));
+        late.extend(
+            self.returned.extract_if(.., |_, parcel| parcel.until() <= now).map(|(_, parcel)| parcel),
+        );
         late
     }
 }
@@ -505,13 +518,7 @@ impl Switch {
     }
 
     /// Passes a command of this node's on to where its shard is, if it is anywhere.
-    fn pass(
-        &self,
-        inner: &mut Inner,
-        shard: u32,
-        number: Option<u64>,
-        parcel: Parcel,
-    ) -> Result<(), Parcel> {
+    fn pass(&self, inner: &mut Inner, shard: u32, number: Option<u64>, parcel: Parcel) -> Result<(), Parcel> {
         let Some(local) = self.local.get().and_then(Weak::upgrade) else { return Err(parcel) };
         let at = inner.shards.get(&shard);
         if at.is_some_and(|at| at.is_recalled || at.paused || at.until > local.map_version()) {

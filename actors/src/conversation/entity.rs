@@ -446,7 +446,8 @@ impl LogEntity for Conversation {
                 let Some((home, _)) = self.home(&me, 0).await else { return };
                 let Some(router) = self.router() else { return };
                 // Its sockets may be anywhere: whoever owns it shows it to all of them. It hears of it otherwise as well.
-                if let Ok(shown) = router.agent(&home.tenant, &agent, AgentCommand::Assigned { conversation, seq })
+                if let Ok(shown) =
+                    router.agent(&home.tenant, &agent, AgentCommand::Assigned { conversation, seq })
                 {
                     drop(shown.wait().await);
                 }

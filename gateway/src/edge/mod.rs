@@ -1,5 +1,8 @@
-//! The doors: sockets and webhooks. An edge never touches an actor: it sends commands and reads what the hub delivers.
+//! The doors: clients, by WebSocket or without, and webhooks. An edge never touches an actor: it sends commands and reads
+//! what the hub delivers.
 
+pub mod client;
+pub mod emulation;
 pub mod unread;
 pub mod webhook;
 pub mod websocket;

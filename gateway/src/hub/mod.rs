@@ -1,6 +1,7 @@
 //! The node's hub: topic -> local connections. A publication is encoded once per wire format, as a finished frame,
 //! and shared; per connection only a reference is queued.
 
+pub mod emulated;
 pub mod outbound;
 #[cfg(test)]
 mod schedules;
@@ -25,6 +26,7 @@ use patchbay_protocol::ids::{AgentId, ConversationId, InboxId, TenantId};
 use patchbay_protocol::{CommandError, ErrorCode};
 
 use crate::presence::Presences;
+use emulated::EmulatedSessions;
 use outbound::{Frames, Outbound};
 
 /// Connections to one topic that a node tells of.
@@ -78,6 +80,7 @@ pub struct Hub {
     /// Bytes that wait for all sockets together.
     queued: Arc<AtomicUsize>,
     presences: Arc<Presences>,
+    emulated: Arc<EmulatedSessions>,
 }
 
 impl Default for Hub {
@@ -85,7 +88,15 @@ impl Default for Hub {
         let parts = (0..PARTS).map(|_| Mutex::default()).collect();
         let (names, node) = (OnceLock::new(), OnceLock::new());
         let open = AtomicUsize::new(0);
-        Self { parts, names, node, open, queued: Arc::default(), presences: Arc::default() }
+        Self {
+            parts,
+            names,
+            node,
+            open,
+            queued: Arc::default(),
+            presences: Arc::default(),
+            emulated: Arc::default(),
+        }
     }
 }
 
@@ -113,6 +124,11 @@ impl Hub {
     /// Which agents are there.
     pub fn presences(&self) -> &Arc<Presences> {
         &self.presences
+    }
+
+    /// Sessions of clients without a socket of their own.
+    pub fn emulated(&self) -> &Arc<EmulatedSessions> {
+        &self.emulated
     }
 
     /// The sockets that are open.
@@ -260,6 +276,10 @@ impl Hub {
 }
 
 impl Publisher for Hub {
+    fn emulated(&self, session: &str, frame: Bytes) -> Result<(), CommandError> {
+        self.emulated.hand(session, frame)
+    }
+
     fn entries(&self, conversation: ConversationId, entries: &[(u64, Bytes)]) {
         let topic = Topic::Conversation(conversation);
         let part = self.part(&topic);

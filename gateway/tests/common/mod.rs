@@ -485,3 +485,113 @@ impl Ws {
 fn outcome(reply: Value) -> Result<Value, Value> {
     if reply["error"].is_object() { Err(reply["error"].clone()) } else { Ok(reply) }
 }
+
+/// A client without a socket: one long answer, and requests beside it.
+pub struct Emulated {
+    http: reqwest::Client,
+    public: String,
+    stream: Option<reqwest::Response>,
+    read: VecDeque<Value>,
+    rest: String,
+    pub session: String,
+    pub node: String,
+}
+
+impl Emulated {
+    /// Opens a stream and connects.
+    pub async fn connect(public: &str, transport: &str, token: &str) -> Self {
+        let http = reqwest::Client::new();
+        let connect = json!({"id": 1, "connect": {"token": token}}).to_string();
+        let url = format!("http://{public}/connection/{transport}");
+        let request = match transport {
+            "sse" => {
+                let mut url = reqwest::Url::parse(&url).unwrap();
+                url.query_pairs_mut().append_pair("cf_connect", &connect);
+                http.get(url)
+            }
+            _ => http.post(url).body(connect),
+        };
+        let stream = request.send().await.unwrap();
+        assert_eq!(stream.status(), 200);
+        let (session, node) = Default::default();
+        let mut client = Self {
+            http,
+            public: public.to_owned(),
+            stream: Some(stream),
+            read: VecDeque::new(),
+            rest: String::new(),
+            session,
+            node,
+        };
+        let mut connected = client.next().await.unwrap();
+        let connected = connected["connect"].take();
+        client.session = connected["session"].as_str().unwrap_or_else(|| panic!("{connected}")).to_owned();
+        client.node = connected["node"].as_str().unwrap().to_owned();
+        client
+    }
+
+    /// Somebody who says that this session is theirs.
+    pub fn clone_as(&self, node: &str, session: &str) -> Self {
+        Self {
+            http: self.http.clone(),
+            public: self.public.clone(),
+            stream: None,
+            read: VecDeque::new(),
+            rest: String::new(),
+            session: session.to_owned(),
+            node: node.to_owned(),
+        }
+    }
+
+    /// From here on it asks another node.
+    pub fn asks(&mut self, public: &str) {
+        public.clone_into(&mut self.public);
+    }
+
+    /// The status of a request that brings a command.
+    pub async fn send(&self, command: &Value) -> u16 {
+        self.send_text(&command.to_string()).await
+    }
+
+    /// The same of several, a line each.
+    pub async fn send_text(&self, lines: &str) -> u16 {
+        self.post_raw(&json!({"session": self.session, "node": self.node, "data": lines}).to_string()).await
+    }
+
+    /// The same of whatever this is.
+    pub async fn post_raw(&self, body: &str) -> u16 {
+        let sent = self.http.post(format!("http://{}/emulation", self.public)).body(body.to_owned()).send();
+        sent.await.unwrap().status().as_u16()
+    }
+
+    /// The next reply or push that is no ping; none: the stream has ended.
+    pub async fn next(&mut self) -> Option<Value> {
+        loop {
+            if let Some(value) = self.read.pop_front() {
+                if value != json!({}) {
+                    return Some(value);
+                }
+                continue;
+            }
+            let chunk = self.stream.as_mut()?.chunk().await.ok()??;
+            self.rest.push_str(std::str::from_utf8(&chunk).unwrap());
+            while let Some((line, rest)) = self.rest.split_once('\n') {
+                let line = line.trim().trim_start_matches("data: ");
+                if !line.is_empty() {
+                    self.read.push_back(serde_json::from_str(line).unwrap());
+                }
+                self.rest = rest.to_owned();
+            }
+        }
+    }
+
+    /// The answer to a command.
+    pub async fn reply(&mut self, id: u32) -> Value {
+        loop {
+            let reply = self.next().await.expect("the stream goes on");
+            if reply["id"] == id {
+                return reply;
+            }
+        }
+    }
+}

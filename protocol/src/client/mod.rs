@@ -4,6 +4,7 @@
 //!
 //! Unknown fields are ignored: new SDKs send `flag`, `tf`, `type`, `profile`, `dict`.
 
+pub mod emulation;
 pub mod json;
 pub mod protobuf;
 mod raw;

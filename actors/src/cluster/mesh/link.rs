@@ -58,8 +58,8 @@ pub(super) struct To {
 
 /// A request that is not answered.
 struct Unanswered {
-    shard: u32,
-    turn: Turn,
+    /// Its shard, and its place in what the switch sends there; none: the switch knows nothing of it.
+    of: Option<(u32, Turn)>,
     /// Until when somebody waits for its answer.
     until: Instant,
     request: Request,
@@ -137,7 +137,7 @@ impl Lane {
     }
 
     /// Takes a request, if the peer is reached and there is room.
-    pub(super) fn send(&self, shard: u32, parcel: Parcel, turn: Turn) -> Result<(), Parcel> {
+    pub(super) fn send(&self, parcel: Parcel, of: Option<(u32, Turn)>) -> Result<(), Parcel> {
         let mut state = self.lock();
         if !self.is_up() {
             return Err(parcel);
@@ -154,10 +154,12 @@ impl Lane {
         let id = state.next;
         let until = parcel.until();
         let (mut request, waits) = wire::encode(id, parcel);
-        (request.shard, request.round) = (shard, turn.round);
+        if let Some((shard, turn)) = of {
+            (request.shard, request.round) = (shard, turn.round);
+        }
         request.within_ms = wire::within_ms(until);
         place.send(request.clone());
-        state.unanswered.insert(id, Unanswered { shard, turn, until, request, waits });
+        state.unanswered.insert(id, Unanswered { of, until, request, waits });
         Ok(())
     }
 
@@ -206,19 +208,21 @@ impl Lane {
             let room = state.unanswered.len() < UNANSWERED_MAX / 2;
             (found, room && std::mem::take(&mut state.was_full))
         };
-        let Some(Unanswered { shard, turn, request, waits, .. }) = found else { return };
-        match answer.outcome {
-            Some(answer::Outcome::NotOwner(version)) => {
+        let Some(Unanswered { of, request, waits, .. }) = found else { return };
+        match (answer.outcome, of) {
+            (Some(answer::Outcome::NotOwner(version)), Some((_, turn))) => {
                 here.heard(version);
                 match wire::decode(&request, waits) {
                     Ok(parcel) => self.switch.not_owner(parcel, turn, self.to.incarnation, version),
                     Err(waits) => waits.lose(),
                 }
             }
-            Some(outcome) => waits.answer(outcome),
-            None => waits.lose(),
+            (Some(outcome), _) => waits.answer(outcome),
+            (None, _) => waits.lose(),
         }
-        self.switch.settled(shard);
+        if let Some((shard, _)) = of {
+            self.switch.settled(shard);
+        }
         if had_no_room {
             self.switch.all_moved();
         }
@@ -237,9 +241,11 @@ impl Lane {
         };
         metrics::counter!("patchbay_mesh_unanswered_total").increment(late.len() as u64);
         tracing::warn!(to = self.to.incarnation, lane = self.to.lane, count = late.len(), "not answered");
-        for Unanswered { shard, waits, .. } in late {
+        for Unanswered { of, waits, .. } in late {
             waits.lose();
-            self.switch.settled(shard);
+            if let Some((shard, _)) = of {
+                self.switch.settled(shard);
+            }
         }
     }
 
@@ -255,7 +261,11 @@ impl Lane {
             here.watches().cut(self.to.incarnation, |shard| shard % LANES == self.to.lane);
         }
         let mut shards = Vec::with_capacity(unanswered.len());
-        for (_, Unanswered { shard, turn, request, waits, .. }) in unanswered {
+        for (_, Unanswered { of, request, waits, .. }) in unanswered {
+            let Some((shard, turn)) = of else {
+                waits.lose();
+                continue;
+            };
             shards.push(shard);
             match wire::decode(&request, waits) {
                 Ok(parcel) => self.switch.came_back(parcel, turn),

@@ -235,6 +235,15 @@ impl Mesh {
         peers.values().filter_map(|peer| peer.lanes.first()).for_each(|lane| lane.changed(tenant));
     }
 
+    /// Asks a peer something that no other node could answer; what is asked of one lane is handed over there in order. It
+    /// comes back when there is no such peer, or it cannot be told now.
+    pub(crate) fn ask(&self, to: Incarnation, parcel: Parcel) -> Result<(), Parcel> {
+        match self.lane(to, parcel.shard(self.identity.shards)) {
+            Some(lane) => lane.send(parcel, None),
+            None => Err(parcel),
+        }
+    }
+
     /// Peers whose every lane is up.
     pub fn connected(&self) -> usize {
         self.lock().values().filter(|peer| peer.lanes.iter().all(|lane| lane.is_up())).count()
@@ -245,7 +254,7 @@ impl Transport for Mesh {
     fn send(&self, to: Incarnation, parcel: Parcel, turn: Turn) -> Result<(), Parcel> {
         let shard = parcel.shard(self.identity.shards);
         match self.lane(to, shard) {
-            Some(lane) => lane.send(shard, parcel, turn),
+            Some(lane) => lane.send(parcel, Some((shard, turn))),
             None => Err(parcel),
         }
     }

@@ -123,16 +123,15 @@ impl Mesh for Service {
         let (answers, answering) = mpsc::channel(UNANSWERED_MAX);
         let outlet = Arc::new(Outlet::new(version));
         let (here, versions) = (self.here.clone(), self.versions.clone());
-        let reads =
-            Reads {
-                here,
-                answers,
-                from: hello.incarnation,
-                to: hello.to,
-                rounds: Arc::default(),
-                outlet: outlet.clone(),
-                versions,
-            };
+        let reads = Reads {
+            here,
+            answers,
+            from: hello.incarnation,
+            to: hello.to,
+            rounds: Arc::default(),
+            outlet: outlet.clone(),
+            versions,
+        };
         tokio::spawn(reads.run(incoming));
         Ok(Response::new(answers_of(answer, answering, outlet, self.here.clone())))
     }

@@ -35,6 +35,7 @@ pub(super) enum Waits {
     Agent(ReplyTo<crate::agent::AgentReply>),
     Inbox(ReplyTo<crate::inbox::InboxReply>),
     Who(ReplyTo<Vec<String>>),
+    Session(ReplyTo<()>),
 }
 
 /// A command as it travels, and who waits for its answer.
@@ -61,6 +62,9 @@ pub(super) fn encode(id: u64, parcel: Parcel) -> (Request, Waits) {
         }
         Parcel::Who(topic, reply) => {
             (request(Kind::Who, topic_bytes(&topic), Bytes::new()), Waits::Who(reply))
+        }
+        Parcel::Session(session, data, reply) => {
+            (request(Kind::Session, session.into(), data), Waits::Session(reply))
         }
     }
 }
@@ -101,6 +105,10 @@ pub(super) fn decode(request: &Request, waits: Waits) -> Result<Parcel, Waits> {
             Some(topic) => Ok(Parcel::Who(topic, reply)),
             None => Err(Waits::Who(reply)),
         },
+        Waits::Session(reply) => match String::from_utf8(request.entity.to_vec()) {
+            Ok(session) => Ok(Parcel::Session(session, request.command.clone(), reply)),
+            Err(_) => Err(Waits::Session(reply)),
+        },
     }
 }
 
@@ -115,7 +123,8 @@ pub(super) fn within_ms(until: Instant) -> u32 {
 
 /// Until when somebody waits for what was asked here now.
 pub(super) fn until(within_ms: u32) -> Instant {
-    let within = if within_ms == 0 { PATIENCE } else { Duration::from_millis(within_ms.into()).min(PATIENCE) };
+    let within =
+        if within_ms == 0 { PATIENCE } else { Duration::from_millis(within_ms.into()).min(PATIENCE) };
     Instant::now() + within
 }
 
@@ -137,6 +146,7 @@ pub(super) fn receive(kind: Kind, round: Round, until: Instant) -> Option<(Waits
         Kind::Agent => Some(pair(Waits::Agent, round, until)),
         Kind::Inbox => Some(pair(Waits::Inbox, round, until)),
         Kind::Who => Some(pair(Waits::Who, round, until)),
+        Kind::Session => Some(pair(Waits::Session, round, until)),
     }
 }
 
@@ -179,6 +189,7 @@ impl Waits {
             Self::Agent(reply) => tell(reply, outcome),
             Self::Inbox(reply) => tell(reply, outcome),
             Self::Who(reply) => tell(reply, outcome),
+            Self::Session(reply) => tell(reply, outcome),
         }
     }
 
@@ -398,7 +409,13 @@ mod tests {
         else {
             panic!("version 1 has requests");
         };
-        vec![("request", Envelopes::Request(Request { shard: 5, round: 7, within_ms: 30_000, ..request }))]
+        let (reply, _answer) = oneshot::channel();
+        let (session, _) =
+            encode(11, Parcel::Session("5e55".into(), Bytes::from_static(b"{}"), reply.into()));
+        vec![
+            ("request", Envelopes::Request(Request { shard: 5, round: 7, within_ms: 30_000, ..request })),
+            ("request session", Envelopes::Request(Request { within_ms: 30_000, ..session })),
+        ]
     }
 
     fn run() -> Bytes {

@@ -9,21 +9,16 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures_util::{Sink, Stream};
-use hyper::upgrade::Upgraded;
-use hyper_util::rt::TokioIo;
 use patchbay_protocol::client::reply::{Error, Push};
 use patchbay_protocol::client::{Command, DecodeError, Encoding, Reply};
 use patchbay_protocol::{AgentId, CommandError, Disconnect, TenantId};
 use tokio::sync::watch;
 use tokio::time::{Instant, Sleep};
-use tokio_tungstenite::WebSocketStream;
-use tokio_tungstenite::tungstenite::protocol::CloseFrame;
-use tokio_tungstenite::tungstenite::{self, Message, Utf8Bytes};
 
 use super::commands;
 use super::lanes::Lanes;
 use super::session::Session;
+use super::wire::{Gone, Read, Wire};
 use super::{Counted, Sockets};
 use crate::auth::Peer;
 use crate::health::Phase;
@@ -35,7 +30,7 @@ use crate::limits::Bucket;
 const COMMANDS_MAX: usize = 512;
 /// Events that are worked on between two writes.
 const UNWRITTEN_MAX: usize = 64;
-/// How long a close may take.
+/// How long what was taken may take to be answered and flushed before a close.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Sockets that are being told that there is no place; and for how long each is.
 const CLOSING_MAX: usize = 1024;
@@ -48,8 +43,6 @@ const RECHECK_PAUSE: Duration = Duration::from_millis(500);
 const TICK_MIN: Duration = Duration::from_millis(5);
 /// Past `exp` a connection has this long to refresh.
 const REFRESH_GRACE: Duration = Duration::from_secs(25);
-
-type Socket = WebSocketStream<TokioIo<Upgraded>>;
 
 /// What a command comes to: a change of the session, and what to reply.
 pub struct Done {
@@ -89,6 +82,8 @@ pub struct Connection {
     pub(super) client: ClientId,
     pub(super) outbound: Arc<Outbound>,
     pub(super) session: Session,
+    /// The word by which commands of a client without a socket of its own are let in.
+    pub(super) emulated: Option<String>,
     pub(super) lanes: Lanes<Done>,
     /// The agent that was told of this connection.
     pub(super) present: Arc<OnceLock<(TenantId, AgentId)>>,
@@ -131,9 +126,9 @@ struct Clock {
 }
 
 enum Event {
-    Read(Option<Result<Message, tungstenite::Error>>),
+    Read(Read),
     Done(Box<Done>),
-    Written(Result<(), tungstenite::Error>),
+    Gone,
     Close(Disconnect),
     Tick,
     Draining,
@@ -141,19 +136,19 @@ enum Event {
 }
 
 /// Serves a socket until it ends.
-pub async fn run(sockets: Arc<Sockets>, mut socket: Socket, encoding: Encoding) {
+pub async fn run<W: Wire>(sockets: Arc<Sockets>, mut wire: W, encoding: Encoding) {
     let shared = sockets.clone();
     let Some(_open) = Counted::take(shared.hub.open(), shared.limits.connections_max) else {
-        return Box::pin(turn_away(&shared, &mut socket)).await;
+        return Box::pin(turn_away(&shared, &mut wire, encoding)).await;
     };
     let Some(mut unconnected) = Counted::take(&shared.unconnected, shared.limits.unconnected_max).map(Some)
     else {
-        return Box::pin(turn_away(&shared, &mut socket)).await;
+        return Box::pin(turn_away(&shared, &mut wire, encoding)).await;
     };
     metrics::gauge!("patchbay_edge_connections").increment(1.0);
     let mut phase = sockets.phase.clone();
     let mut changes = None;
-    let mut connection = Connection::new(sockets, encoding);
+    let mut connection = Connection::new(sockets, encoding, wire.session());
     loop {
         if let Session::Live(live) = &mut connection.session
             && unconnected.is_some()
@@ -161,14 +156,14 @@ pub async fn run(sockets: Arc<Sockets>, mut socket: Socket, encoding: Encoding) 
             unconnected = None;
             changes = live.changes.take();
         }
-        let event = connection.next(&mut socket, &mut phase, &mut changes).await;
+        let event = connection.next(&mut wire, &mut phase, &mut changes).await;
         match connection.on(event) {
             On::Continue => {}
             On::Close(why) => {
                 metrics::counter!("patchbay_edge_disconnects_total", "code" => why.code().to_string())
                     .increment(1);
                 // Rare, and large while they last: they do not lie in every socket's task.
-                Box::pin(close(&mut socket, why)).await;
+                Box::pin(wire.close(encoding, why)).await;
                 break;
             }
             On::Gone => break,
@@ -180,24 +175,13 @@ pub async fn run(sockets: Arc<Sockets>, mut socket: Socket, encoding: Encoding) 
 }
 
 /// There is no place. It may pass by itself, so an SDK must come back.
-async fn turn_away(sockets: &Sockets, socket: &mut Socket) {
+async fn turn_away(sockets: &Sockets, wire: &mut impl Wire, encoding: Encoding) {
     let why = Disconnect::TooManyRequests;
     metrics::counter!("patchbay_edge_disconnects_total", "code" => why.code().to_string()).increment(1);
     // Past this nobody is told: whoever is turned away must not be a crowd of its own.
     if let Some(_place) = Counted::take(&sockets.closing, CLOSING_MAX) {
-        let _ = tokio::time::timeout(REFUSE_TIMEOUT, close(socket, why)).await;
+        let _ = tokio::time::timeout(REFUSE_TIMEOUT, wire.close(encoding, why)).await;
     }
-}
-
-async fn close(socket: &mut Socket, why: Disconnect) {
-    let frame = CloseFrame { code: why.code().into(), reason: Utf8Bytes::from_static(why.reason()) };
-    // A peer that does not answer the close is left.
-    let _ = tokio::time::timeout(CLOSE_TIMEOUT, async {
-        if socket.close(Some(frame)).await.is_ok() {
-            while let Some(Ok(_)) = futures_util::StreamExt::next(socket).await {}
-        }
-    })
-    .await;
 }
 
 enum On {
@@ -207,13 +191,14 @@ enum On {
 }
 
 impl Connection {
-    fn new(sockets: Arc<Sockets>, encoding: Encoding) -> Self {
+    fn new(sockets: Arc<Sockets>, encoding: Encoding, emulated: Option<String>) -> Self {
         let opened = Instant::now();
         let sleep = Box::pin(tokio::time::sleep_until(opened + sockets.limits.connect));
         Self {
             client: ClientId(rand::random()),
             outbound: Outbound::new(encoding, sockets.hub.queued().clone()),
             session: Session::New,
+            emulated,
             lanes: Lanes::default(),
             present: Arc::default(),
             backlog: VecDeque::new(),
@@ -239,7 +224,7 @@ impl Connection {
 
     async fn next(
         &mut self,
-        socket: &mut Socket,
+        wire: &mut impl Wire,
         phase: &mut watch::Receiver<Phase>,
         changes: &mut Option<watch::Receiver<u64>>,
     ) -> Event {
@@ -256,12 +241,12 @@ impl Connection {
                 }
                 // What is ready is worked on before anything is written, so that what it comes to goes out in one write.
                 let full = self.unwritten >= UNWRITTEN_MAX;
-                if !full && let Poll::Ready(event) = self.poll_ready(socket, cx) {
+                if !full && let Poll::Ready(event) = self.poll_ready(wire, cx) {
                     self.unwritten += 1;
                     return Poll::Ready(event);
                 }
                 self.unwritten = 0;
-                if let Poll::Ready(event) = self.poll_write(socket, cx) {
+                if let Poll::Ready(event) = self.poll_write(wire, cx) {
                     return Poll::Ready(event);
                 }
                 if self.clock.sleep.as_mut().poll(cx).is_ready() {
@@ -284,12 +269,12 @@ impl Connection {
     }
 
     /// What was answered, and what has come.
-    fn poll_ready(&mut self, socket: &mut Socket, cx: &mut Context<'_>) -> Poll<Event> {
+    fn poll_ready(&mut self, wire: &mut impl Wire, cx: &mut Context<'_>) -> Poll<Event> {
         if let Poll::Ready(done) = self.lanes.poll_next(cx) {
             return Poll::Ready(Event::Done(Box::new(done)));
         }
         if self.may_read() {
-            return Pin::new(socket).poll_next(cx).map(Event::Read);
+            return wire.poll_read(self.outbound.encoding(), cx).map(Event::Read);
         }
         Poll::Pending
     }
@@ -299,12 +284,11 @@ impl Connection {
     }
 
     /// Writes what is queued and flushes once: frames that are queued together go out in one write.
-    fn poll_write(&mut self, socket: &mut Socket, cx: &mut Context<'_>) -> Poll<Event> {
-        let mut socket = Pin::new(socket);
+    fn poll_write(&mut self, wire: &mut impl Wire, cx: &mut Context<'_>) -> Poll<Event> {
         loop {
-            match socket.as_mut().poll_ready(cx) {
+            match wire.poll_ready(cx) {
                 Poll::Ready(Ok(())) => {}
-                Poll::Ready(Err(e)) => return Poll::Ready(Event::Written(Err(e))),
+                Poll::Ready(Err(Gone)) => return Poll::Ready(Event::Gone),
                 Poll::Pending => {
                     self.stalled = true;
                     return Poll::Pending;
@@ -312,16 +296,16 @@ impl Connection {
             }
             match self.outbound.poll_next(cx.waker()) {
                 Poll::Ready(Next::Frame(frame)) => {
-                    if let Err(e) = socket.as_mut().start_send(message(self.outbound.encoding(), frame)) {
-                        return Poll::Ready(Event::Written(Err(e)));
+                    if wire.send(self.outbound.encoding(), frame).is_err() {
+                        return Poll::Ready(Event::Gone);
                     }
                 }
                 Poll::Ready(Next::Close(why)) => return Poll::Ready(Event::Close(why)),
                 Poll::Pending => break,
             }
         }
-        match socket.as_mut().poll_flush(cx) {
-            Poll::Ready(Err(e)) => Poll::Ready(Event::Written(Err(e))),
+        match wire.poll_flush(cx) {
+            Poll::Ready(Err(Gone)) => Poll::Ready(Event::Gone),
             Poll::Ready(Ok(())) => {
                 self.stalled = false;
                 Poll::Pending
@@ -346,14 +330,9 @@ impl Connection {
 
     fn on(&mut self, event: Event) -> On {
         match event {
-            Event::Read(Some(Ok(message))) => self.received(message),
-            Event::Read(Some(Err(e))) => match broken(&e) {
-                On::Close(why) => self.close_after_replies(why),
-                on => on,
-            },
-            Event::Read(None) => On::Gone,
-            Event::Written(Ok(())) => On::Continue,
-            Event::Written(Err(_)) => On::Gone,
+            Event::Read(Read::Frame(frame)) => self.received(&frame),
+            Event::Read(Read::Broken(why)) => self.close_after_replies(why),
+            Event::Read(Read::Gone) | Event::Gone => On::Gone,
             Event::Done(done) => self.done(*done),
             Event::Close(why) => On::Close(why),
             Event::Tick => self.tick(),
@@ -391,20 +370,11 @@ impl Connection {
         On::Continue
     }
 
-    fn received(&mut self, message: Message) -> On {
+    fn received(&mut self, frame: &Bytes) -> On {
         if let Session::Refused = self.session {
             return On::Continue;
         }
-        let frame = match (message, self.outbound.encoding()) {
-            (Message::Text(text), Encoding::Json) => Bytes::from(text),
-            (Message::Binary(data), Encoding::Protobuf) => data,
-            (Message::Ping(_) | Message::Pong(_) | Message::Frame(_), _) => return On::Continue,
-            (Message::Close(_), _) => return On::Continue,
-            (Message::Text(_) | Message::Binary(_), _) => {
-                return self.close_after_replies(Disconnect::BadRequest);
-            }
-        };
-        match self.outbound.encoding().decode_commands(&frame) {
+        match self.outbound.encoding().decode_commands(frame) {
             Ok(commands) => {
                 self.backlog.extend(commands);
                 self.accept()
@@ -636,28 +606,6 @@ impl Clock {
     }
 }
 
-fn message(encoding: Encoding, frame: Bytes) -> Message {
-    match encoding {
-        // Frames of ours are JSON, which is UTF-8; what is not would be a fault of ours and is shown as nothing.
-        Encoding::Json => Message::Text(Utf8Bytes::try_from(frame).unwrap_or_default()),
-        Encoding::Protobuf => Message::Binary(frame),
-    }
-}
-
-fn broken(error: &tungstenite::Error) -> On {
-    match error {
-        tungstenite::Error::Capacity(_) => On::Close(Disconnect::TooLarge),
-        // It went without a word.
-        tungstenite::Error::Protocol(tungstenite::error::ProtocolError::ResetWithoutClosingHandshake) => {
-            On::Gone
-        }
-        tungstenite::Error::Protocol(_) | tungstenite::Error::Utf8(_) | tungstenite::Error::AttackAttempt => {
-            On::Close(Disconnect::BadRequest)
-        }
-        _ => On::Gone,
-    }
-}
-
 /// An error in place of a result.
 pub(super) fn refusal(id: u32, error: &CommandError) -> Reply {
     let error =
@@ -677,6 +625,7 @@ pub(super) fn unsubscribe_push(channel: String, code: u32, reason: &str) -> Repl
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::edge::websocket::Socket;
 
     fn size<A, B, C, F>(_: impl FnOnce(A, B, C) -> F) -> usize {
         size_of::<F>()
@@ -684,7 +633,7 @@ mod tests {
 
     #[test]
     fn what_an_idle_socket_holds_is_small() {
-        let (task, connection, socket) = (size(run), size_of::<Connection>(), size_of::<Socket>());
+        let (task, connection, socket) = (size(run::<Socket>), size_of::<Connection>(), size_of::<Socket>());
         assert!(
             task <= 1536,
             "{task} {connection} {socket} {} {} {}",

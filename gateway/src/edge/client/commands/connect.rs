@@ -23,10 +23,14 @@ pub(crate) fn run(connection: &Connection, id: u32, request: ConnectRequest) -> 
         connection.outbound.clone(),
         connection.present.clone(),
     );
+    let session = connection.emulated.clone();
     Box::pin(async move {
         let (reply, change) = match connect(&sockets, client, &outbound, &present, &request).await {
             Ok((result, live)) => (
-                Some(Ok(Reply { connect: Some(result), ..Reply::default() })),
+                Some(Ok(Reply {
+                    connect: Some(ConnectResult { session: session.unwrap_or_default(), ..result }),
+                    ..Reply::default()
+                })),
                 Change::Connected(Box::new(live)),
             ),
             Err(Refused::Error(error)) => (Some(Err(error)), Change::Refused),

@@ -32,7 +32,7 @@ const LIST_BYTES_MAX: usize = 448 * 1024;
 pub(super) const TYPING_FOR: Duration = Duration::from_secs(6);
 
 /// Every method that there is.
-pub(in crate::edge::websocket) const METHODS: [&str; 17] = [
+pub(in crate::edge::client) const METHODS: [&str; 17] = [
     "message.send",
     "message.edit",
     "message.delete",
