@@ -27,3 +27,4 @@ pub mod outgoing;
 pub mod presence;
 mod revocation;
 pub mod server;
+pub mod tls;

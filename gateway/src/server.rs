@@ -34,7 +34,7 @@ use crate::backup::{MEDIA, NodeBackups};
 use crate::config::{Config, EventsEngine};
 use crate::edge::client::{self, SocketLimits, Sockets};
 use crate::edge::webhook::{self, Webhooks};
-use crate::edge::{emulation, unread, websocket};
+use crate::edge::{emulation, quic, unread, websocket};
 use crate::engines::{self, Store};
 use crate::health::{Ops, Phase};
 use crate::hub::Hub;
@@ -44,6 +44,7 @@ use crate::media::{Media, serve};
 use crate::memory;
 use crate::outgoing::{Guard, Outgoing};
 use crate::revocation;
+use crate::tls::Identity;
 
 /// How long a request's head may take.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
@@ -117,6 +118,8 @@ pub struct Server {
     pub ops: SocketAddr,
     /// Where other nodes connect.
     pub mesh: Option<SocketAddr>,
+    /// Where QUIC clients are served; none: nowhere.
+    pub quic: Option<SocketAddr>,
     phase: watch::Sender<Phase>,
     tasks: TaskTracker,
 }
@@ -250,7 +253,13 @@ impl Server {
             operator_key,
             tasks: tasks.clone(),
         };
-        tasks.spawn(serve(public_listener, doors.public(), watching, tasks.clone()));
+        let sockets = doors.sockets();
+        let quic = quic(config, mode, public)?;
+        let quic_address = quic.as_ref().and_then(|(endpoint, _)| endpoint.local_addr().ok());
+        if let Some((endpoint, identity)) = quic {
+            tasks.spawn(quic::serve(endpoint, identity, sockets.clone(), watching.clone()));
+        }
+        tasks.spawn(serve(public_listener, doors.public(sockets), watching, tasks.clone()));
         health.count_queued(hub.queued().clone());
         health.needs("storage", move || store.refuses().map(str::to_owned));
         if let Some(outbox) = node.outbox().cloned() {
@@ -276,7 +285,7 @@ impl Server {
         }
         tokio::spawn(follow_drain(Arc::downgrade(&node), phase.clone()));
         health.started();
-        Ok(Self { node, desk, auth, hub, public, ops: address, mesh, phase, tasks })
+        Ok(Self { node, desk, auth, hub, public, ops: address, mesh, quic: quic_address, phase, tasks })
     }
 
     /// Stops admitting, lets sockets and requests end, at most for `deadline`.
@@ -326,6 +335,23 @@ async fn cluster(config: &Config) -> Result<(ClusterConfig, Option<(TcpListener,
     Ok((cluster, listener))
 }
 
+/// Where QUIC clients are served, where there is a certificate to show them.
+fn quic(
+    config: &Config,
+    mode: Mode,
+    public: SocketAddr,
+) -> Result<Option<(quinn::Endpoint, Identity)>, RunError> {
+    let Some(identity) = config.quic.identity() else { return Ok(None) };
+    // Looked at when the configuration was read.
+    let listen = config.quic.listen.as_ref().and_then(|listen| listen.parse::<SocketAddr>().ok());
+    let bound = match (quic::bind(&identity, listen.unwrap_or(public)), listen) {
+        // Nobody has said where.
+        (Err(_), None) if mode == Mode::Dev => quic::bind(&identity, SocketAddr::new(public.ip(), 0)),
+        (bound, _) => bound,
+    };
+    Ok(Some((bound.map_err(io("quic.listen"))?, identity)))
+}
+
 struct Doors<'a> {
     config: &'a Config,
     mode: Mode,
@@ -342,18 +368,16 @@ struct Doors<'a> {
 }
 
 impl Doors<'_> {
-    fn public(&self) -> Router {
-        let node = self.desk.node();
-        let directory = node.directory().clone();
+    /// What every client's connection shares.
+    fn sockets(&self) -> Arc<Sockets> {
         let origins = match self.mode {
             // Looked at by `local_host_only`.
             Mode::Dev => None,
             Mode::Run if self.config.public.allowed_origins.is_empty() => None,
             Mode::Run => Some(self.config.public.allowed_origins.clone()),
         };
-        let rates = Limits::new(&self.config.limits, self.mode == Mode::Dev, self.redis.clone());
-        let sockets = Arc::new(Sockets {
-            rates: rates.clone(),
+        Arc::new(Sockets {
+            rates: Limits::new(&self.config.limits, self.mode == Mode::Dev, self.redis.clone()),
             desk: self.desk.clone(),
             auth: self.auth.clone(),
             hub: self.hub.clone(),
@@ -362,14 +386,20 @@ impl Doors<'_> {
                 unconnected_max: self.config.limits.unconnected,
                 ..SocketLimits::default()
             },
-            node: format!("{}-{}", self.config.cluster.name, node.incarnation()),
+            node: format!("{}-{}", self.config.cluster.name, self.desk.node().incarnation()),
             phase: self.phase.clone(),
             tasks: self.tasks.clone(),
             unconnected: AtomicUsize::new(0),
             closing: AtomicUsize::new(0),
             visitors: client::visitors(),
             origins,
-        });
+        })
+    }
+
+    fn public(&self, sockets: Arc<Sockets>) -> Router {
+        let node = self.desk.node();
+        let directory = node.directory().clone();
+        let rates = sockets.rates.clone();
         let api_auth = Arc::new(ApiAuth::new(
             self.operator_key.as_deref(),
             directory.clone(),

@@ -1,5 +1,6 @@
 //! The public SDKs, unmodified from their registries, as agents against the real binary: connect, subscribe, receive,
-//! send by rpc, history, presence, recover after a SIGKILL, refresh, unsubscribe; JSON and Protobuf.
+//! send by rpc, history, presence, recover after a SIGKILL, refresh, unsubscribe; JSON and Protobuf, and the fall-backs of
+//! the one that has them.
 //!
 //! `./x test` installs the SDKs and says where; `./x test --quick` goes without them.
 #![allow(missing_docs, clippy::unwrap_used)]
@@ -28,7 +29,7 @@ fn sdks() -> Option<PathBuf> {
     }
 }
 
-async fn agent(language: &str, encoding: &str) {
+async fn agent(language: &str, encoding: &str, transport: &str) {
     let Some(sdk) = sdks() else { return };
     common::install_crypto();
     let dir = tempfile::tempdir().unwrap();
@@ -52,7 +53,7 @@ async fn agent(language: &str, encoding: &str) {
     };
     let url = format!("ws://{public}/connection/websocket");
     let api = format!("http://{public}/api/v1");
-    command.args([encoding, sdk.to_str().unwrap(), &url, &api, &key, &id]);
+    command.args([encoding, sdk.to_str().unwrap(), &url, &api, &key, &id, transport]);
     let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).kill_on_drop(true).spawn().unwrap();
     let mut say = child.stdin.take().unwrap();
     let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
@@ -80,20 +81,35 @@ async fn agent(language: &str, encoding: &str) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn javascript_json() {
-    agent("js", "json").await;
+    agent("js", "json", "websocket").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn javascript_protobuf() {
-    agent("js", "protobuf").await;
+    agent("js", "protobuf", "websocket").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn python_json() {
-    agent("py", "json").await;
+    agent("py", "json", "websocket").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn python_protobuf() {
-    agent("py", "protobuf").await;
+    agent("py", "protobuf", "websocket").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn javascript_over_an_http_stream() {
+    agent("js", "json", "http_stream").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn javascript_protobuf_over_an_http_stream() {
+    agent("js", "protobuf", "http_stream").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn javascript_over_server_sent_events() {
+    agent("js", "json", "sse").await;
 }

@@ -14,7 +14,7 @@ use patchbay_protocol::{AccountId, AgentId, CommandError, ErrorCode, InboxId, Te
 use serde_json::json;
 
 use super::run::{Stop, announce, ready, withdraw};
-use super::{ConfigArgs, Failure, demo, runtime, start_logs};
+use super::{ConfigArgs, Failure, demo, dev_cert, runtime, start_logs};
 use crate::auth::keys;
 use crate::config::{Config, Secret};
 use crate::engines::Store;
@@ -62,6 +62,7 @@ impl Dev {
             let store = Store::open(&config, &ops.health).await.map_err(Failure::of_start)?;
             let secrets = Secrets::of(&config.storage.data_dir)?;
             secrets.fill(&mut config);
+            dev_cert::fill(&mut config)?;
             let server = Server::start(&config, Mode::Dev, store, ops).await.map_err(Failure::of_start)?;
             let loopback = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
             let simulator = Arc::new(Simulator::start(loopback, self.seed, Faults::default()).await?);

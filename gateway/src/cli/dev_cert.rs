@@ -12,6 +12,7 @@ use rcgen::{
 };
 
 use super::Failure;
+use crate::config::Config;
 
 /// Makes an authority, if the directory has none, and a node's certificate by it. For development: whoever has the
 /// authority's key can join the mesh.
@@ -39,6 +40,21 @@ fn write(path: &Path, text: &str) -> Result<(), Failure> {
     file.write_all(text.as_bytes())?;
     file.sync_all()?;
     fs::rename(&part, path)?;
+    Ok(())
+}
+
+/// A certificate for QUIC, where none is configured.
+pub(super) fn fill(config: &mut Config) -> Result<(), Failure> {
+    if config.quic.cert.is_some() {
+        return Ok(());
+    }
+    let dir = config.storage.data_dir.join("certs");
+    let (cert, key) = (dir.join("node.pem"), dir.join("node-key.pem"));
+    if !cert.exists() {
+        let names = ["localhost", "127.0.0.1", "::1"].map(str::to_owned).to_vec();
+        DevCert { dir, names, file: "node".into() }.run()?;
+    }
+    (config.quic.cert, config.quic.key) = (Some(cert), Some(key));
     Ok(())
 }
 

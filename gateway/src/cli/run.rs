@@ -66,7 +66,7 @@ pub(super) fn withdraw(config: &Config) {
 pub(super) fn ready(server: &Server, config: &Config) -> Ready {
     Ready {
         public: server.public.to_string(),
-        quic: None,
+        quic: server.quic.map(|quic| quic.to_string()),
         ops: server.ops.to_string(),
         mesh: server.mesh.map(|mesh| mesh.to_string()),
         simulator: None,

@@ -12,6 +12,8 @@ use patchbay_storage::kafka::KafkaConfig;
 use patchbay_storage::scylla::{Level, ScyllaConfig, TlsConfig};
 use serde::{Deserialize, Serialize};
 
+use crate::tls::Identity;
+
 pub use load::{ConfigError, load};
 pub use text::{Secret, Size};
 
@@ -92,8 +94,36 @@ section! {
 section! {
     /// `[quic]`
     Quic {
-        /// Where QUIC clients are served; not used in this version.
+        /// Where QUIC clients are served (UDP); with a certificate and without this at the number of `public.listen`.
         listen: Option<String> = None,
+        /// Certificate file (PEM), its own first. Read again when it changes. `dev` makes one.
+        cert: Option<PathBuf> = None,
+        /// Its key.
+        key: Option<PathBuf> = None,
+    }
+}
+
+impl Quic {
+    /// What clients are shown; none: there is no QUIC.
+    pub fn identity(&self) -> Option<Identity> {
+        Some(Identity { cert: self.cert.clone()?, key: self.key.clone()? })
+    }
+
+    fn faults(&self, faults: &mut Vec<String>) {
+        if let Some(listen) = &self.listen
+            && listen.parse::<std::net::SocketAddr>().is_err()
+        {
+            faults.push(format!("quic.listen: `{listen}` is no address and port"));
+        }
+        match self.identity() {
+            Some(identity) => {
+                faults.extend(identity.server(&[]).err().map(|fault| format!("quic: {fault}")));
+            }
+            None if self.cert.is_some() || self.key.is_some() => {
+                faults.push("quic: a certificate needs both `cert` and `key`".into());
+            }
+            None => {}
+        }
     }
 }
 
@@ -594,6 +624,7 @@ impl Config {
             faults.push("cluster.lease_ttl: must be 1s to 60s".into());
         }
         self.mesh.faults(&mut faults);
+        self.quic.faults(&mut faults);
         if self.storage.engine == StorageEngine::Scylla {
             self.storage.scylla.faults(&mut faults);
         }

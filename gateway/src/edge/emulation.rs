@@ -21,14 +21,13 @@ use axum::response::{IntoResponse, Response};
 use bytes::{BufMut as _, Bytes, BytesMut};
 use futures_util::stream;
 use patchbay_protocol::client::emulation::{EMULATION_BYTES_MAX, EmulationRequest};
-use patchbay_protocol::client::reply::{DisconnectPush, Push, Reply};
 use patchbay_protocol::client::{Encoding, FRAME_BYTES_MAX};
 use patchbay_protocol::{Disconnect, ErrorCode};
 use serde::Deserialize;
 use tokio::sync::mpsc;
 use tokio_util::sync::PollSender;
 
-use super::client::wire::{Gone, Read, Wire};
+use super::client::wire::{Gone, Read, Wire, last_word};
 use super::client::{Sockets, connection};
 use crate::hub::emulated::Registered;
 use crate::limits::{self, Peer};
@@ -103,16 +102,7 @@ impl Wire for Emulated {
     }
 
     async fn close(&mut self, encoding: Encoding, why: Disconnect) {
-        let disconnect = DisconnectPush {
-            code: why.code().into(),
-            reason: why.reason().to_owned(),
-            reconnect: why.reconnects(),
-        };
-        let push = Push { disconnect: Some(disconnect), ..Push::default() };
-        let Ok(frame) = encoding.encode_reply(&Reply { push: Some(push), ..Reply::default() }) else {
-            return;
-        };
-        if self.send(encoding, frame).is_ok() {
+        if self.send(encoding, last_word(encoding, why)).is_ok() {
             // A client that reads no more has no use for it.
             let flush = std::future::poll_fn(|cx| self.poll_flush(cx));
             let _ = tokio::time::timeout(CLOSE_TIMEOUT, flush).await;

@@ -207,7 +207,7 @@ impl Hub {
         for member in
             part.get(topic).into_iter().flatten().filter(|m| m.join_leave && m.info.client != info.client)
         {
-            member.outbound.push_for(topic, &reply);
+            member.outbound.push_for(topic, &info.client, &reply);
         }
     }
 

@@ -124,6 +124,8 @@ struct Queue {
     /// Subscriptions so far: each has a number of its own.
     subscriptions: u64,
     behind: bool,
+    /// Its client takes what does not matter for long by datagram.
+    datagrams: bool,
     /// The socket has ended: nothing is kept for it any more.
     ended: bool,
     closing: Option<Disconnect>,
@@ -178,10 +180,24 @@ impl Outbound {
         }
     }
 
-    /// Queues a push that belongs to a subscription: it goes when the subscription goes.
-    pub fn push_for(&self, topic: &Topic, reply: &Reply) {
-        let open = self.lock().is_open(topic);
-        if let (true, Ok(frame)) = (open, self.encoding.encode_reply(reply)) {
+    /// Its client takes what does not matter for long by datagram.
+    pub fn takes_datagrams(&self) {
+        self.lock().datagrams = true;
+    }
+
+    /// Queues a push about somebody that belongs to a subscription: it goes when the subscription goes. A client that takes
+    /// datagrams is told the latest of it, perhaps.
+    pub fn push_for(&self, topic: &Topic, who: &str, reply: &Reply) {
+        let (open, datagrams) = {
+            let q = self.lock();
+            (q.is_open(topic), q.datagrams && q.slots.len() < SLOTS_MAX)
+        };
+        let Ok(frame) = self.encoding.encode_reply(reply) else { return };
+        if open && datagrams {
+            let mut q = self.lock();
+            q.slots.insert((topic.clone(), format!("{who} came or went")), frame);
+            q.wake();
+        } else if open {
             self.push(Some(topic.clone()), frame);
         }
     }
@@ -412,7 +428,7 @@ impl Outbound {
         }
         let key = q.slots.keys().next().cloned();
         if let Some(frame) = key.and_then(|k| q.slots.remove(&k)) {
-            return Poll::Ready(Next::Frame(frame));
+            return Poll::Ready(if q.datagrams { Next::Beside(frame) } else { Next::Frame(frame) });
         }
         // Most sockets have nothing to be told most of the time; one that is told much is told more soon.
         if q.frames.capacity() > 0 && (!q.pushed || q.frames.capacity() > KEPT_MAX) {
@@ -432,6 +448,8 @@ impl Outbound {
 pub enum Next {
     /// Write this.
     Frame(Bytes),
+    /// Write this, or lose it.
+    Beside(Bytes),
     /// Close it.
     Close(Disconnect),
 }

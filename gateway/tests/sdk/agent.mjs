@@ -4,7 +4,7 @@ import readline from 'node:readline';
 import { createRequire } from 'node:module';
 import { pathToFileURL } from 'node:url';
 
-const [, , encoding, sdk, url, api, key, conversation] = process.argv;
+const [, , encoding, sdk, url, api, key, conversation, transport] = process.argv;
 const require = createRequire(`${sdk}/js/`);
 const load = async (name) => (await import(pathToFileURL(require.resolve(name)).href));
 const WebSocket = (await load('ws')).default;
@@ -27,7 +27,10 @@ const getToken = async () => {
   });
   return (await answer.json()).token;
 };
-const client = new Centrifuge(url, { websocket: WebSocket, getToken, minReconnectDelay: 50, maxReconnectDelay: 300, timeout: 5000 });
+const base = url.replace(/^ws/, 'http').replace('/connection/websocket', '');
+const endpoint = transport === 'websocket' ? url : [{ transport, endpoint: `${base}/connection/${transport}` }];
+const fallback = transport === 'sse' ? { eventsource: (await load('eventsource')).default } : {};
+const client = new Centrifuge(endpoint, { websocket: WebSocket, ...fallback, emulationEndpoint: `${base}/emulation`, getToken, minReconnectDelay: 50, maxReconnectDelay: 300, timeout: 5000 });
 const channel = `conversation:${conversation}`;
 const seen = [];
 const recoveries = [];

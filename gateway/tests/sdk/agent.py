@@ -7,7 +7,7 @@ import urllib.request
 
 from centrifuge import Client, ClientEventHandler, ReplyError, SubscriptionEventHandler
 
-encoding, _sdk, url, api, key, conversation = sys.argv[1:]
+encoding, _sdk, url, api, key, conversation, _transport = sys.argv[1:]
 binary = encoding == "protobuf"
 seen, recoveries, changed = [], [], []
 tokens = 0

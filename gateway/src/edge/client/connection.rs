@@ -300,6 +300,11 @@ impl Connection {
                         return Poll::Ready(Event::Gone);
                     }
                 }
+                Poll::Ready(Next::Beside(frame)) => {
+                    if wire.send_beside(self.outbound.encoding(), frame).is_err() {
+                        return Poll::Ready(Event::Gone);
+                    }
+                }
                 Poll::Ready(Next::Close(why)) => return Poll::Ready(Event::Close(why)),
                 Poll::Pending => break,
             }

@@ -5,6 +5,7 @@ use std::task::{Context, Poll};
 use bytes::Bytes;
 use patchbay_protocol::Disconnect;
 use patchbay_protocol::client::Encoding;
+use patchbay_protocol::client::reply::{DisconnectPush, Push, Reply};
 
 /// The client is gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +36,11 @@ pub trait Wire: Send {
     /// Takes a frame, which goes out with the next flush at the latest.
     fn send(&mut self, encoding: Encoding, frame: Bytes) -> Result<(), Gone>;
 
+    /// The same of what does not matter for long, and may be lost.
+    fn send_beside(&mut self, encoding: Encoding, frame: Bytes) -> Result<(), Gone> {
+        self.send(encoding, frame)
+    }
+
     /// Whether everything that it took is on its way.
     fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Gone>>;
 
@@ -45,4 +51,16 @@ pub trait Wire: Send {
     fn session(&self) -> Option<String> {
         None
     }
+}
+
+/// Why a connection ends, for a client whose transport has no word for that.
+pub fn last_word(encoding: Encoding, why: Disconnect) -> Bytes {
+    let disconnect = DisconnectPush {
+        code: why.code().into(),
+        reason: why.reason().to_owned(),
+        reconnect: why.reconnects(),
+    };
+    let push = Push { disconnect: Some(disconnect), ..Push::default() };
+    // It holds no data of anybody's, which is all that an encoding may refuse.
+    encoding.encode_reply(&Reply { push: Some(push), ..Reply::default() }).unwrap_or_default()
 }

@@ -78,6 +78,9 @@ async fn connect(
         }
         Peer::Agent(_) | Peer::Operator | Peer::Plain(_) => None,
     };
+    if wants_datagrams(&request.data) {
+        outbound.takes_datagrams();
+    }
     let mut result = ConnectResult {
         client: client.to_string(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -110,6 +113,11 @@ async fn connect(
         subscriptions.insert(topic.channel(), Subscription { topic, announced: false });
     }
     Ok((result, Live { peer, claims: Arc::new(claims), info, changes, place, subscriptions }))
+}
+
+/// Whether a client asks for what does not matter for long by datagram, where its transport has any.
+fn wants_datagrams(data: &[u8]) -> bool {
+    serde_json::from_slice::<serde_json::Value>(data).is_ok_and(|data| data["datagrams"] == true)
 }
 
 /// Whether the connection expires, and in how many whole seconds, rounded up.
