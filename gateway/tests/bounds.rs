@@ -181,7 +181,7 @@ const SECTIONS: &[(&str, &[Row])] = &[
             ),
             Row(
                 "commands under way on a socket; events between two writes",
-                "COMMANDS_MAX, UNWRITTEN_MAX",
+                "connection.rs/COMMANDS_MAX, UNWRITTEN_MAX",
                 "lanes.rs/waiting",
                 "the socket is not read; what is done is written",
                 "patchbay_edge_rpc_seconds",
@@ -259,10 +259,31 @@ const SECTIONS: &[(&str, &[Row])] = &[
             ),
             Row(
                 "a close, and what may still be answered before it",
-                "CLOSE_TIMEOUT, REVOKE_TIMEOUT, REFUSE_TIMEOUT",
+                "client/connection.rs/CLOSE_TIMEOUT, websocket.rs/CLOSE_TIMEOUT, emulation.rs/CLOSE_TIMEOUT, quic.rs/CLOSE_TIMEOUT, REVOKE_TIMEOUT, REFUSE_TIMEOUT",
                 "",
                 "the connection is dropped",
                 "",
+            ),
+            Row(
+                "frames of commands of a client without a socket that wait to be read; the body of one, and how long it may take to come",
+                "emulation.rs/COMMANDS_MAX, EMULATION_BYTES_MAX, emulation.rs/BODY_TIMEOUT",
+                "",
+                "503; 413; 408",
+                "",
+            ),
+            Row(
+                "replies that a client without a socket, or a QUIC client, has not taken, beside its queue",
+                "emulation.rs/BUFFER_BYTES, quic.rs/BUFFER_BYTES, quic.rs/READ_BYTES",
+                "",
+                "the queue fills up: see above",
+                "",
+            ),
+            Row(
+                "QUIC connections without a stream, from how many on an address is asked to show itself; how long a handshake may take, and silence last",
+                "quic.rs/HANDSHAKES_MAX, RETRY_FROM, quic.rs/HANDSHAKE_TIMEOUT, IDLE_MAX",
+                "",
+                "refused; gone",
+                "patchbay_limits_reached_total",
             ),
             Row("sessions of an agent", "SESSIONS_MAX", "", "`overloaded`", ""),
             Row(
@@ -309,7 +330,7 @@ const SECTIONS: &[(&str, &[Row])] = &[
             ),
             Row(
                 "an answer of an entity",
-                "PATIENCE",
+                "reply.rs/PATIENCE",
                 "reply.rs/over",
                 "`unavailable`, and it is not begun any more on any node; repeating with the same ids is safe",
                 "",
@@ -766,7 +787,7 @@ const SECTIONS: &[(&str, &[Row])] = &[
             ),
             Row(
                 "a node that is reached, or says who it is; one that says nothing; between two tries to reach it",
-                "link.rs/CONNECT_TIMEOUT, HELLO_TIMEOUT, HANDSHAKES_MAX, SILENCE_MAX, RECONNECT_PAUSE_MAX",
+                "link.rs/CONNECT_TIMEOUT, HELLO_TIMEOUT, serve.rs/HANDSHAKES_MAX, SILENCE_MAX, RECONNECT_PAUSE_MAX",
                 "",
                 "the lane is made again; what was not answered goes on under its own id",
                 "",

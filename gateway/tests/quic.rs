@@ -330,3 +330,21 @@ async fn a_new_certificate_is_shown_to_who_comes_and_costs_nobody_a_connection()
     .await;
     assert_eq!(anna.rpc("presence.set", json!({"state": "away"})).await["state"], "away");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_foreign_stack_is_served() {
+    let Some(sdk) = common::sdks() else { return };
+    let w = world().await;
+    w.writes(1).await;
+    let script = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/sdk/quic.py");
+    let ended = tokio::process::Command::new(sdk.join("py/bin/python"))
+        .arg(script)
+        .arg(w.node.ready["quic"].as_str().unwrap())
+        .arg(w.authority())
+        .arg(&w.token)
+        .arg(conversation("acme", "wa", LUZ).to_string())
+        .status()
+        .await
+        .unwrap();
+    assert!(ended.success(), "the client on aioquic failed");
+}

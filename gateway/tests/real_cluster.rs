@@ -13,7 +13,7 @@ use common::balancer::Balancer;
 use common::cluster::{COMMON, SECRET, held, incarnation, shared_out};
 use common::faults::{Load, NUMBER, customer, logs_are_whole};
 use common::servers;
-use common::{Node, Ws, conversation, text_item, until, webhook_body};
+use common::{Emulated, Node, Ws, conversation, text_item, until, webhook_body};
 use serde_json::{Value, json};
 
 fn patchbay(args: &[&str]) -> String {
@@ -211,6 +211,41 @@ async fn what_happens_anywhere_is_shown_at_every_node() {
             }
         }
     }
+    // She is told of what she is to see to at all of her sockets, whoever owns the conversation and whoever owns her.
+    for id in &ids {
+        sockets[0].rpc("conversation.assign", json!({"conversation": id, "agent": "anna"})).await.unwrap();
+        for socket in &mut sockets {
+            push(socket, |p| {
+                p["channel"] == "agent:anna"
+                    && p["pub"]["data"]["type"] == "assigned"
+                    && p["pub"]["data"]["conversation"] == json!(id)
+            })
+            .await;
+        }
+    }
+    // Behind what blocks WebSocket, consecutive requests may go to any node: the session is at one of them.
+    let token = nodes[0].token(&key, "anna", 600).await;
+    let mut emulated = Emulated::connect(nodes[0].public(), "http_stream", &token).await;
+    for n in 0..30u32 {
+        emulated.asks(nodes[n as usize % 3].public());
+        let command = json!({"id": 2 + n, "rpc": {"method": "note.add", "data":
+            {"conversation": ids[0], "client_id": format!("emulated-{n}"), "text": "x"}}});
+        assert_eq!(emulated.send(&command).await, 204);
+    }
+    let mut seqs = Vec::new();
+    while seqs.len() < 30 {
+        let reply = emulated.next().await.expect("it goes on");
+        if let Some(seq) = reply["rpc"]["data"]["seq"].as_u64() {
+            seqs.push((reply["id"].as_u64(), seq));
+        }
+    }
+    seqs.sort_unstable();
+    assert!(
+        seqs.windows(2).all(|pair| pair[0].1 < pair[1].1),
+        "in the order in which they were sent: {seqs:?}"
+    );
+    let stranger = emulated.clone_as(&emulated.node, &"0".repeat(32));
+    assert_eq!(stranger.send(&json!({"id": 1, "ping": {}})).await, 404);
     // How the cluster is, to whoever runs it: every node says the same of all.
     let claims = json!({"sub": "op", "role": "operator", "iat": 1, "jti": "1", "exp": 4_000_000_000u64});
     let operator = jsonwebtoken::encode(
@@ -243,6 +278,7 @@ async fn what_happens_anywhere_is_shown_at_every_node() {
     for mut socket in sockets {
         assert_eq!(socket.close_code().await, Some(3503));
     }
+    while emulated.next().await.is_some_and(|reply| reply["push"]["disconnect"]["code"] != 3503) {}
     until("she is gone everywhere", async || {
         let agent = nodes[2].get(&key, "/agents/anna").await;
         (agent["presence"] == "offline").then_some(())

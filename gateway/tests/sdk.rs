@@ -17,20 +17,8 @@ use tokio::process::Command;
 
 const NUMBER: &str = "3003";
 
-/// Where the SDKs are. Without them only the quick run may go on.
-fn sdks() -> Option<PathBuf> {
-    match std::env::var_os("PATCHBAY_SDK") {
-        Some(dir) => Some(dir.into()),
-        None if std::env::var_os("PATCHBAY_TEST_QUICK").is_some() => {
-            println!("skipped: a quick run has no SDKs");
-            None
-        }
-        None => panic!("PATCHBAY_SDK does not say where the SDKs are: run ./x test"),
-    }
-}
-
 async fn agent(language: &str, encoding: &str, transport: &str) {
-    let Some(sdk) = sdks() else { return };
+    let Some(sdk) = common::sdks() else { return };
     common::install_crypto();
     let dir = tempfile::tempdir().unwrap();
     let mut node = Node::start(dir.path()).await;

@@ -88,6 +88,18 @@ pub async fn until<T, F: Future<Output = Option<T>>>(what: &str, mut f: impl FnM
     }
 }
 
+/// Where the SDKs are. Without them only the quick run may go on.
+pub fn sdks() -> Option<PathBuf> {
+    match std::env::var_os("PATCHBAY_SDK") {
+        Some(dir) => Some(dir.into()),
+        None if std::env::var_os("PATCHBAY_TEST_QUICK").is_some() => {
+            println!("skipped: a quick run has no SDKs");
+            None
+        }
+        None => panic!("PATCHBAY_SDK does not say where the SDKs are: run ./x test"),
+    }
+}
+
 /// Once for the process; who comes first wins.
 pub fn install_crypto() {
     let _ = rustls::crypto::ring::default_provider().install_default();
