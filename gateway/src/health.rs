@@ -18,7 +18,8 @@ use tokio_util::task::TaskTracker;
 
 use crate::config::Config;
 use crate::limits;
-use crate::server::{Mode, RunError, io, serve};
+use crate::listener;
+use crate::server::{Mode, RunError, io};
 
 /// Between two looks at old histogram samples.
 const UPKEEP: Duration = Duration::from_secs(5);
@@ -158,7 +159,8 @@ impl Ops {
             Mode::Dev => router(state).layer(axum::middleware::from_fn(limits::local_host_only)),
             Mode::Run => router(state),
         };
-        tasks.spawn(serve(listener, router, watching, tasks.clone()));
+        let serves = listener::serve(listener, None, router, watching, tasks.clone());
+        tasks.spawn(serves.map_err(RunError::Config)?);
         Ok(Self { address, health, phase, tasks })
     }
 }

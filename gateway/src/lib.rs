@@ -20,6 +20,7 @@ pub mod engines;
 pub mod health;
 pub mod hub;
 pub mod limits;
+pub mod listener;
 pub mod media;
 pub mod memory;
 pub mod metrics_table;

@@ -25,7 +25,7 @@ pub const CALLERS_MAX: usize = 100_000;
 const ADMIT_TIMEOUT: Duration = Duration::from_secs(5);
 /// New sockets that wait for their turn: a quarter of what a node answers at once, so that a storm of them leaves the rest
 /// to everybody else.
-const ADMIT_WAITING_MAX: usize = crate::server::REQUESTS_MAX / 4;
+const ADMIT_WAITING_MAX: usize = crate::listener::REQUESTS_MAX / 4;
 /// What API keys may ask in `dev` at least, from loopback.
 const DEV_PER_SECOND: u32 = 2_000;
 

@@ -3,16 +3,11 @@
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::atomic::AtomicUsize;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use axum::Router;
-use axum::body::Body;
-use axum::http::Request;
 use axum::routing::{get, post};
-use hyper::body::Incoming;
-use hyper_util::rt::{TokioIo, TokioTimer};
-use hyper_util::service::TowerToHyperService;
 use patchbay_actors::account::OutboundConfig;
 use patchbay_actors::clock::Clock;
 use patchbay_actors::cluster::map::Member;
@@ -23,10 +18,9 @@ use patchbay_actors::intake::Intake;
 use patchbay_actors::node::{Node, NodeConfig, StartError};
 use patchbay_storage::redis::Redis;
 use serde::Serialize;
-use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::net::TcpListener;
+use tokio::sync::watch;
 use tokio_util::task::TaskTracker;
-use tower::ServiceExt as _;
 
 use crate::auth::Auth;
 use crate::auth::keys::ApiAuth;
@@ -38,7 +32,8 @@ use crate::edge::{emulation, quic, unread, websocket};
 use crate::engines::{self, Store};
 use crate::health::{Ops, Phase};
 use crate::hub::Hub;
-use crate::limits::{self, Limits, Peer};
+use crate::limits::{self, Limits};
+use crate::listener;
 use crate::media::exchange::Exchange;
 use crate::media::{Media, serve};
 use crate::memory;
@@ -46,21 +41,12 @@ use crate::outgoing::{Guard, Outgoing};
 use crate::revocation;
 use crate::tls::Identity;
 
-/// How long a request's head may take.
-const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// For how long a peer may take nothing of what is there for it, in milliseconds.
-const STALLED_MS: u32 = 60_000;
-
 /// What a running node says of itself, in its data directory.
 pub const NODE_FILE: &str = "node.json";
 
 /// Looks at the node's own event files before it says that it is ready.
 const OWN_FILES_LOOKS: u32 = 1_000;
 const OWN_FILES_LOOK: Duration = Duration::from_millis(2);
-
-/// HTTP connections of one listener at once, sockets not counted.
-pub const REQUESTS_MAX: usize = 8192;
 
 /// Why a node cannot run.
 #[derive(Debug, thiserror::Error)]
@@ -259,7 +245,10 @@ impl Server {
         if let Some((endpoint, identity)) = quic {
             tasks.spawn(quic::serve(endpoint, identity, sockets.clone(), watching.clone()));
         }
-        tasks.spawn(serve(public_listener, doors.public(sockets), watching, tasks.clone()));
+        let router = doors.public(sockets);
+        let serves =
+            listener::serve(public_listener, config.public.identity(), router, watching, tasks.clone());
+        tasks.spawn(serves.map_err(RunError::Config)?);
         health.count_queued(hub.queued().clone());
         health.needs("storage", move || store.refuses().map(str::to_owned));
         if let Some(outbox) = node.outbox().cloned() {
@@ -473,76 +462,5 @@ async fn follow_drain(node: Weak<Node>, phase: watch::Sender<Phase>) {
         }
         // This incarnation has ended; another one may follow.
         tokio::time::sleep(REJOIN_LOOK).await;
-    }
-}
-
-/// Accepts connections until the node ends.
-pub(crate) async fn serve(
-    listener: TcpListener,
-    router: Router,
-    mut phase: watch::Receiver<Phase>,
-    tasks: TaskTracker,
-) {
-    let places = Arc::new(Semaphore::new(REQUESTS_MAX));
-    loop {
-        let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
-            () = ends(&mut phase) => return,
-        };
-        match accepted {
-            Ok((stream, from)) => {
-                // Past the bound nobody is accepted: the kernel's queue holds them, and then refuses.
-                let Ok(place) = places.clone().acquire_owned().await else { return };
-                let place = Place(Arc::new(Mutex::new(Some(place))));
-                let router = router.clone().layer(axum::Extension(Peer(from.ip())));
-                let router = router.layer(axum::Extension(place.clone()));
-                let phase = phase.clone();
-                tasks.spawn(async move {
-                    connection(stream, router, phase).await;
-                    place.leave();
-                });
-            }
-            Err(error) => {
-                // Out of file descriptors, or a peer that is gone already.
-                tracing::warn!(%error, "a connection could not be accepted");
-                tokio::time::sleep(Duration::from_millis(50)).await;
-            }
-        }
-    }
-}
-
-/// A connection's place among those whose requests are answered.
-#[derive(Clone)]
-pub(crate) struct Place(Arc<Mutex<Option<OwnedSemaphorePermit>>>);
-
-impl Place {
-    /// Gives it to the next one: what follows on this connection is counted elsewhere.
-    pub(crate) fn leave(&self) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
-    }
-}
-
-/// Waits until the node is to end, or is gone.
-async fn ends(phase: &mut watch::Receiver<Phase>) {
-    let _ = phase.wait_for(|phase| *phase == Phase::Ending).await;
-}
-
-async fn connection(stream: TcpStream, router: Router, mut phase: watch::Receiver<Phase>) {
-    // Frames are small and wait for nobody.
-    let _ = stream.set_nodelay(true);
-    // A peer that takes nothing, or is gone without a word, is given up by the kernel.
-    let _ = rustix::net::sockopt::set_tcp_user_timeout(&stream, STALLED_MS);
-    let service = TowerToHyperService::new(router.map_request(|r: Request<Incoming>| r.map(Body::new)));
-    let mut builder = hyper::server::conn::http1::Builder::new();
-    builder.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_buf_size(64 * 1024);
-    let connection = builder.serve_connection(TokioIo::new(stream), service).with_upgrades();
-    let mut connection = std::pin::pin!(connection);
-    tokio::select! {
-        // A peer that breaks off is its own affair.
-        _ = connection.as_mut() => {}
-        () = ends(&mut phase) => {
-            connection.as_mut().graceful_shutdown();
-            let _ = connection.await;
-        }
     }
 }

@@ -59,18 +59,17 @@ impl Identity {
         loop {
             tokio::time::sleep(LOOK_EVERY).await;
             let now = self.looks();
-            if now == seen {
+            if std::mem::replace(&mut seen, now) == now {
                 continue;
             }
             match self.server(alpn) {
                 Ok(server) => {
-                    seen = now;
                     if !renewed(server) {
                         return;
                     }
                     tracing::info!(cert = %self.cert.display(), "a new certificate is shown");
                 }
-                // Half of it may have been written.
+                // Half of it may have been written: the other half changes the files again.
                 Err(error) => tracing::warn!(error, "the certificate stays as it was"),
             }
         }

@@ -39,12 +39,18 @@ const SECTIONS: &[(&str, &[Row])] = &[
             ),
             Row(
                 "HTTP connections of a listener, sockets not counted",
-                "REQUESTS_MAX",
+                "REQUESTS_MAX, STREAMS_MAX",
                 "",
                 "nobody is accepted until one ends; the kernel's queue holds them",
                 "",
             ),
-            Row("a request's head", "HEAD_TIMEOUT", "", "the connection is closed", ""),
+            Row(
+                "a TLS handshake, a request's head, and an HTTP/2 connection over which nothing is asked",
+                "listener.rs/HANDSHAKE_TIMEOUT, HEAD_TIMEOUT, listener.rs/BUFFER_BYTES, listener.rs/IDLE_MAX",
+                "",
+                "the connection is closed",
+                "",
+            ),
             Row(
                 "a peer that takes nothing of what is there for it",
                 "STALLED_MS",
@@ -280,7 +286,7 @@ const SECTIONS: &[(&str, &[Row])] = &[
             ),
             Row(
                 "QUIC connections without a stream, from how many on an address is asked to show itself; how long a handshake may take, and silence last",
-                "quic.rs/HANDSHAKES_MAX, RETRY_FROM, quic.rs/HANDSHAKE_TIMEOUT, IDLE_MAX",
+                "quic.rs/HANDSHAKES_MAX, RETRY_FROM, quic.rs/HANDSHAKE_TIMEOUT, quic.rs/IDLE_MAX",
                 "",
                 "refused; gone",
                 "patchbay_limits_reached_total",

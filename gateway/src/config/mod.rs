@@ -88,6 +88,30 @@ section! {
         allowed_origins: Vec<String> = Vec::new(),
         /// What stands before a path that clients are told, such as `https://chat.example`; none: the host they asked.
         url: Option<String> = None,
+        /// Certificate file (PEM), its own first: then clients come by TLS alone. Read again when it changes.
+        cert: Option<PathBuf> = None,
+        /// Its key.
+        key: Option<PathBuf> = None,
+    }
+}
+
+impl Public {
+    /// What clients are shown; none: there is no TLS.
+    pub fn identity(&self) -> Option<Identity> {
+        Some(Identity { cert: self.cert.clone()?, key: self.key.clone()? })
+    }
+}
+
+fn certificate_faults(section: &str, cert: Option<&PathBuf>, key: Option<&PathBuf>) -> Option<String> {
+    match (cert, key) {
+        (Some(cert), Some(key)) => {
+            let identity = Identity { cert: cert.clone(), key: key.clone() };
+            identity.server(&[]).err().map(|fault| format!("{section}: {fault}"))
+        }
+        (None, None) => None,
+        (Some(_), None) | (None, Some(_)) => {
+            Some(format!("{section}: a certificate needs both `cert` and `key`"))
+        }
     }
 }
 
@@ -115,15 +139,7 @@ impl Quic {
         {
             faults.push(format!("quic.listen: `{listen}` is no address and port"));
         }
-        match self.identity() {
-            Some(identity) => {
-                faults.extend(identity.server(&[]).err().map(|fault| format!("quic: {fault}")));
-            }
-            None if self.cert.is_some() || self.key.is_some() => {
-                faults.push("quic: a certificate needs both `cert` and `key`".into());
-            }
-            None => {}
-        }
+        faults.extend(certificate_faults("quic", self.cert.as_ref(), self.key.as_ref()));
     }
 }
 
@@ -625,6 +641,8 @@ impl Config {
         }
         self.mesh.faults(&mut faults);
         self.quic.faults(&mut faults);
+        let public = &self.public;
+        faults.extend(certificate_faults("public", public.cert.as_ref(), public.key.as_ref()));
         if self.storage.engine == StorageEngine::Scylla {
             self.storage.scylla.faults(&mut faults);
         }

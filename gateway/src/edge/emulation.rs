@@ -16,7 +16,7 @@ use std::time::Duration;
 use axum::Extension;
 use axum::body::Body;
 use axum::extract::{Query, State};
-use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
+use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, Version, header};
 use axum::response::{IntoResponse, Response};
 use bytes::{BufMut as _, Bytes, BytesMut};
 use futures_util::stream;
@@ -31,7 +31,7 @@ use super::client::wire::{Gone, Read, Wire, last_word};
 use super::client::{Sockets, connection};
 use crate::hub::emulated::Registered;
 use crate::limits::{self, Peer};
-use crate::server::Place;
+use crate::listener::Place;
 
 /// Frames of a session's commands that wait to be read.
 pub const COMMANDS_MAX: usize = 64;
@@ -133,6 +133,7 @@ async fn body_of(body: Body, most: usize) -> Result<Bytes, Response> {
 pub(crate) async fn http_stream(
     State(sockets): State<Arc<Sockets>>,
     Extension(place): Extension<Place>,
+    version: Version,
     headers: HeaderMap,
     body: Body,
 ) -> Response {
@@ -148,7 +149,7 @@ pub(crate) async fn http_stream(
         Encoding::Protobuf => "application/octet-stream",
         Encoding::Json => "application/json; charset=utf-8",
     };
-    open(sockets, &place, connect, encoding, Style::Frames, kind)
+    open(sockets, (version, &place), connect, encoding, Style::Frames, kind)
 }
 
 /// What `/connection/sse` is asked with: `EventSource` has no body.
@@ -161,6 +162,7 @@ pub(crate) struct SseQuery {
 pub(crate) async fn sse(
     State(sockets): State<Arc<Sockets>>,
     Extension(place): Extension<Place>,
+    version: Version,
     headers: HeaderMap,
     query: Result<Query<SseQuery>, axum::extract::rejection::QueryRejection>,
 ) -> Response {
@@ -170,20 +172,22 @@ pub(crate) async fn sse(
     let Ok(Query(SseQuery { cf_connect })) = query else {
         return (StatusCode::BAD_REQUEST, "cf_connect: missing").into_response();
     };
-    open(sockets, &place, cf_connect.into(), Encoding::Json, Style::Events, "text/event-stream")
+    open(sockets, (version, &place), cf_connect.into(), Encoding::Json, Style::Events, "text/event-stream")
 }
 
 /// Begins a connection whose first frame has come.
 fn open(
     sockets: Arc<Sockets>,
-    place: &Place,
+    (version, place): (Version, &Place),
     connect: Bytes,
     encoding: Encoding,
     style: Style,
     kind: &'static str,
 ) -> Response {
-    // From here on it is counted among the sockets, not among requests.
-    place.leave();
+    if version < Version::HTTP_2 {
+        // From here on it is counted among the sockets, and no longer among connections with requests.
+        place.leave();
+    }
     let (commands, incoming) = mpsc::channel(COMMANDS_MAX);
     // It is empty.
     let _ = commands.try_send(connect);
@@ -203,8 +207,10 @@ fn open(
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
-    // It has no place for another request.
-    headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+    if version < Version::HTTP_2 {
+        // It has no place for another request.
+        headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
     // Proxies that keep bodies back until they are whole are asked not to.
     headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
     response

@@ -533,7 +533,7 @@ mod tests {
         let mut frames = 0;
         loop {
             match outbound.poll_next(Waker::noop()) {
-                Poll::Ready(Next::Frame(_)) => frames += 1,
+                Poll::Ready(Next::Frame(_) | Next::Beside(_)) => frames += 1,
                 Poll::Ready(Next::Close(why)) => return (frames, Some(why)),
                 Poll::Pending => return (frames, None),
             }

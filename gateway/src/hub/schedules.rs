@@ -215,7 +215,7 @@ impl World {
     /// The socket takes a frame, and the client looks at it.
     fn read(&mut self) -> bool {
         match self.outbound.poll_next(Waker::noop()) {
-            Poll::Ready(Next::Frame(frame)) => {
+            Poll::Ready(Next::Frame(frame) | Next::Beside(frame)) => {
                 let reply: Value = serde_json::from_slice(&frame).unwrap();
                 self.see(&reply);
                 true
