@@ -1,7 +1,7 @@
 //! Connections of a listener: TCP, TLS where there is a certificate, HTTP/1.1 with upgrades, HTTP/2 by TLS.
 //!
 //! Bound: [`REQUESTS_MAX`] connections whose requests are answered, past which the kernel's queue holds whoever comes, and then
-//! refuses; of one over HTTP/2 [`STREAMS_MAX`] requests at once.
+//! refuses; of one over HTTP/2 `STREAMS_MAX` requests at once.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};

@@ -52,7 +52,7 @@ pub(super) async fn act(
         Effect::Signal(signal) => {
             // Not worth repeating, nor waiting for: the next one tells more.
             if let Ok(_place) = shared.signals.try_acquire() {
-                send_signal(shared, tenant, account, &signal, &me).await;
+                send_signal(shared, tenant, account, &signal, me).await;
             }
         }
     }

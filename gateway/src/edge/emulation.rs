@@ -5,7 +5,7 @@
 //! that does not have the session asks the one that does. Commands of one session run in the order in which they arrive.
 //!
 //! Bound: [`COMMANDS_MAX`] frames of a session wait to be read, past that `503`; a body of up to [`FRAME_BYTES_MAX`] is read
-//! within [`BODY_TIMEOUT`]. Of replies at most [`BUFFER_BYTES`] and one frame wait beside the connection's own queue.
+//! within `BODY_TIMEOUT`. Of replies at most `BUFFER_BYTES` and one frame wait beside the connection's own queue.
 
 use std::convert::Infallible;
 use std::pin::Pin;

@@ -3,8 +3,8 @@
 //!
 //! A connection keeps through a change of its client's address. There is no early data: a command cannot be replayed.
 //!
-//! Bound: [`HANDSHAKES_MAX`] connections have no stream yet, past that they are refused; from [`RETRY_FROM`] on a client must
-//! show first that it is where it says. A client may open one stream, and has what [`transport`] says under way.
+//! Bound: [`HANDSHAKES_MAX`] connections have no stream yet, past that they are refused; from `RETRY_FROM` on a client must
+//! show first that it is where it says. A client may open one stream, and has what `transport` says under way.
 
 use std::net::{SocketAddr, UdpSocket};
 use std::pin::Pin;
