@@ -19,6 +19,7 @@ use tokio_util::task::TaskTracker;
 use crate::config::Config;
 use crate::limits;
 use crate::listener;
+use crate::proxies::Proxies;
 use crate::server::{Mode, RunError, io};
 
 /// Between two looks at old histogram samples.
@@ -159,7 +160,7 @@ impl Ops {
             Mode::Dev => router(state).layer(axum::middleware::from_fn(limits::local_host_only)),
             Mode::Run => router(state),
         };
-        let serves = listener::serve(listener, None, router, watching, tasks.clone());
+        let serves = listener::serve(listener, None, Proxies::default(), router, watching, tasks.clone());
         tasks.spawn(serves.map_err(RunError::Config)?);
         Ok(Self { address, health, phase, tasks })
     }

@@ -26,6 +26,7 @@ pub mod memory;
 pub mod metrics_table;
 pub mod outgoing;
 pub mod presence;
+pub mod proxies;
 mod revocation;
 pub mod server;
 pub mod tls;

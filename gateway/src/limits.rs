@@ -329,7 +329,7 @@ mod tests {
             .map(|later| later.headers()[header::RETRY_AFTER].to_str().unwrap().parse().unwrap())
             .collect();
         // Those of the first second come at once; of those that wait none waits longer than its place is worth.
-        assert_eq!(came.len() - retries.len(), 1_000 + ADMIT_WAITING_MAX);
+        assert_eq!(came.len() - retries.len(), BURST_MIN as usize + ADMIT_WAITING_MAX);
         let last = came.iter().filter(|(came, _)| came.is_ok()).map(|(_, at)| *at).max().unwrap();
         assert!(last > Duration::from_secs(2) && last <= ADMIT_TIMEOUT, "{last:?}");
         // The others are told to come again, and not all at the same time.

@@ -3,6 +3,7 @@
 //! Bound: [`REQUESTS_MAX`] connections whose requests are answered, past which the kernel's queue holds whoever comes, and then
 //! refuses; of one over HTTP/2 `STREAMS_MAX` requests at once.
 
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -23,6 +24,7 @@ use tower::ServiceExt as _;
 
 use crate::health::Phase;
 use crate::limits::Peer;
+use crate::proxies::{self, Proxies};
 use crate::tls::Identity;
 
 /// HTTP connections of one listener at once, sockets not counted.
@@ -64,6 +66,7 @@ type Shown = Arc<Mutex<Option<Arc<ServerConfig>>>>;
 pub(crate) fn serve(
     listener: TcpListener,
     identity: Option<Identity>,
+    proxies: Proxies,
     router: Router,
     mut phase: watch::Receiver<Phase>,
     tasks: TaskTracker,
@@ -82,7 +85,7 @@ pub(crate) fn serve(
     let watching = phase.clone();
     Ok(async move {
         tokio::select! {
-            () = accept(listener, shown, router, watching, tasks) => {}
+            () = accept(listener, shown, Arc::new(proxies), router, watching, tasks) => {}
             () = follows => {}
             () = ends(&mut phase) => {}
         }
@@ -92,6 +95,7 @@ pub(crate) fn serve(
 async fn accept(
     listener: TcpListener,
     shown: Shown,
+    proxies: Arc<Proxies>,
     router: Router,
     phase: watch::Receiver<Phase>,
     tasks: TaskTracker,
@@ -103,12 +107,12 @@ async fn accept(
                 // Past the bound nobody is accepted: the kernel's queue holds them, and then refuses.
                 let Ok(place) = places.clone().acquire_owned().await else { return };
                 let place = Place(Arc::new(Mutex::new(Some(place))));
-                let router = router.clone().layer(axum::Extension(Peer(from.ip())));
-                let router = router.layer(axum::Extension(place.clone()));
+                let asks = Asks { from: from.ip(), proxies: proxies.clone(), place: place.clone() };
+                let router = router.clone();
                 let tls = shown.lock().unwrap_or_else(PoisonError::into_inner).clone();
                 let phase = phase.clone();
                 tasks.spawn(async move {
-                    connection(stream, tls, router, phase).await;
+                    connection(stream, tls, asks, router, phase).await;
                     place.leave();
                 });
             }
@@ -126,9 +130,29 @@ async fn ends(phase: &mut watch::Receiver<Phase>) {
     let _ = phase.wait_for(|phase| *phase == Phase::Ending).await;
 }
 
+/// Who asks over a connection.
+#[derive(Clone)]
+struct Asks {
+    from: IpAddr,
+    proxies: Arc<Proxies>,
+    place: Place,
+}
+
+impl Asks {
+    /// A request as it is answered: with who asks, and the place of its connection.
+    fn request(&self, request: Request<Incoming>) -> Request<Body> {
+        let mut request = request.map(Body::new);
+        let client = self.proxies.client(self.from, request.headers());
+        request.extensions_mut().insert(Peer(client));
+        request.extensions_mut().insert(self.place.clone());
+        request
+    }
+}
+
 async fn connection(
-    stream: TcpStream,
+    mut stream: TcpStream,
     tls: Option<Arc<ServerConfig>>,
+    mut asks: Asks,
     router: Router,
     phase: watch::Receiver<Phase>,
 ) {
@@ -136,24 +160,32 @@ async fn connection(
     let _ = stream.set_nodelay(true);
     // A peer that takes nothing, or is gone without a word, is given up by the kernel.
     let _ = rustix::net::sockopt::set_tcp_user_timeout(&stream, STALLED_MS);
-    let Some(tls) = tls else { return http1(TokioIo::new(stream), router, phase).await };
+    if asks.proxies.speak_proxy {
+        // Nobody else has a word for whom it speaks, nor is anybody else to be here.
+        let named = asks.proxies.are_at(asks.from);
+        let header = tokio::time::timeout(HEAD_TIMEOUT, proxies::read_header(&mut stream));
+        let Some(Ok(Ok(client))) = (if named { Some(header.await) } else { None }) else { return };
+        asks.from = client.unwrap_or(asks.from);
+    }
+    let Some(tls) = tls else { return http1(TokioIo::new(stream), asks, router, phase).await };
     let handshake = TlsAcceptor::from(tls).accept(stream);
     // A peer that does not keep to the protocol is its own affair.
     let Ok(Ok(stream)) = tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake).await else { return };
     if stream.get_ref().1.alpn_protocol() == Some(H2) {
         // Rare beside sockets, and large.
-        Box::pin(http2(TokioIo::new(stream), router, phase)).await;
+        Box::pin(http2(TokioIo::new(stream), asks, router, phase)).await;
     } else {
-        http1(TokioIo::new(stream), router, phase).await;
+        http1(TokioIo::new(stream), asks, router, phase).await;
     }
 }
 
 async fn http1(
     io: impl Read + Write + Unpin + Send + 'static,
+    asks: Asks,
     router: Router,
     mut phase: watch::Receiver<Phase>,
 ) {
-    let service = TowerToHyperService::new(router.map_request(|r: Request<Incoming>| r.map(Body::new)));
+    let service = TowerToHyperService::new(router.map_request(move |r: Request<Incoming>| asks.request(r)));
     let mut builder = hyper::server::conn::http1::Builder::new();
     builder.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_buf_size(BUFFER_BYTES);
     let connection = builder.serve_connection(io, service).with_upgrades();
@@ -170,6 +202,7 @@ async fn http1(
 
 async fn http2(
     io: impl Read + Write + Unpin + Send + 'static,
+    asks: Asks,
     router: Router,
     mut phase: watch::Receiver<Phase>,
 ) {
@@ -182,7 +215,7 @@ async fn http2(
         if let (Some(host), false) = (host, r.headers().contains_key(header::HOST)) {
             r.headers_mut().insert(header::HOST, host);
         }
-        r.map(Body::new)
+        asks.request(r)
     }));
     let mut builder = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
     builder

@@ -246,8 +246,9 @@ impl Server {
             tasks.spawn(quic::serve(endpoint, identity, sockets.clone(), watching.clone()));
         }
         let router = doors.public(sockets);
-        let serves =
-            listener::serve(public_listener, config.public.identity(), router, watching, tasks.clone());
+        let (identity, proxies) =
+            (config.public.identity(), config.public.proxies().map_err(RunError::Config)?);
+        let serves = listener::serve(public_listener, identity, proxies, router, watching, tasks.clone());
         tasks.spawn(serves.map_err(RunError::Config)?);
         health.count_queued(hub.queued().clone());
         health.needs("storage", move || store.refuses().map(str::to_owned));

@@ -52,6 +52,13 @@ const SECTIONS: &[(&str, &[Row])] = &[
                 "",
             ),
             Row(
+                "what a proxy says of whom it speaks for",
+                "HEADER_BYTES_MAX, FORWARDED_MAX",
+                "proxies.rs/ranges",
+                "the connection is closed; what stands before is not believed",
+                "",
+            ),
+            Row(
                 "a peer that takes nothing of what is there for it",
                 "STALLED_MS",
                 "",

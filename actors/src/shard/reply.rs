@@ -137,3 +137,42 @@ impl Round {
         *last = self.number.max(*last);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_goes_elsewhere_ends_its_round_and_those_before_of_its_shard_alone() {
+        let rounds = Arc::<Rounds>::default();
+        let reply = |number| {
+            let (to, told) = oneshot::channel::<Told<()>>();
+            let round = Round { shard: 3, number, rounds: rounds.clone() };
+            (ReplyTo::far(to, round, Instant::now() + PATIENCE), told)
+        };
+        let (answered, mut told) = reply(7);
+        answered.send(Ok(())).unwrap();
+        assert!(matches!(told.try_recv(), Ok(Told::Answer(Ok(())))));
+        assert!(!rounds.is_over(3, 7));
+        let (goes, mut told) = reply(7);
+        goes.elsewhere();
+        // It is over before anybody can have heard so.
+        assert!(rounds.is_over(3, 7) && rounds.is_over(3, 6));
+        assert!(matches!(told.try_recv(), Ok(Told::Elsewhere)));
+        assert!(!rounds.is_over(3, 8) && !rounds.is_over(4, 7));
+        // What comes late of a round before ends no later one.
+        reply(5).0.elsewhere();
+        assert!(rounds.is_over(3, 7) && !rounds.is_over(3, 8));
+        assert!(!rounds.is_over(3, 0), "whoever counts none is not held by them");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn patience_counts_from_where_it_was_asked() {
+        let (to, _told) = oneshot::channel::<Result<(), CommandError>>();
+        let reply = ReplyTo::from(to);
+        tokio::time::advance(PATIENCE - std::time::Duration::from_millis(1)).await;
+        assert!(!reply.is_late());
+        tokio::time::advance(std::time::Duration::from_millis(1)).await;
+        assert!(reply.is_late());
+    }
+}

@@ -233,4 +233,44 @@ mod tests {
             encode(&Header::new(Algorithm::HS512), &claims(), &EncodingKey::from_secret(b"secret")).unwrap();
         assert_eq!(TokenKeys::new(vec![key(&["demo"])], None).verify(&longer, now()), Err(Refusal::Invalid));
     }
+
+    /// A key as it is configured.
+    fn configured(algorithm: &str, pem: &str) -> Result<TokenKeys, String> {
+        let mut config = crate::config::Config::default();
+        config.auth.keys.push(
+            serde_json::from_value(serde_json::json!({
+                "algorithm": algorithm, "public_key": pem, "tenants": ["demo"],
+            }))
+            .unwrap(),
+        );
+        config.token_keys()
+    }
+
+    #[test]
+    fn what_others_have_signed_by_their_own_keys_is_good_by_that_key_and_algorithm_only() {
+        let signed = [
+            ("RS256", include_str!("signed/RS256.pem"), include_str!("signed/RS256.jwt")),
+            ("ES256", include_str!("signed/ES256.pem"), include_str!("signed/ES256.jwt")),
+            ("EdDSA", include_str!("signed/EdDSA.pem"), include_str!("signed/EdDSA.jwt")),
+        ];
+        for (algorithm, pem, token) in signed {
+            let keys = configured(algorithm, pem).unwrap();
+            assert_eq!(keys.verify(token.trim(), now()), Ok(claims()), "{algorithm}");
+            for (other, _, token) in signed.iter().filter(|(other, ..)| *other != algorithm) {
+                assert_eq!(keys.verify(token.trim(), now()), Err(Refusal::Invalid), "{algorithm} {other}");
+            }
+            let mut forged = token.trim().to_owned();
+            forged.replace_range(
+                forged.len() - 9..forged.len() - 8,
+                if forged.as_bytes()[forged.len() - 9] == b'A' { "B" } else { "A" },
+            );
+            assert_eq!(keys.verify(&forged, now()), Err(Refusal::Invalid), "{algorithm}");
+            // A public key is no shared secret.
+            let confused =
+                encode(&Header::new(Algorithm::HS256), &claims(), &EncodingKey::from_secret(pem.as_bytes()));
+            assert_eq!(keys.verify(&confused.unwrap(), now()), Err(Refusal::Invalid), "{algorithm}");
+        }
+        assert!(configured("RS256", include_str!("signed/ES256.pem")).is_err());
+        assert!(configured("RS512", include_str!("signed/RS256.pem")).is_err());
+    }
 }

@@ -12,6 +12,7 @@ use patchbay_storage::kafka::KafkaConfig;
 use patchbay_storage::scylla::{Level, ScyllaConfig, TlsConfig};
 use serde::{Deserialize, Serialize};
 
+use crate::proxies::Proxies;
 use crate::tls::Identity;
 
 pub use load::{ConfigError, load};
@@ -88,6 +89,10 @@ section! {
         allowed_origins: Vec<String> = Vec::new(),
         /// What stands before a path that clients are told, such as `https://chat.example`; none: the host they asked.
         url: Option<String> = None,
+        /// Proxies, as addresses and ranges (`10.0.0.0/8`): whom they speak for is believed of `X-Forwarded-For`.
+        proxies: Vec<String> = Vec::new(),
+        /// Whether they say so by the PROXY protocol, version 2: then nobody else is let in.
+        proxy_protocol: bool = false,
         /// Certificate file (PEM), its own first: then clients come by TLS alone. Read again when it changes.
         cert: Option<PathBuf> = None,
         /// Its key.
@@ -96,6 +101,14 @@ section! {
 }
 
 impl Public {
+    /// The proxies that are believed.
+    ///
+    /// # Errors
+    /// The range that is none.
+    pub fn proxies(&self) -> Result<Proxies, String> {
+        Proxies::new(&self.proxies, self.proxy_protocol)
+    }
+
     /// What clients are shown; none: there is no TLS.
     pub fn identity(&self) -> Option<Identity> {
         Some(Identity { cert: self.cert.clone()?, key: self.key.clone()? })
@@ -435,7 +448,7 @@ section! {
     AuthConfig {
         /// The operator's API key; without one nobody is the operator.
         operator_key: Option<Secret> = None,
-        /// Keys that verify tokens: `id`, `algorithm` (`HS256`, `EdDSA`), `secret` or `public_key` (PEM), `tenants`.
+        /// Keys that verify tokens: `id`, `algorithm` (`HS256`, `EdDSA`, `ES256`, `RS256`), `secret` or `public_key` (PEM), `tenants`.
         keys: Vec<TokenKeyConfig> = Vec::new(),
         /// The node's own secret (HS256, every tenant), with which it also issues tokens.
         hmac_secret_key: Option<Secret> = None,
@@ -447,11 +460,11 @@ section! {
     TokenKeyConfig {
         /// The header's `kid`.
         id: Option<String> = None,
-        /// `HS256` or `EdDSA`.
+        /// `HS256`, `EdDSA`, `ES256` or `RS256`.
         algorithm: String = "HS256".into(),
         /// The shared secret of HS256.
         secret: Option<Secret> = None,
-        /// The public key of EdDSA, as PEM.
+        /// The public key of the others, as PEM.
         public_key: Option<Secret> = None,
         /// Tenants that it may speak for.
         tenants: Vec<String> = Vec::new(),
@@ -642,6 +655,7 @@ impl Config {
         self.mesh.faults(&mut faults);
         self.quic.faults(&mut faults);
         let public = &self.public;
+        faults.extend(public.proxies().err().map(|fault| format!("public.proxies: {fault}")));
         faults.extend(certificate_faults("public", public.cert.as_ref(), public.key.as_ref()));
         if self.storage.engine == StorageEngine::Scylla {
             self.storage.scylla.faults(&mut faults);
@@ -693,14 +707,18 @@ impl TokenKeyConfig {
                     secret(self.secret.as_ref())?.filter(|s| !s.is_empty()).ok_or("secret is missing")?;
                 (Algorithm::HS256, DecodingKey::from_secret(secret.as_bytes()))
             }
-            "EdDSA" => {
+            public @ ("EdDSA" | "ES256" | "RS256") => {
                 let pem = secret(self.public_key.as_ref())?.ok_or("public_key is missing")?;
-                (
-                    Algorithm::EdDSA,
-                    DecodingKey::from_ed_pem(pem.as_bytes()).map_err(|e| format!("public_key: {e}"))?,
-                )
+                let (algorithm, key) = match public {
+                    "EdDSA" => (Algorithm::EdDSA, DecodingKey::from_ed_pem(pem.as_bytes())),
+                    "ES256" => (Algorithm::ES256, DecodingKey::from_ec_pem(pem.as_bytes())),
+                    _ => (Algorithm::RS256, DecodingKey::from_rsa_pem(pem.as_bytes())),
+                };
+                (algorithm, key.map_err(|e| format!("public_key: {e}"))?)
             }
-            other => return Err(format!("algorithm `{other}` is not known; use HS256 or EdDSA")),
+            other => {
+                return Err(format!("algorithm `{other}` is not known; use HS256, EdDSA, ES256 or RS256"));
+            }
         };
         if self.tenants.is_empty() {
             return Err("tenants is empty: a key must name the tenants that it may speak for".into());
