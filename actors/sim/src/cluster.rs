@@ -160,9 +160,6 @@ struct Sim {
     agents: Vec<Agent>,
     posters: Vec<Poster>,
     viewers: Vec<(Arc<Viewer>, usize, Option<Waits<()>>)>,
-    /// Customers who wrote once, which was taken: nobody asks for them again.
-    strangers: Arc<Mutex<HashSet<ConversationId>>>,
-    next_stranger: (usize, u64),
     /// Nobody says anything new.
     over: bool,
     ready: bool,
@@ -339,8 +336,6 @@ impl Sim {
             agents: agents.collect(),
             posters: posters.collect(),
             viewers: viewers.collect(),
-            strangers: Arc::default(),
-            next_stranger: (0, 0),
             over: false,
             ready: false,
             reigns: HashMap::new(),
@@ -393,25 +388,6 @@ impl Sim {
         for n in 0..self.viewers.len() {
             self.drive_viewer(n, now);
         }
-        self.drive_strangers(now);
-    }
-
-    /// Somebody writes for the first time, and never again.
-    fn drive_strangers(&mut self, now: u64) {
-        let (n, at) = self.next_stranger;
-        if self.over || now < at {
-            return;
-        }
-        self.next_stranger = (n + 1, now + self.world().between(200, 1_200));
-        let Some((at, up)) = self.any() else { return };
-        let message = json!({"from": thread(CONVERSATIONS + n), "id": format!("stranger.{n}"), "timestamp": "1795300000",
-            "type": "text", "text": {"body": "x"}});
-        let (body, taken) = (webhook(&[message], &[]), self.strangers.clone());
-        self.processes[at].spawn(async move {
-            if post(&up, &body).await {
-                lock(&taken).insert(conversation(CONVERSATIONS + n));
-            }
-        });
     }
 
     /// Whether what is waited for at a process will not come any more.
@@ -845,7 +821,6 @@ impl Sim {
             let quiet = sim.agents.iter().all(|agent| agent.left.is_empty() && agent.waits.is_none());
             quiet && sim.posters.iter().all(|poster| poster.body.is_none() || poster.customer.is_none())
         })?;
-        self.judge_strangers()?;
         self.judge_views()?;
         self.judge_logs()?;
         self.judge_inbox()?;
@@ -950,29 +925,11 @@ impl Sim {
         Ok(())
     }
 
-    /// Whoever wrote once is listed, although nobody has asked for its conversation since: whatever its owner left undone
-    /// another one has found.
-    fn judge_strangers(&mut self) -> Result<(), String> {
-        let ends = self.world().now() + 20_000;
-        loop {
-            let (listed, taken) = (self.listed()?, lock(&self.strangers).clone());
-            let left: Vec<_> = taken.iter().filter(|id| listed.get(*id).is_none_or(|seq| *seq < 2)).collect();
-            if left.is_empty() {
-                return Ok(());
-            }
-            if self.world().now() > ends {
-                return Err(format!("nobody lists {left:?}"));
-            }
-            self.goes_on(200)?;
-        }
-    }
-
     /// The list of the inbox has every conversation as it is.
     fn judge_inbox(&mut self) -> Result<(), String> {
         let ends = self.world().now() + 20_000;
         loop {
-            let (tips, mut listed) = (self.tips()?, self.listed()?);
-            listed.retain(|id, _| tips.contains_key(id));
+            let (tips, listed) = (self.tips()?, self.listed()?);
             if tips == listed {
                 return Ok(());
             }
