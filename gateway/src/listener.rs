@@ -78,7 +78,6 @@ pub(crate) fn serve(
         let Some(identity) = identity else { return std::future::pending().await };
         let shows = move |tls| {
             *renewed.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(tls));
-            true
         };
         identity.follow(&ALPN, shows).await;
     };
@@ -162,9 +161,11 @@ async fn connection(
     let _ = rustix::net::sockopt::set_tcp_user_timeout(&stream, STALLED_MS);
     if asks.proxies.speak_proxy {
         // Nobody else has a word for whom it speaks, nor is anybody else to be here.
-        let named = asks.proxies.are_at(asks.from);
+        if !asks.proxies.are_at(asks.from) {
+            return;
+        }
         let header = tokio::time::timeout(HEAD_TIMEOUT, proxies::read_header(&mut stream));
-        let Some(Ok(Ok(client))) = (if named { Some(header.await) } else { None }) else { return };
+        let Ok(Ok(client)) = header.await else { return };
         asks.from = client.unwrap_or(asks.from);
     }
     let Some(tls) = tls else { return http1(TokioIo::new(stream), asks, router, phase).await };

@@ -26,6 +26,11 @@ fn said(what: &Path, why: &dyn Display) -> String {
 }
 
 impl Identity {
+    /// Of these files; none of neither.
+    pub fn of(cert: Option<&PathBuf>, key: Option<&PathBuf>) -> Option<Self> {
+        Some(Self { cert: cert?.clone(), key: key?.clone() })
+    }
+
     /// A server that shows it, of these protocols.
     ///
     /// # Errors
@@ -53,8 +58,8 @@ impl Identity {
         [look(&self.cert), look(&self.key)]
     }
 
-    /// Tells of a server with new files, for as long as that says so. Files that are no certificate change nothing.
-    pub async fn follow(self, alpn: &[&[u8]], mut renewed: impl FnMut(ServerConfig) -> bool) {
+    /// Tells of a server with new files, whenever there are any. Files that are no certificate change nothing.
+    pub async fn follow(self, alpn: &[&[u8]], mut renewed: impl FnMut(ServerConfig)) {
         let mut seen = self.looks();
         loop {
             tokio::time::sleep(LOOK_EVERY).await;
@@ -64,9 +69,7 @@ impl Identity {
             }
             match self.server(alpn) {
                 Ok(server) => {
-                    if !renewed(server) {
-                        return;
-                    }
+                    renewed(server);
                     tracing::info!(cert = %self.cert.display(), "a new certificate is shown");
                 }
                 // Half of it may have been written: the other half changes the files again.

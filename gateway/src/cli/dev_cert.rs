@@ -14,6 +14,9 @@ use rcgen::{
 use super::Failure;
 use crate::config::Config;
 
+/// What a node on this machine is reached by.
+const NAMES: [&str; 3] = ["localhost", "127.0.0.1", "::1"];
+
 /// Makes an authority, if the directory has none, and a node's certificate by it. For development: whoever has the
 /// authority's key can join the mesh.
 #[derive(Args)]
@@ -22,7 +25,7 @@ pub(crate) struct DevCert {
     #[arg(long)]
     dir: PathBuf,
     /// Names and addresses that the node is reached by.
-    #[arg(long = "name", default_values = ["localhost", "127.0.0.1", "::1"])]
+    #[arg(long = "name", default_values = NAMES)]
     names: Vec<String>,
     /// What the node's files are called.
     #[arg(long, default_value = "node")]
@@ -51,7 +54,7 @@ pub(super) fn fill(config: &mut Config) -> Result<(), Failure> {
     let dir = config.storage.data_dir.join("certs");
     let (cert, key) = (dir.join("node.pem"), dir.join("node-key.pem"));
     if !cert.exists() {
-        let names = ["localhost", "127.0.0.1", "::1"].map(str::to_owned).to_vec();
+        let names = NAMES.map(str::to_owned).to_vec();
         DevCert { dir, names, file: "node".into() }.run()?;
     }
     (config.quic.cert, config.quic.key) = (Some(cert), Some(key));

@@ -111,20 +111,15 @@ impl Public {
 
     /// What clients are shown; none: there is no TLS.
     pub fn identity(&self) -> Option<Identity> {
-        Some(Identity { cert: self.cert.clone()?, key: self.key.clone()? })
+        Identity::of(self.cert.as_ref(), self.key.as_ref())
     }
 }
 
 fn certificate_faults(section: &str, cert: Option<&PathBuf>, key: Option<&PathBuf>) -> Option<String> {
-    match (cert, key) {
-        (Some(cert), Some(key)) => {
-            let identity = Identity { cert: cert.clone(), key: key.clone() };
-            identity.server(&[]).err().map(|fault| format!("{section}: {fault}"))
-        }
-        (None, None) => None,
-        (Some(_), None) | (None, Some(_)) => {
-            Some(format!("{section}: a certificate needs both `cert` and `key`"))
-        }
+    match Identity::of(cert, key) {
+        Some(identity) => identity.server(&[]).err().map(|fault| format!("{section}: {fault}")),
+        None if cert.or(key).is_none() => None,
+        None => Some(format!("{section}: a certificate needs both `cert` and `key`")),
     }
 }
 
@@ -143,7 +138,7 @@ section! {
 impl Quic {
     /// What clients are shown; none: there is no QUIC.
     pub fn identity(&self) -> Option<Identity> {
-        Some(Identity { cert: self.cert.clone()?, key: self.key.clone()? })
+        Identity::of(self.cert.as_ref(), self.key.as_ref())
     }
 
     fn faults(&self, faults: &mut Vec<String>) {

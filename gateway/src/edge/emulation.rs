@@ -235,12 +235,11 @@ pub(crate) async fn send(
         return StatusCode::BAD_REQUEST.into_response();
     };
     let here = sockets.desk.node();
-    // The node's name as clients see it ends in its incarnation.
-    let at = node.rsplit('-').next().and_then(|n| n.parse().ok()).unwrap_or_else(|| here.incarnation());
-    let taken = if at == here.incarnation() {
-        sockets.hub.emulated().hand(&session, data)
-    } else {
-        here.emulated(at, session, data).await
+    // The node's name as clients see it ends in the incarnation of its start; another one since is the same node.
+    let elsewhere = node.rsplit('-').next().and_then(|n| n.parse().ok()).filter(|_| node != sockets.node);
+    let taken = match elsewhere {
+        Some(at) => here.emulated(at, session, data).await,
+        None => sockets.hub.emulated().hand(&session, data),
     };
     match taken {
         Ok(()) => StatusCode::NO_CONTENT.into_response(),

@@ -89,14 +89,8 @@ pub(crate) async fn serve(
 ) {
     let renewed = endpoint.clone();
     let follows = identity.follow(&[ALPN], move |tls| match config(tls) {
-        Ok(config) => {
-            renewed.set_server_config(Some(config));
-            true
-        }
-        Err(error) => {
-            tracing::warn!(%error, "the certificate is of no use for QUIC");
-            true
-        }
+        Ok(config) => renewed.set_server_config(Some(config)),
+        Err(error) => tracing::warn!(%error, "the certificate is of no use for QUIC"),
     });
     let accepts = async {
         let places = Arc::new(Semaphore::new(HANDSHAKES_MAX));
